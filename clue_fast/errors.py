@@ -1,0 +1,62 @@
+"""Every error that clue_fast raises on purpose. Each names the thing and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ClueFastError(Exception):
+    """Parent of all errors of this package; the command line turns it into one line and exit code 2."""
+
+
+class DataError(ClueFastError, ValueError):
+    """A data set is empty, unreadable, lacks columns, or forget and retain are the same."""
+
+
+class SiteError(ClueFastError, ValueError):
+    """No site was found in a model, or a site does not compute what its structure promises."""
+
+
+class PatchError(ClueFastError, RuntimeError):
+    """Patching, recording or unpatching out of order."""
+
+
+class SelectionError(ClueFastError, ValueError):
+    """A selection is empty, out of range, or belongs to another model."""
+
+
+class BudgetError(ClueFastError, ValueError):
+    """A fraction, count or threshold outside its range."""
+
+
+class SparseError(ClueFastError, RuntimeError):
+    """A model cannot be made sparse, or an optimizer does not fit it."""
+
+
+class BackendError(ClueFastError, RuntimeError):
+    """A backend was asked for that cannot run here."""
+
+
+class NonFiniteError(ClueFastError, ArithmeticError):
+    """NaN or infinity in weights, activations or gradients."""
+
+
+class FileFormatError(ClueFastError, ValueError):
+    """A file is truncated, of another kind, or of another version."""
+
+
+class OutputError(ClueFastError, OSError):
+    """An output folder is not empty or cannot be written."""
+
+
+class UnknownNameError(ClueFastError, ValueError):
+    """A name that is not registered, such as a criterion, objective or backend.
+
+    Args:
+        kind: what was asked for, such as "criterion".
+        name: the name that is unknown.
+        choices: the names that exist.
+    """
+
+    def __init__(self, kind: str, name: str, choices: Iterable[str]) -> None:
+        super().__init__(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(choices))}")
