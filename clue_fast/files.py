@@ -1,0 +1,80 @@
+"""Reading and writing the package's own files: safetensors with a header that says what they are.
+
+Files are written beside their destination and then renamed, so that an interrupted run leaves the old file or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from clue_fast.errors import FileFormatError, OutputError
+
+FORMAT_VERSION = 1
+
+
+def save_tensors(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Writes tensors and a JSON header atomically.
+
+    Args:
+        path: destination; replaced if it exists.
+        kind: what the file holds, checked when it is loaded, such as "selection".
+        tensors: any dtypes and shapes; moved to the CPU.
+        header: whatever JSON can hold.
+
+    Raises:
+        OutputError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    metadata = {"clue_fast": kind, "version": str(FORMAT_VERSION), "header": json.dumps(header)}
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable") from error
+    try:
+        safetensors.torch.save_file(content, temporary, metadata=metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what ``save_tensors`` wrote.
+
+    Returns:
+        The tensors, on the CPU, and the header.
+
+    Raises:
+        FileFormatError: the file is missing, truncated, no safetensors file, or of another kind or version.
+    """
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path}: no such file") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FileFormatError(f"{path} is truncated or not a {kind} file ({error}); make it again") from error
+    if metadata.get("clue_fast") != kind:
+        found = metadata.get("clue_fast", "a safetensors file of another program")
+        raise FileFormatError(f"{path} holds {found}, not a {kind}")
+    if metadata.get("version") != str(FORMAT_VERSION):
+        raise FileFormatError(
+            f"{path} has format version {metadata.get('version')}, this package reads {FORMAT_VERSION}; make it again"
+        )
+    try:
+        header = json.loads(metadata["header"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise FileFormatError(f"{path} has a damaged header; make it again") from error
+    return tensors, header

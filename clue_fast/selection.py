@@ -1,0 +1,199 @@
+"""Selection: which units of which site are in which category, with their scores and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, SelectionError
+from clue_fast.files import load_tensors, save_tensors
+from clue_fast.sites import Site, find_sites, model_fingerprint
+
+CATEGORIES = ("irrelevant", "forget", "retain", "conflict")
+IRRELEVANT, FORGET, RETAIN, CONFLICT = range(4)
+SCOPES = ("layer", "global")
+
+
+class Scores(dict[Site, Tensor]):
+    """One score a unit: ``{site: [width] float32}``, with the criterion that gave it and the model it belongs to."""
+
+    def __init__(self, scores: Mapping[Site, Tensor], criterion: str, fingerprint: str) -> None:
+        super().__init__(scores)
+        self.criterion = criterion
+        self.fingerprint = fingerprint
+
+
+class Selection:
+    """The categories of all units of a model.
+
+    Args:
+        sites: the sites of the model, in order.
+        categories: per site [width] int8, the index into ``CATEGORIES``.
+        scores: per site [width] float32.
+        source: how it was made (criterion, budget, seed), anything JSON can hold.
+        fingerprint: of the model it belongs to, see ``model_fingerprint``.
+    """
+
+    def __init__(
+        self,
+        sites: tuple[Site, ...] | list[Site],
+        categories: Mapping[Site, Tensor],
+        scores: Mapping[Site, Tensor],
+        source: dict[str, Any],
+        fingerprint: str,
+    ) -> None:
+        self.sites = tuple(sites)
+        self.categories = {site: categories[site].to("cpu", torch.int8) for site in self.sites}
+        self.scores = {site: scores[site].to("cpu", torch.float32) for site in self.sites}
+        self.source = dict(source)
+        self.fingerprint = fingerprint
+        for site in self.sites:
+            if self.categories[site].shape != (site.width,) or self.scores[site].shape != (site.width,):
+                raise SelectionError(f"{site.path} has {site.width} units, its categories or scores have not")
+
+    def units(self, site: Site) -> Tensor:
+        """Returns the units of a site that are to be trained (forget and conflict), sorted, int64."""
+        category = self.categories[site]
+        return torch.nonzero((category == FORGET) | (category == CONFLICT)).flatten()
+
+    def __len__(self) -> int:
+        return sum(len(self.units(site)) for site in self.sites)
+
+    @property
+    def fraction(self) -> float:
+        """The share of all units that is to be trained."""
+        return len(self) / max(1, sum(site.width for site in self.sites))
+
+    @property
+    def hash(self) -> str:
+        """A hash of the categories alone, equal wherever and on however many devices they were found."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for site in self.sites:
+            digest.update(site.path.encode() + self.categories[site].numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def check(self, model: nn.Module) -> None:
+        """Raises SelectionError unless this selection was made for the model, and is not empty."""
+        if model_fingerprint(model) != self.fingerprint or tuple(find_sites(model)) != self.sites:
+            raise SelectionError(
+                f"the selection belongs to the model {self.fingerprint}, this one is {model_fingerprint(model)}; "
+                "localize on this model"
+            )
+        if len(self) == 0:
+            raise SelectionError("the selection holds no unit to train; raise the fraction or lower the threshold")
+
+    def summary(self) -> str:
+        """Returns a table: units and selected units of every site, by category."""
+        width = max((len(site.path) for site in self.sites), default=4)
+        lines = [f"{'site':<{width}}  units  {'  '.join(f'{name:>10}' for name in CATEGORIES)}"]
+        for site in self.sites:
+            counts = torch.bincount(self.categories[site].long(), minlength=len(CATEGORIES)).tolist()
+            lines.append(f"{site.path:<{width}}  {site.width:>5}  {'  '.join(f'{n:>10}' for n in counts)}")
+        lines.append(f"{len(self)} of {sum(s.width for s in self.sites)} units to train ({self.fraction:.2%}), {self.hash}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self)} units of {len(self.sites)} sites, {self.source}, {self.hash})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the selection to a safetensors file, atomically."""
+        tensors = {f"categories.{i}": self.categories[site] for i, site in enumerate(self.sites)}
+        tensors |= {f"scores.{i}": self.scores[site] for i, site in enumerate(self.sites)}
+        header = {
+            "sites": [site.as_dict() for site in self.sites],
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+        }
+        save_tensors(path, "selection", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Selection:
+        """Reads a selection, and checks that it belongs to the model if one is given.
+
+        Raises:
+            FileFormatError: the file is damaged or no selection.
+            SelectionError: it belongs to another model.
+        """
+        tensors, header = load_tensors(path, "selection")
+        try:
+            sites = tuple(Site(**fields) for fields in header["sites"])
+            selection = cls(
+                sites,
+                {site: tensors[f"categories.{i}"] for i, site in enumerate(sites)},
+                {site: tensors[f"scores.{i}"] for i, site in enumerate(sites)},
+                header["source"],
+                header["fingerprint"],
+            )
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} is no complete selection (missing {error}); make it again") from error
+        if model is not None:
+            selection.check(model)
+        return selection
+
+
+def select(
+    scores: Scores,
+    fraction: float | None = None,
+    *,
+    count: int | None = None,
+    threshold: float | None = None,
+    scope: str = "layer",
+) -> Selection:
+    """Selects the top of a ranking as conflict units; all others are irrelevant.
+
+    Give one budget; without any, ``fraction=0.05``.
+
+    Args:
+        scores: from ``score``; ties are broken by the lower site and unit.
+        fraction: share of the units, in (0, 1]; at least one unit of every layer (or of the model).
+        count: number of units.
+        threshold: every unit with a score of at least this.
+        scope: "layer" gives every site the same share or count, "global" ranks all units of the model together.
+
+    Raises:
+        BudgetError: more than one budget, one outside its range, or an unknown scope.
+        NonFiniteError: a score is NaN, named by its site.
+    """
+    given = {"fraction": fraction, "count": count, "threshold": threshold}
+    given = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
+    if len(given) > 1:
+        raise BudgetError(f"give one budget, not {' and '.join(given)}")
+    if scope not in SCOPES:
+        raise BudgetError(f"unknown scope {scope!r}; choose one of: {', '.join(SCOPES)}")
+    for site, values in scores.items():
+        if torch.isnan(values).any():
+            raise NonFiniteError(f"{site.path} has a score that is not a number; look at its weights and statistics")
+    ((budget, value),) = given.items()
+    if budget == "threshold":
+        chosen = {site: values >= value for site, values in scores.items()}
+    elif scope == "layer":
+        chosen = {site: _top(values, _budgeted(budget, value, len(values))) for site, values in scores.items()}
+    else:
+        joined = torch.cat(list(scores.values()))
+        top = _top(joined, _budgeted(budget, value, len(joined)))
+        chosen = dict(zip(scores, top.split([site.width for site in scores]), strict=True))
+    categories = {site: mask.to(torch.int8) * CONFLICT for site, mask in chosen.items()}
+    source = {"criterion": scores.criterion, budget: value, "scope": scope}
+    return Selection(tuple(scores), categories, scores, source, scores.fingerprint)
+
+
+def _budgeted(budget: str, value: float, available: int) -> int:
+    if budget == "fraction":
+        if not 0.0 < value <= 1.0:
+            raise BudgetError(f"fraction {value} is outside (0, 1]")
+        return max(1, round(value * available))
+    if not (1 <= value <= available and value == int(value)):
+        raise BudgetError(f"count {value} is not a whole number between 1 and the {available} units there are")
+    return int(value)
+
+
+def _top(values: Tensor, count: int) -> Tensor:
+    order = torch.sort(values, descending=True, stable=True).indices
+    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    mask[order[:count]] = True
+    return mask

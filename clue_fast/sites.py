@@ -1,0 +1,149 @@
+"""Finds the sites of a model: the modules whose neurons can be measured, selected and trained.
+
+A site is recognized by what it is made of (which projections it has, how their shapes fit, what its activation
+computes), never by the name of its class, so that a model that nobody has seen yet is found as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clue_fast.errors import SiteError
+
+GATED_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ACTIVATION_ATTRIBUTES = ("act_fn", "activation_fn", "act", "activation")
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "relu2": lambda x: nn.functional.relu(x).square(),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One family of units, and where it lives.
+
+    Attributes:
+        path: path of the module in the model, such as ``model.layers.3.mlp``.
+        kind: family of the units; ``mlp`` for the channels of a gated MLP.
+        width: number of units.
+        layer: index of the transformer layer, from 0.
+        gate, up: paths of the linear modules of which a unit is a row.
+        down: path of the linear module of which a unit is a column.
+        activation: name of the activation between them, a key of ``ACTIVATIONS``.
+    """
+
+    path: str
+    kind: str
+    width: int
+    layer: int
+    gate: str
+    up: str
+    down: str
+    activation: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Returns the sites of a model in the order of its layers.
+
+    Raises:
+        SiteError: no module of the model has the structure of a gated MLP.
+    """
+    sites = list(_gated_mlps(model))
+    if not sites:
+        raise SiteError(
+            f"{type(model).__name__} has no module made of {', '.join(GATED_PROJECTIONS)} (linear, fitting shapes) "
+            "with a known activation; clue_fast handles Llama-style models so far"
+        )
+    return sites
+
+
+def identify_activation(function: Callable[[Tensor], Tensor]) -> str | None:
+    """Returns the name of the activation that a function computes, found by evaluating it, or None."""
+    grid = torch.linspace(-6.0, 6.0, 97)
+    try:
+        with torch.no_grad():
+            values = function(grid)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not isinstance(values, Tensor) or values.shape != grid.shape:
+        return None
+    for name, known in ACTIVATIONS.items():
+        if torch.allclose(values, known(grid), rtol=1e-5, atol=1e-6):
+            return name
+    return None
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Returns a short hash of what a model is: names and shapes of its weights, and a sample of its embedding.
+
+    Unlearning trains neither, so a model keeps its fingerprint through it, while another architecture, or the same
+    one with other weights, has another. The sample is rounded to bfloat16, so that loading in another precision
+    does not matter.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+    embedding = _input_embedding(model)
+    if embedding is not None and embedding.device.type != "meta":
+        sample = embedding.detach().reshape(-1)
+        stride = max(1, sample.numel() // 4096)
+        digest.update(sample[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _gated_mlps(model: nn.Module) -> Iterator[Site]:
+    for path, module in model.named_modules():
+        children = [getattr(module, name, None) for name in GATED_PROJECTIONS]
+        if not all(isinstance(child, nn.Linear) for child in children):
+            continue
+        gate, up, down = children
+        if not (gate.weight.shape == up.weight.shape and down.in_features == gate.out_features):  # type: ignore[union-attr]
+            continue
+        activation = _activation_of(module)
+        if activation is None:
+            continue
+        prefix = f"{path}." if path else ""
+        yield Site(
+            path=path,
+            kind="mlp",
+            width=int(down.in_features),  # type: ignore[union-attr]
+            layer=_layer_index(path),
+            gate=f"{prefix}gate_proj",
+            up=f"{prefix}up_proj",
+            down=f"{prefix}down_proj",
+            activation=activation,
+        )
+
+
+def _activation_of(module: nn.Module) -> str | None:
+    for name in ACTIVATION_ATTRIBUTES:
+        function = getattr(module, name, None)
+        if callable(function):
+            return identify_activation(function)
+    return None
+
+
+def _layer_index(path: str) -> int:
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return int(numbers[0]) if numbers else 0
+
+
+def _input_embedding(model: nn.Module) -> Tensor | None:
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    embedding = get_embeddings() if callable(get_embeddings) else None
+    weight = getattr(embedding, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
