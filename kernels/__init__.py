@@ -1,0 +1,1 @@
+"""Triton kernels, one file an operator; they import torch and triton only."""
