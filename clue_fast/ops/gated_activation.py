@@ -1,0 +1,406 @@
+"""h = act(gate) * up, and while at it the statistics of h by token group.
+
+SwiGLU and its relatives: Shazeer 2020 (arXiv 2002.05202); ReLU squared: So et al. 2021 (arXiv 2109.08668).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from clue_fast.errors import UnknownNameError
+from clue_fast.ops import backend as backends
+from clue_fast.ops.channel_statistics import (
+    check_group,
+    check_statistics,
+    reference_attribution,
+    reference_statistics,
+    rows,
+)
+
+SQRT_HALF = 0.5**0.5
+SQRT_2_OVER_PI = 0.7978845608028654
+GELU_CUBIC = 0.044715
+
+
+# The definition: launch functions in plain PyTorch. They compute in float32 (float64 for float64) and round once.
+
+
+def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = torch.sigmoid(x)
+    return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+
+
+def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    cumulative = 0.5 * (1 + torch.erf(x * SQRT_HALF))
+    return x * cumulative, cumulative + x * torch.exp(-0.5 * x * x) * (0.5 * SQRT_2_OVER_PI)
+
+
+def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    tanh = torch.tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
+    inner_slope = SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * x * x)
+    return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * inner_slope
+
+
+def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.relu(x), (x > 0).to(x.dtype)
+
+
+def _relu2(x: Tensor) -> tuple[Tensor, Tensor]:
+    positive = torch.relu(x)
+    return positive * positive, 2 * positive
+
+
+VALUE_AND_SLOPE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "silu": _silu,
+    "gelu_tanh": _gelu_tanh,
+    "gelu": _gelu,
+    "relu": _relu,
+    "relu2": _relu2,
+}
+VALUE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+ACTIVATIONS = tuple(VALUE)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def reference(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
+    out.copy_(VALUE[activation](_wide(gate)) * _wide(up))
+
+
+def reference_record(
+    gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor
+) -> None:
+    reference(gate, up, out, activation)
+    reference_statistics(out, group, statistics)
+
+
+def reference_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, activation: str
+) -> None:
+    value, slope = VALUE_AND_SLOPE[activation](_wide(gate))
+    grad_gate.copy_(_wide(grad) * _wide(up) * slope)
+    grad_up.copy_(_wide(grad) * value)
+
+
+def reference_backward_record(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    grad_gate: Tensor,
+    grad_up: Tensor,
+    activation: str,
+    group: Tensor,
+    gradient_statistics: Tensor,
+) -> None:
+    reference_backward(grad, gate, up, grad_gate, grad_up, activation)
+    h = torch.empty_like(grad)
+    reference(gate, up, h, activation)
+    reference_attribution(h, grad, group, gradient_statistics)
+
+
+backends.register(
+    "gated_activation",
+    ("reference", "cpp", "triton"),
+    {
+        "gated_activation": reference,
+        "gated_activation_record": reference_record,
+        "gated_activation_backward": reference_backward,
+        "gated_activation_backward_record": reference_backward_record,
+    },
+)
+
+
+# One step forward and one backward, on whichever backend.
+
+
+def _launch(name: str, like: Tensor, backend: str | None) -> backends.Launch:
+    if like.dtype == torch.float64:
+        backend = "reference"
+    return backends.launch("gated_activation", name, like.device, backend)
+
+
+def _forward(
+    gate: Tensor, up: Tensor, activation: str, group: Tensor | None, statistics: Tensor | None, backend: str | None
+) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if statistics is None or group is None:
+        _launch("gated_activation", gate, backend)(rows(gate), rows(up), rows(out), activation)
+    else:
+        launch = _launch("gated_activation_record", gate, backend)
+        launch(rows(gate), rows(up), rows(out), activation, group.reshape(-1), statistics)
+    return out
+
+
+def _backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor | None,
+    gradient_statistics: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grad_up = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    tensors = rows(grad), rows(gate), rows(up), rows(grad_gate), rows(grad_up)
+    if gradient_statistics is None or group is None:
+        _launch("gated_activation_backward", gate, backend)(*tensors, activation)
+    else:
+        launch = _launch("gated_activation_backward_record", gate, backend)
+        launch(*tensors, activation, group.reshape(-1), gradient_statistics)
+    return grad_gate, grad_up
+
+
+# Schema, fake and autograd, for torch.compile. The accumulators are not saved for backward but kept on the side:
+# other steps may add to them before this backward runs.
+
+library = torch.library.Library("clue_fast", "FRAGMENT")
+library.define(
+    "gated_activation(Tensor gate, Tensor up, str activation, Tensor? group=None, Tensor? gradient_statistics=None, "
+    "str? backend=None) -> Tensor"
+)
+library.define(
+    "gated_activation_record(Tensor gate, Tensor up, str activation, Tensor group, Tensor(a!) statistics, "
+    "Tensor? gradient_statistics=None, str? backend=None) -> Tensor"
+)
+library.define(
+    "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str activation, str? backend=None) "
+    "-> (Tensor, Tensor)"
+)
+library.define(
+    "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, str activation, Tensor group, "
+    "Tensor(a!) gradient_statistics, str? backend=None) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(library, "gated_activation", "CompositeExplicitAutograd")
+def _op(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor | None = None,
+    gradient_statistics: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    return _forward(gate, up, activation, None, None, backend)
+
+
+@torch.library.impl(library, "gated_activation_record", "CompositeExplicitAutograd")
+def _op_record(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor,
+    statistics: Tensor,
+    gradient_statistics: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    return _forward(gate, up, activation, group, statistics, backend)
+
+
+@torch.library.impl(library, "gated_activation_backward", "CompositeExplicitAutograd")
+def _op_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    return _backward(grad, gate, up, activation, None, None, backend)
+
+
+@torch.library.impl(library, "gated_activation_backward_record", "CompositeExplicitAutograd")
+def _op_backward_record(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor,
+    gradient_statistics: Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _backward(grad, gate, up, activation, group, gradient_statistics, backend)
+
+
+@torch.library.register_fake("clue_fast::gated_activation", lib=library)
+@torch.library.register_fake("clue_fast::gated_activation_record", lib=library)
+def _fake(gate: Tensor, *_: Any) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("clue_fast::gated_activation_backward", lib=library)
+@torch.library.register_fake("clue_fast::gated_activation_backward_record", lib=library)
+def _fake_backward(grad: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _save(
+    ctx: Any,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor | None,
+    gradient_statistics: Tensor | None,
+    backend: str | None,
+) -> None:
+    ctx.save_for_backward(gate, up, *(() if gradient_statistics is None else (group,)))
+    ctx.activation, ctx.gradient_statistics, ctx.backend = activation, gradient_statistics, backend
+
+
+def _op_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up, *group = ctx.saved_tensors
+    if ctx.gradient_statistics is None:
+        grads = torch.ops.clue_fast.gated_activation_backward(grad, gate, up, ctx.activation, ctx.backend)
+    else:
+        grads = torch.ops.clue_fast.gated_activation_backward_record(
+            grad, gate, up, ctx.activation, *group, ctx.gradient_statistics, ctx.backend
+        )
+    return grads[0], grads[1]
+
+
+class _Recorded(torch.autograd.Function):
+    """Autograd of the mutating schema, which `register_autograd` takes only of functional ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        group: Tensor,
+        statistics: Tensor,
+        gradient_statistics: Tensor | None,
+        backend: str | None,
+    ) -> Tensor:
+        _save(ctx, gate, up, activation, group, gradient_statistics, backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor = torch.ops.clue_fast.gated_activation_record(
+                gate, up, activation, group, statistics, gradient_statistics, backend
+            )
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_op_differentiate(ctx, grad), None, None, None, None, None
+
+
+@torch.library.impl(library, "gated_activation_record", "Autograd")
+def _op_record_autograd(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor,
+    statistics: Tensor,
+    gradient_statistics: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    out: Tensor = _Recorded.apply(gate, up, activation, group, statistics, gradient_statistics, backend)
+    return out
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, activation, group, gradient_statistics, backend = inputs
+    _save(ctx, gate, up, activation, group, gradient_statistics, backend)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_op_differentiate(ctx, grad), None, None, None, None
+
+
+torch.library.register_autograd("clue_fast::gated_activation", _differentiate, setup_context=_setup, lib=library)
+
+
+# Eager: straight to the launch function, since the dispatcher costs more than a small kernel.
+
+
+class _Direct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        group: Tensor | None,
+        statistics: Tensor | None,
+        gradient_statistics: Tensor | None,
+        backend: str | None,
+    ) -> Tensor:
+        _save(ctx, gate, up, activation, group, gradient_statistics, backend)
+        return _forward(gate, up, activation, group, statistics, backend)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *group = ctx.saved_tensors
+        grads = _backward(
+            grad, gate, up, ctx.activation, group[0] if group else None, ctx.gradient_statistics, ctx.backend
+        )
+        return *grads, None, None, None, None, None
+
+
+def gated_activation(
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    *,
+    group: Tensor | None = None,
+    statistics: Tensor | None = None,
+    gradient_statistics: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Gated activation, with statistics by token group on request.
+
+    Computed in float32 and rounded once; what is recorded is h as rounded, which is what `down_proj` sees. Backward
+    saves gate and up only and recomputes h. Under gradient checkpointing the forward runs twice: pass
+    `statistics=None` the second time, and `gradient_statistics` both times, since backward runs once.
+
+    Args:
+        gate, up: [..., channels], float32, bfloat16 or float16 (float64 on the reference backend); the halves of
+            one packed tensor are taken as they are, a last dimension that is not contiguous is copied.
+        activation: one of ACTIVATIONS, applied to gate.
+        group: int8, one for each token; 0 = not counted, g counts into row g - 1; beyond the rows: not counted.
+        statistics: float64 [groups, len(FIELDS), channels], to which forward adds, in place.
+        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), channels], to which backward adds h * dL/dh.
+        backend: forces one, see `clue_fast.ops.backend.choose`.
+
+    Returns:
+        h, in shape and dtype of gate.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        UnknownNameError: no such activation or backend.
+        BackendError: the backend cannot run here.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"gate and up differ: {list(gate.shape)} {gate.dtype} against {list(up.shape)} {up.dtype}"
+        )
+    if activation not in VALUE:
+        raise UnknownNameError("activation", activation, VALUE)
+    if statistics is not None or gradient_statistics is not None:
+        check_group(group, gate)
+        check_statistics(gate, statistics, gradient_statistics)
+    if torch.compiler.is_compiling():
+        out: Tensor
+        if statistics is None:
+            out = torch.ops.clue_fast.gated_activation(gate, up, activation, group, gradient_statistics, backend)
+        else:
+            out = torch.ops.clue_fast.gated_activation_record(
+                gate, up, activation, group, statistics, gradient_statistics, backend
+            )
+        return out
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        out = _Direct.apply(gate, up, activation, group, statistics, gradient_statistics, backend)
+        return out
+    return _forward(gate, up, activation, group, statistics, backend)
