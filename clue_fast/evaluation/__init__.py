@@ -1,0 +1,24 @@
+"""What a model knows of a set of records, before and after unlearning."""
+
+from clue_fast.evaluation.answers import greedy_answers
+from clue_fast.evaluation.comparison import Comparison, Row, compare
+from clue_fast.evaluation.metrics import ANSWERED, Metrics, evaluate
+from clue_fast.evaluation.rouge import rouge_recall
+from clue_fast.evaluation.teacher_forcing import AnswerScore, score_answers
+from clue_fast.evaluation.truth import forget_quality, truth_ratio, truth_ratios
+
+__all__ = [
+    "ANSWERED",
+    "AnswerScore",
+    "Comparison",
+    "Metrics",
+    "Row",
+    "compare",
+    "evaluate",
+    "forget_quality",
+    "greedy_answers",
+    "rouge_recall",
+    "score_answers",
+    "truth_ratio",
+    "truth_ratios",
+]

@@ -1,0 +1,148 @@
+"""What is measured of a model on each set of records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from clue_fast.data import Record
+from clue_fast.errors import NonFiniteError
+from clue_fast.evaluation.answers import greedy_answers
+from clue_fast.evaluation.rouge import rouge_recall
+from clue_fast.evaluation.teacher_forcing import score_answers
+from clue_fast.evaluation.truth import truth_ratios
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ANSWERED = 0.5
+"""A question counts as answered from this ROUGE-L recall on."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a model knows of one set of records: means over the records, and their values in the order of the
+    set.
+
+    Attributes:
+        count: number of records.
+        loss: teacher-forced loss a token of the answer, its end included, in nats.
+        probability: exp(-loss) of each answer.
+        accuracy: share of an answer's tokens that are the model's first choice under teacher forcing.
+        rouge_recall: ROUGE-L recall of the greedy answers.
+        answered: share of the records whose greedy answer has ROUGE-L recall >= 0.5.
+        truth_ratio: likelihood of wrong answers over the right one; None where the records have no wrong
+            answers.
+    """
+
+    count: int
+    loss: float
+    probability: float
+    accuracy: float
+    rouge_recall: float
+    answered: float
+    truth_ratio: float | None = None
+    losses: list[float] = field(default_factory=list, repr=False)
+    accuracies: list[float] = field(default_factory=list, repr=False)
+    rouge_recalls: list[float] = field(default_factory=list, repr=False)
+    answers: list[str] = field(default_factory=list, repr=False)
+    truth_ratios: list[float] = field(default_factory=list, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """The means only, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if not isinstance(value, list)}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Record]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> dict[str, Metrics]:
+    """Asks a model everything in each set and measures what it knows.
+
+    The result does not depend on the batch size beyond rounding, nor on sampling; model and tokenizer are
+    left as they were found.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the model's own.
+        sets: records by name, such as {"forget": ..., "retain": ..., "held_out": ...}.
+        batch_size: records a batch.
+        max_new_tokens: longest greedy answer; None: that of the longest answer in the set.
+        max_length: cuts examples under teacher forcing, in tokens; None: nothing is cut.
+        progress: shows bars for what takes longer than a second.
+
+    Raises:
+        NonFiniteError: the model's loss on a record is NaN or infinite.
+        DataError: a record leaves nothing to ask or to measure.
+    """
+    results = {}
+    for name, records in sets.items():
+        scores = score_answers(
+            model,
+            tokenizer,
+            records,
+            batch_size=batch_size,
+            max_length=max_length,
+            progress=progress,
+            description=f"{name}: scoring answers",
+        )
+        for number, score in enumerate(scores, start=1):
+            if not math.isfinite(score.loss):
+                raise NonFiniteError(
+                    f"the loss of record {number} of the {name} set is {score.loss}; "
+                    "look for NaN in the model's weights"
+                )
+        answers = greedy_answers(
+            model,
+            tokenizer,
+            records,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+            description=f"{name}: answering",
+        )
+        ratios: list[float] = []
+        if records and all(record.perturbed for record in records):
+            ratios = truth_ratios(
+                model,
+                tokenizer,
+                records,
+                batch_size=batch_size,
+                max_length=max_length,
+                progress=progress,
+                description=f"{name}: truth ratio",
+            )
+        recalls = rouge_recall([record.completion for record in records], answers)
+        losses = [score.loss for score in scores]
+        accuracies = [score.accuracy for score in scores]
+        results[name] = Metrics(
+            count=len(records),
+            loss=_mean(losses),
+            probability=_mean([math.exp(-loss) for loss in losses]),
+            accuracy=_mean(accuracies),
+            rouge_recall=_mean(recalls),
+            answered=_mean([recall >= ANSWERED for recall in recalls]),
+            truth_ratio=_mean(ratios) if ratios else None,
+            losses=losses,
+            accuracies=accuracies,
+            rouge_recalls=recalls,
+            answers=answers,
+            truth_ratios=ratios,
+        )
+    return results
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

@@ -1,0 +1,96 @@
+"""Truth ratio and forget quality, as TOFU defines them (Maini et al. 2024, arXiv 2401.06121)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from clue_fast.data import Record
+from clue_fast.errors import DataError
+from clue_fast.evaluation.teacher_forcing import score_answers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Mean = Literal["geometric", "arithmetic"]
+
+
+def truth_ratio(
+    paraphrased_loss: float, perturbed_losses: Sequence[float], mean: Mean = "geometric"
+) -> float:
+    """Likelihood of wrong answers over that of the right one: near 0 for a model that knows, near 1 for one
+    that does not.
+
+    With P = exp(-loss), the likelihood of an answer normalized by its number of tokens, it is
+    mean(P(perturbed)) / P(paraphrased). The paper writes an arithmetic mean over the perturbed answers, and
+    the TOFU authors use it for model utility; their forget quality takes the geometric one, which is the
+    default here.
+
+    Args:
+        paraphrased_loss: mean loss a token of the right answer in other words, in nats.
+        perturbed_losses: mean losses a token of the wrong answers.
+        mean: how the wrong answers are averaged.
+    """
+    losses = torch.as_tensor(perturbed_losses, dtype=torch.float64)
+    arithmetic = torch.logsumexp(-losses, 0) - math.log(len(losses))
+    log_mean = -losses.mean() if mean == "geometric" else arithmetic
+    return float(torch.exp(log_mean + paraphrased_loss))
+
+
+def truth_ratios(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: bool = True,
+    description: str = "truth ratio",
+) -> list[float]:
+    """The truth ratio of each record; a record without a paraphrase uses its answer in place of it, as TOFU
+    does.
+
+    Raises:
+        DataError: a record has no perturbed answers.
+    """
+    variants: list[Record] = []
+    for number, record in enumerate(records, start=1):
+        if not record.perturbed:
+            raise DataError(f"record {number} has no perturbed answers, which a truth ratio compares with")
+        answers = (record.paraphrase or record.completion, *record.perturbed)
+        variants += [replace(record, completion=answer) for answer in answers]
+    scores = score_answers(
+        model,
+        tokenizer,
+        variants,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+        description=description,
+    )
+    losses = iter(score.loss for score in scores)
+    return [truth_ratio(next(losses), [next(losses) for _ in record.perturbed]) for record in records]
+
+
+def forget_quality(
+    model_truth_ratios: Sequence[float], reference_truth_ratios: Sequence[float]
+) -> tuple[float, float]:
+    """Whether a model's truth ratios on the forget set could be those of a model that never saw it.
+
+    Returns the p-value and the statistic D of the two-sample Kolmogorov-Smirnov test: a large p means that
+    the two cannot be told apart, which is the aim.
+
+    Raises:
+        DataError: one of the two is empty.
+    """
+    if not len(model_truth_ratios) or not len(reference_truth_ratios):
+        raise DataError("forget quality compares two models' truth ratios, and one of them has none")
+    from scipy.stats import ks_2samp
+
+    result = ks_2samp(model_truth_ratios, reference_truth_ratios)
+    return float(result.pvalue), float(result.statistic)
