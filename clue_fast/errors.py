@@ -21,6 +21,10 @@ class PatchError(ClueFastError, RuntimeError):
     """Patching, recording or unpatching out of order."""
 
 
+class ModelError(ClueFastError, ValueError):
+    """A model or tokenizer cannot be loaded."""
+
+
 class SelectionError(ClueFastError, ValueError):
     """A selection is empty, out of range, or belongs to another model."""
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +81,39 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     except (KeyError, json.JSONDecodeError) as error:
         raise FileFormatError(f"{path} has a damaged header; make it again") from error
     return tensors, header
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of an output folder that may be made.
+
+    Raises:
+        OutputError: it is a file, or a folder that is not empty, or its parent cannot be written.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise OutputError(f"{path} is a file; name a folder for the output")
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(f"the output folder {path} is not empty; name a new one or empty it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {path.parent}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path.parent} cannot be written; choose another folder")
+    return path
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary folder beside ``path`` that takes its name when the block ends well, and is gone if not."""
+    path = check_output(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -159,16 +159,10 @@ def select(
         BudgetError: more than one budget, one outside its range, or an unknown scope.
         NonFiniteError: a score is NaN, named by its site.
     """
-    given = {"fraction": fraction, "count": count, "threshold": threshold}
-    given = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
-    if len(given) > 1:
-        raise BudgetError(f"give one budget, not {' and '.join(given)}")
-    if scope not in SCOPES:
-        raise BudgetError(f"unknown scope {scope!r}; choose one of: {', '.join(SCOPES)}")
+    budget, value = check_budget(fraction, count=count, threshold=threshold, scope=scope)
     for site, values in scores.items():
         if torch.isnan(values).any():
             raise NonFiniteError(f"{site.path} has a score that is not a number; look at its weights and statistics")
-    ((budget, value),) = given.items()
     if budget == "threshold":
         chosen = {site: values >= value for site, values in scores.items()}
     elif scope == "layer":
@@ -182,13 +176,29 @@ def select(
     return Selection(tuple(scores), categories, scores, source, scores.fingerprint)
 
 
+def check_budget(
+    fraction: float | None, *, count: int | None = None, threshold: float | None = None, scope: str = "layer"
+) -> tuple[str, float]:
+    """Returns the name and value of the one budget given (default a fraction of 0.05). Raises BudgetError."""
+    given = {"fraction": fraction, "count": count, "threshold": threshold}
+    given = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
+    if len(given) > 1:
+        raise BudgetError(f"give one budget, not {' and '.join(given)}")
+    if scope not in SCOPES:
+        raise BudgetError(f"unknown scope {scope!r}; choose one of: {', '.join(SCOPES)}")
+    ((budget, value),) = given.items()
+    if budget == "fraction" and not 0.0 < value <= 1.0:
+        raise BudgetError(f"fraction {value} is outside (0, 1]")
+    if budget == "count" and not (value >= 1 and value == int(value)):
+        raise BudgetError(f"count {value} is not a whole number above 0")
+    return budget, value
+
+
 def _budgeted(budget: str, value: float, available: int) -> int:
     if budget == "fraction":
-        if not 0.0 < value <= 1.0:
-            raise BudgetError(f"fraction {value} is outside (0, 1]")
         return max(1, round(value * available))
-    if not (1 <= value <= available and value == int(value)):
-        raise BudgetError(f"count {value} is not a whole number between 1 and the {available} units there are")
+    if value > available:
+        raise BudgetError(f"count {value} is more than the {available} units there are")
     return int(value)
 
 

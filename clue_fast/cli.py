@@ -1,0 +1,190 @@
+"""The command ``clue-fast``: parses, calls the workflow, prints. Errors of the package end with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from clue_fast.errors import ClueFastError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 with one line on stderr for a ClueFastError."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("clue_fast").setLevel(logging.WARNING if options.quiet else logging.INFO)
+    try:
+        options.run(options)
+    except ClueFastError as error:
+        print(f"clue-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("clue-fast: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from clue_fast.demo import run_demo
+
+    print(run_demo(options.output, seed=options.seed, progress=not options.quiet))
+
+
+def _localize(options: argparse.Namespace) -> None:
+    from clue_fast.localization import localize
+    from clue_fast.workflow import load_model
+
+    model, tokenizer = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    selection = localize(
+        model,
+        options.forget,
+        options.retain,
+        tokenizer=tokenizer,
+        criterion=options.criterion,
+        fraction=options.fraction,
+        scope=options.scope,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    selection.save(options.output)
+    print(selection.summary())
+
+
+def _unlearn(options: argparse.Namespace) -> None:
+    from clue_fast.files import check_output
+    from clue_fast.selection import Selection
+    from clue_fast.workflow import load_model, unlearn
+
+    check_output(options.output)
+    model, tokenizer = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    reference = None
+    if options.reference is not None:
+        reference, _ = load_model(options.reference, trust_remote_code=options.trust_remote_code)
+    result = unlearn(
+        model,
+        tokenizer,
+        forget=options.forget,
+        retain=options.retain,
+        held_out=options.held_out,
+        reference=reference,
+        output_dir=options.output,
+        selection=Selection.load(options.selection, model) if options.selection else None,
+        criterion=options.criterion,
+        fraction=options.fraction,
+        scope=options.scope,
+        objective=options.objective,
+        learning_rate=options.learning_rate,
+        layer_lr=options.layer_lr,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    print(result.table())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from clue_fast.report import evaluation_table
+    from clue_fast.workflow import evaluate_model, load_model
+
+    model, tokenizer = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    reference = None
+    if options.reference is not None:
+        reference, _ = load_model(options.reference, trust_remote_code=options.trust_remote_code)
+    evaluation = evaluate_model(
+        model,
+        tokenizer,
+        forget=options.forget,
+        retain=options.retain,
+        held_out=options.held_out,
+        reference=reference,
+        progress=not options.quiet,
+    )
+    if options.output is not None:
+        Path(options.output).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    print(evaluation_table(evaluation))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from clue_fast.report import load_results, results_table
+
+    print(results_table(load_results(options.folder)))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from clue_fast.doctor import diagnosis
+
+    print(diagnosis())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clue-fast", description="Conflict-guided unlearning of language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train, localize, unlearn and evaluate on invented people, on this machine")
+    demo.add_argument("--output", default="demo", metavar="DIR", help="folder for the results (default: demo)")
+    demo.set_defaults(run=_demo)
+
+    localize = commands.add_parser("localize", help="find the units where forget and retain data conflict")
+    _add_model_and_data(localize)
+    _add_localization(localize)
+    localize.add_argument("--output", required=True, metavar="FILE", help="the selection, a safetensors file")
+    localize.set_defaults(run=_localize)
+
+    unlearn = commands.add_parser("unlearn", help="localize, train only the selected units, evaluate, save")
+    _add_model_and_data(unlearn)
+    _add_localization(unlearn)
+    _add_evaluation(unlearn)
+    unlearn.add_argument("--output", required=True, metavar="DIR", help="folder for checkpoint, results and plots")
+    unlearn.add_argument("--selection", metavar="FILE", help="a selection made by localize, instead of a new one")
+    unlearn.add_argument("--objective", default="simnpo", help="loss to minimize (default: simnpo)")
+    unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1e-3)")
+    unlearn.add_argument("--layer-lr", type=float, default=0.2, help="rate of the last layer over the first (0.2)")
+    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set")
+    unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8), with as many to retain")
+    unlearn.set_defaults(run=_unlearn)
+
+    evaluate = commands.add_parser("evaluate", help="measure what a model still knows of forget and retain data")
+    _add_model_and_data(evaluate)
+    _add_evaluation(evaluate)
+    evaluate.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="print the table of an earlier run")
+    report.add_argument("folder", metavar="DIR", help="output folder of unlearn or demo")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="show what can run on this machine, and why not the rest")
+    doctor.set_defaults(run=_doctor)
+
+    for command in commands.choices.values():
+        command.add_argument("--quiet", action="store_true", help="no progress bars, no log")
+    for command in (demo, localize, unlearn):
+        command.add_argument("--seed", type=int, default=0, help="of everything that is random (0)")
+    return parser
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the hub")
+    parser.add_argument("--forget", required=True, help="what must be forgotten: JSON lines, or hub name:subset")
+    parser.add_argument("--retain", required=True, help="what must stay: JSON lines, or hub name:subset")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_localization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--criterion", default="difference", help="formula of the score (default: difference)")
+    parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.05)")
+    parser.add_argument("--scope", default="layer", help="rank within each layer, or global (default: layer)")
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--held-out", metavar="FILE", help="records to keep that take no part in scoring or training")
+    parser.add_argument("--reference", metavar="MODEL", help="a model that never saw the forget set, to compare with")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The report of an unlearning run: the table that is printed, and the plots that lie beside the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clue_fast.errors import FileFormatError
+from clue_fast.evaluation import COMPARED, Metrics, compare
+from clue_fast.selection import Selection
+from clue_fast.statistics import DEFAULT_GROUPS, Statistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RESULTS = "results.json"
+_COLORS = {"forget": "#c0392b", "retain": "#2471a3", "held_out": "#7d8c99", "selected": "#e08e0b"}
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """Returns the table of a run: every set and metric before and after unlearning, and for the reference.
+
+    Questions answered is the share whose greedy answer has a ROUGE-L recall of at least 0.5; next-token accuracy is
+    teacher-forced.
+    """
+    evaluation = {stage: read_metrics(metrics) for stage, metrics in results["evaluation"].items()}
+    comparison = compare(evaluation["before"], evaluation["after"], evaluation.get("reference"))
+    selection, weights = results["selection"], results["weights"]
+    lines = [comparison.table(), ""]
+    lines.append(f"forget questions no longer answered: {1.0 - comparison.row('forget', 'answered').after:.1%}")
+    for name in evaluation["before"]:
+        if name != "forget":
+            kept = comparison.row(name, "rouge_recall").kept
+            lines.append(f"recall kept on {name.replace('_', ' ')}: {'-' if kept is None else f'{kept:.1%}'} of before")
+    lines += [
+        f"units selected: {selection['units']} of {selection['of']} ({selection['units'] / selection['of']:.1%})",
+        f"weights trained: {weights['trained']} of {weights['total']} ({weights['trained'] / weights['total']:.1%}), "
+        f"changed: {weights['changed_inside']}",
+        f"weights changed outside the selection: {weights['changed_outside']}",
+        "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in results["seconds"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the table of ``workflow.evaluate_model``: a row a set and metric, a column a model."""
+    columns = list(evaluation)
+    lines = [f"{'set':<10}  {'metric':<20}" + "".join(f"{column:>12}" for column in columns)]
+    for name in evaluation[columns[0]]:
+        for metric, title in COMPARED.items():
+            values = [evaluation[column][name][metric] for column in columns]
+            if None not in values:
+                lines.append(f"{name:<10}  {title:<20}" + "".join(f"{value:>12.3f}" for value in values))
+    return "\n".join(lines)
+
+
+def read_metrics(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Metrics]:
+    """Turns the figures of one evaluation, as they stand in the results, back into Metrics by set."""
+    return {name: Metrics(**figures) for name, figures in evaluation.items()}
+
+
+def load_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the results of a run. Raises FileFormatError if the folder holds none."""
+    path = Path(folder) / RESULTS
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{folder} holds no {RESULTS}; name the output folder of an unlearning run") from error
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read: {error}") from error
+    if not isinstance(results, dict) or "evaluation" not in results:
+        raise FileFormatError(f"{path} was not written by clue_fast")
+    return results
+
+
+def write_plots(
+    folder: Path, selection: Selection, statistics: Statistics | None, history: Sequence[Mapping[str, float]]
+) -> list[Path]:
+    """Draws the plots of a run and returns their files.
+
+    Selected units by layer; mean magnitude on forget against retain data, a point a unit (where statistics were
+    recorded); losses and recall over the training steps.
+    """
+    plots = {"selection.png": _figure(_draw_layers, selection), "training.png": _training_figure(history)}
+    if statistics is not None and int(statistics.count.min()) > 0:
+        plots["scores.png"] = _figure(_draw_scores, selection, statistics)
+    for name, figure in plots.items():
+        figure.savefig(folder / name, dpi=120)
+    return [folder / name for name in plots]
+
+
+def _figure(draw: Any, *data: Any) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    draw(figure.subplots(), *data)
+    return figure
+
+
+def _draw_layers(axes: Axes, selection: Selection) -> None:
+    layers = [site.layer for site in selection.sites]
+    axes.bar(layers, [len(selection.units(site)) for site in selection.sites], color=_COLORS["selected"])
+    axes.set(xlabel="layer", ylabel="units selected", xticks=layers, title=f"{len(selection)} selected units by layer")
+
+
+def _draw_scores(axes: Axes, selection: Selection, statistics: Statistics) -> None:
+    forget, retain, chosen = [], [], []
+    for site in selection.sites:
+        on_forget, on_retain = (statistics.of(site, group) for group in DEFAULT_GROUPS)
+        forget += on_forget.abs_mean.tolist()
+        retain += on_retain.abs_mean.tolist()
+        chosen += (selection.categories[site] != 0).tolist()
+    for label, wanted, color, size in (("other", False, "#b8c4cc", 4), ("selected", True, _COLORS["selected"], 10)):
+        points = [(r, f) for r, f, c in zip(retain, forget, chosen, strict=True) if c is wanted]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=size, color=color, label=f"{label} ({len(points)})", linewidths=0)
+    high = max([*forget, *retain, 1e-6])
+    axes.plot([0, high], [0, high], color="#55606a", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="mean |activation| on retain", ylabel="mean |activation| on forget", title="Units")
+    axes.legend(frameon=False)
+
+
+def _training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    losses, recalls = figure.subplots(1, 2)
+    for axes, suffix, title in ((losses, "loss", "Training loss"), (recalls, "recall", "ROUGE-L recall")):
+        for name, color in _COLORS.items():
+            points = [(entry["step"], entry[f"{name}_{suffix}"]) for entry in history if f"{name}_{suffix}" in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, label=name, marker="o", markersize=3)
+        axes.set(xlabel="step", title=title)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
+    recalls.set_ylim(-0.02, 1.02)
+    return figure

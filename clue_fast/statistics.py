@@ -1,0 +1,222 @@
+"""Statistics: what every unit of a model did, by site and group of tokens.
+
+All sites share one tensor, so that scoring a whole model is one call, and merging, saving or reducing it one copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clue_fast.errors import FileFormatError, NonFiniteError, PatchError, SelectionError
+from clue_fast.files import load_tensors, save_tensors
+from clue_fast.ops import FIELDS, GRADIENT_FIELDS
+from clue_fast.sites import Site
+
+DEFAULT_GROUPS = ("forget", "retain")
+MAX_GROUPS = 127
+_MAXIMUM = FIELDS.index("magnitude_max")
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """What the units of one site did on the tokens of one group.
+
+    Attributes:
+        count: number of tokens.
+        mean, variance: of the activation, [width] float64; the variance is that of the population.
+        abs_mean, max_abs: mean and maximum of its magnitude, [width] float64.
+        active_fraction: share of the tokens where it is above zero, [width] float64.
+        attribution, abs_attribution, square_attribution: means of a·∂L/∂a, of its magnitude and of its square,
+            [width] float64, or None where no gradients were recorded.
+    """
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+    abs_mean: Tensor
+    max_abs: Tensor
+    active_fraction: Tensor
+    attribution: Tensor | None = None
+    abs_attribution: Tensor | None = None
+    square_attribution: Tensor | None = None
+
+
+class Statistics:
+    """Accumulators of all sites.
+
+    Attributes:
+        sites: the sites, whose units lie side by side in the last dimension, in this order.
+        groups: names of the groups; group ``g`` of a token counts into row ``g - 1``.
+        values: [groups, 5, units] float64, the sums of ``ops.FIELDS``.
+        gradient_values: [groups, 3, units] float64, the sums of ``ops.GRADIENT_FIELDS``, or None.
+        count: [groups, sites] int64, tokens counted.
+        offsets: [sites + 1] int64, the range of units of each site.
+        fingerprint: of the model, see ``model_fingerprint``.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        fingerprint: str,
+        groups: Sequence[str] = DEFAULT_GROUPS,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.sites = tuple(sites)
+        self.fingerprint = fingerprint
+        self.groups = list(groups)
+        widths = torch.tensor([0] + [site.width for site in self.sites], dtype=torch.int64)
+        self.offsets = widths.cumsum(0)
+        units = int(self.offsets[-1])
+        self.values = torch.zeros(len(self.groups), len(FIELDS), units, dtype=torch.float64, device=device)
+        self.gradient_values: Tensor | None = None
+        self.count = torch.zeros(len(self.groups), len(self.sites), dtype=torch.int64, device=device)
+
+    def group_index(self, name: str) -> int:
+        """Returns the int8 that marks tokens of a group (1 for the first), adding the group if it is new."""
+        if name not in self.groups:
+            if len(self.groups) == MAX_GROUPS:
+                raise PatchError(f"no room for group {name!r}: there are {MAX_GROUPS} already")
+            self.groups.append(name)
+            self.values = _with_row(self.values)
+            self.count = _with_row(self.count)
+            if self.gradient_values is not None:
+                self.gradient_values = _with_row(self.gradient_values)
+        return self.groups.index(name) + 1
+
+    def allocate_gradients(self) -> None:
+        """Makes room for the statistics of a·∂L/∂a."""
+        if self.gradient_values is None:
+            groups, _, units = self.values.shape
+            self.gradient_values = self.values.new_zeros(groups, len(GRADIENT_FIELDS), units)
+
+    def units(self, site: Site) -> slice:
+        """Returns the range of a site's units in the last dimension of the accumulators."""
+        index = self.sites.index(site)
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def of(self, site: Site, group: str) -> UnitStatistics:
+        """Returns the statistics of one site and group.
+
+        Raises:
+            PatchError: the group was never recorded, or none of its tokens reached the site.
+            NonFiniteError: an activation or gradient was NaN or infinite.
+        """
+        if group not in self.groups:
+            raise PatchError(f"group {group!r} was never recorded; recorded are: {', '.join(self.groups)}")
+        row, units = self.groups.index(group), self.units(site)
+        count = int(self.count[row, self.sites.index(site)])
+        if count == 0:
+            raise PatchError(f"no token of group {group!r} was recorded at {site.path}; record it first")
+        self.check_finite()
+        total, square, magnitude, maximum, active = self.values[row, :, units]
+        mean = total / count
+        gradients = (
+            {}
+            if self.gradient_values is None
+            else dict(
+                zip(
+                    ("attribution", "abs_attribution", "square_attribution"),
+                    self.gradient_values[row, :, units] / count,
+                    strict=True,
+                )
+            )
+        )
+        return UnitStatistics(
+            count=count,
+            mean=mean,
+            variance=(square / count - mean.square()).clamp_min(0.0),
+            abs_mean=magnitude / count,
+            max_abs=maximum.clone(),
+            active_fraction=active / count,
+            **gradients,
+        )
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteError naming the sites where an activation or gradient was NaN or infinite."""
+        sums = self.values.sum(dim=(0, 1))
+        if self.gradient_values is not None:
+            sums = sums + self.gradient_values.sum(dim=(0, 1))
+        if bool(torch.isfinite(sums).all()):
+            return
+        bad = [site.path for site in self.sites if not bool(torch.isfinite(sums[self.units(site)]).all())]
+        raise NonFiniteError(
+            f"NaN or infinite activations at {len(bad)} of {len(self.sites)} sites, first {bad[0]}; "
+            "check the weights and the precision of the model, then record anew"
+        )
+
+    def reset(self) -> None:
+        """Forgets everything recorded so far."""
+        self.values.zero_()
+        self.count.zero_()
+        if self.gradient_values is not None:
+            self.gradient_values.zero_()
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Returns the statistics of both recordings together.
+
+        Raises:
+            SelectionError: the other statistics belong to another model.
+        """
+        if other.fingerprint != self.fingerprint or other.sites != self.sites:
+            raise SelectionError(
+                f"statistics of model {other.fingerprint} cannot be merged into those of {self.fingerprint}; "
+                "record both on one model"
+            )
+        merged = Statistics(self.sites, self.fingerprint, self.groups, self.values.device)
+        for part in (self, other):
+            if part.gradient_values is not None:
+                merged.allocate_gradients()
+        for part in (self, other):
+            for row, name in enumerate(part.groups):
+                target = merged.group_index(name) - 1
+                maximum = torch.maximum(merged.values[target, _MAXIMUM], part.values[row, _MAXIMUM].to(merged.values))
+                merged.values[target] += part.values[row].to(merged.values)
+                merged.values[target, _MAXIMUM] = maximum
+                merged.count[target] += part.count[row].to(merged.count)
+                if part.gradient_values is not None and merged.gradient_values is not None:
+                    merged.gradient_values[target] += part.gradient_values[row].to(merged.values)
+        return merged
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the accumulators to a safetensors file, atomically."""
+        tensors = {"values": self.values, "count": self.count}
+        if self.gradient_values is not None:
+            tensors["gradient_values"] = self.gradient_values
+        header = {
+            "sites": [site.as_dict() for site in self.sites],
+            "groups": self.groups,
+            "fingerprint": self.fingerprint,
+        }
+        save_tensors(path, "statistics", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            FileFormatError: the file is damaged or holds no statistics.
+        """
+        tensors, header = load_tensors(path, "statistics")
+        try:
+            sites = [Site(**fields) for fields in header["sites"]]
+            statistics = cls(sites, header["fingerprint"], header["groups"])
+            if tensors["values"].shape != statistics.values.shape or tensors["count"].shape != statistics.count.shape:
+                raise FileFormatError(f"{path} holds statistics of other shapes than its header says; make it again")
+            statistics.values, statistics.count = tensors["values"], tensors["count"]
+            statistics.gradient_values = tensors.get("gradient_values")
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} holds no complete statistics (missing {error}); make it again") from error
+        return statistics
+
+    def __repr__(self) -> str:
+        counts = {name: int(self.count[row].max()) for row, name in enumerate(self.groups)}
+        return f"Statistics({len(self.sites)} sites, {int(self.offsets[-1])} units, tokens {counts})"
+
+
+def _with_row(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])])

@@ -1,0 +1,369 @@
+"""The whole path: a model, a forget set and a retain set in; an unlearned plain checkpoint, and evidence, out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import clue_fast
+from clue_fast.data import Record, Source, check_disjoint, load_records
+from clue_fast.errors import ModelError, NonFiniteError
+from clue_fast.evaluation import Metrics, evaluate
+from clue_fast.files import check_output, output_folder
+from clue_fast.localization import measure, score
+from clue_fast.localization.criteria import get_criterion
+from clue_fast.report import RESULTS, results_table, write_plots
+from clue_fast.selection import Selection, check_budget, select
+from clue_fast.statistics import Statistics
+from clue_fast.training import audit
+from clue_fast.training.objectives import Objective, get_objective
+from clue_fast.training.sparse import Sparse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from clue_fast.training.trainer import UnlearnTrainer
+
+logger = logging.getLogger(__name__)
+
+LEARNING_RATE = 1e-3
+EPOCHS = 10.0
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What ``unlearn`` did.
+
+    Attributes:
+        selection: the units that were trained.
+        results: everything that ``results.json`` holds: settings, evaluation by stage and set, counts of changed
+            weights, history of the training, seconds by stage.
+        output_dir: where the checkpoint is.
+    """
+
+    selection: Selection
+    results: dict[str, Any]
+    output_dir: Path
+
+    def table(self) -> str:
+        """Returns the results as the table that the command prints."""
+        return results_table(self.results)
+
+
+def unlearn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    forget: Source,
+    retain: Source,
+    output_dir: str | os.PathLike[str],
+    held_out: Source | None = None,
+    reference: PreTrainedModel | Mapping[str, Metrics] | None = None,
+    selection: Selection | None = None,
+    criterion: str = "difference",
+    fraction: float | None = None,
+    scope: str = "layer",
+    objective: str | Objective = "simnpo",
+    learning_rate: float | None = None,
+    layer_lr: float = 0.2,
+    epochs: float | None = None,
+    batch_size: int = 8,
+    evaluate_every: int = 0,
+    seed: int = 0,
+    max_length: int = 512,
+    backend: str | None = None,
+    progress: bool = True,
+) -> UnlearnResult:
+    """Localizes, trains only the selected units, evaluates, and saves a plain checkpoint with the evidence beside it.
+
+    Args:
+        model: a causal language model with sites, see ``find_sites``; its selected weights are changed in place.
+        tokenizer: of the model.
+        forget, retain: data sets, see ``clue_fast.data.load_records``.
+        output_dir: new or empty folder for the checkpoint, ``selection.safetensors``, ``results.json`` and plots. It
+            appears when everything has ended well.
+        held_out: records that must stay and that take no part in scoring or training; they are only evaluated.
+        reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
+        selection: made before, instead of localizing now.
+        criterion, fraction, scope: see ``localize``.
+        objective: see ``clue_fast.training.OBJECTIVES``.
+        learning_rate: of the first layer; default 1e-3, which fits small models.
+        layer_lr: rate of the last layer over that of the first, geometric in between.
+        epochs: passes over the forget set; default 10.
+        batch_size: forget records a step, with as many retain records.
+        evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
+        seed: of everything that is random.
+        max_length: longer records are cut, in tokens.
+        backend: forces a backend for recording.
+        progress: show progress bars.
+
+    Raises:
+        ClueFastError: bad input, see its children; nothing half-written stays behind.
+    """
+    check_output(output_dir)
+    get_criterion(criterion)
+    check_budget(fraction, scope=scope)
+    chosen_objective = get_objective(objective)
+    sets = _load_sets(forget, retain, held_out)
+    check_weights(model)
+    seconds: dict[str, float] = {}
+    evaluation: dict[str, Mapping[str, Metrics]] = {}
+
+    with _stage("evaluate before", seconds):
+        evaluation["before"] = evaluate(model, tokenizer, sets, progress=progress)
+    with _stage("localize", seconds):
+        statistics: Statistics | None = None
+        if selection is None:
+            statistics = measure(
+                model,
+                sets["forget"],
+                sets["retain"],
+                tokenizer=tokenizer,
+                criterion=criterion,
+                max_length=max_length,
+                backend=backend,
+                progress=progress,
+            )
+            scores = score(statistics, criterion, seed=seed, backend=backend)
+            selection = select(scores, fraction, scope=scope)
+            selection.source["seed"] = seed
+        selection.check(model)
+    with _stage("train", seconds):
+        before = audit.snapshot(model)
+        training = {
+            "learning_rate": LEARNING_RATE if learning_rate is None else learning_rate,
+            "layer_lr": layer_lr,
+            "epochs": EPOCHS if epochs is None else epochs,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        sparse, history = _train(
+            model,
+            tokenizer,
+            sets,
+            selection,
+            chosen_objective,
+            training,
+            max_length=max_length,
+            evaluate_every=evaluate_every,
+            progress=progress,
+        )
+        trained = sum(parameter.numel() for parameter in sparse.trainable_parameters)
+        sparse.restore()
+    with _stage("evaluate after", seconds):
+        evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
+        if reference is not None:
+            evaluation["reference"] = (
+                reference
+                if isinstance(reference, Mapping)
+                else evaluate(reference, tokenizer, sets, progress=progress)
+            )
+    results = {
+        "clue_fast": clue_fast.__version__,
+        "settings": {
+            **selection.source,
+            **training,
+            "objective": chosen_objective.name,
+            **asdict(chosen_objective),
+            "records": {name: len(records) for name, records in sets.items()},
+        },
+        "evaluation": {
+            stage: {name: metrics.as_dict() for name, metrics in figures.items()}
+            for stage, figures in evaluation.items()
+        },
+        "selection": {
+            "units": len(selection),
+            "of": sum(site.width for site in selection.sites),
+            "hash": selection.hash,
+        },
+        "weights": {
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "trained": trained,
+            "changed_inside": audit.changed_inside(before, model, selection),
+            "changed_outside": audit.changed_outside(before, model, selection),
+        },
+        "history": history,
+        "seconds": seconds,
+    }
+    with _stage("save", seconds), output_folder(output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        selection.save(folder / "selection.safetensors")
+        (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_plots(folder, selection, statistics, history)
+    return UnlearnResult(selection, results, Path(output_dir))
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Record]],
+    selection: Selection,
+    objective: Objective,
+    settings: Mapping[str, Any],
+    *,
+    max_length: int,
+    evaluate_every: int,
+    progress: bool,
+) -> tuple[Sparse, list[dict[str, float]]]:
+    """Runs the UnlearnTrainer; returns the still sparse model and the history of its losses and recalls."""
+    import tempfile
+
+    from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from clue_fast.training.trainer import UnlearnTrainer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer: UnlearnTrainer = UnlearnTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                learning_rate=settings["learning_rate"],
+                num_train_epochs=settings["epochs"],
+                per_device_train_batch_size=settings["batch_size"],
+                seed=settings["seed"],
+                weight_decay=0.0,
+                warmup_steps=0.1,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=not progress,
+            ),
+            processing_class=tokenizer,
+            forget_dataset=sets["forget"],
+            retain_dataset=sets["retain"],
+            selection=selection,
+            objective=objective,
+            layer_lr=settings["layer_lr"],
+            max_length=max_length,
+        )
+        # Losses go to results.json and its plot; on the terminal there is one bar.
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        recalls: list[dict[str, float]] = []
+        if progress:
+            trainer.add_callback(_progress_bar())
+        if evaluate_every:
+            trainer.add_callback(_recall_callback(tokenizer, sets, evaluate_every, recalls))
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry] + recalls
+        return trainer.sparse, sorted(history, key=lambda entry: entry["step"])
+
+
+def _progress_bar() -> TrainerCallback:
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+
+    class ProgressBar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, desc="train", unit="step")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+    return ProgressBar()
+
+
+def _recall_callback(
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Record]],
+    every: int,
+    recalls: list[dict[str, float]],
+) -> TrainerCallback:
+    """Appends the ROUGE-L recall of up to 32 records a set to ``recalls``, at the start and every so many steps."""
+    from transformers import TrainerCallback
+
+    sample = {name: records[:: max(1, len(records) // 32)][:32] for name, records in sets.items()}
+
+    class RecallCallback(TrainerCallback):
+        def measure(self, model: Any, step: int) -> None:
+            figures = evaluate(model, tokenizer, sample, progress=False)
+            recalls.append({"step": step, **{f"{name}_recall": m.rouge_recall for name, m in figures.items()}})
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.measure(kwargs["model"], 0)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % every == 0 or state.global_step == state.max_steps:
+                self.measure(kwargs["model"], state.global_step)
+
+    return RecallCallback()
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    forget: Source,
+    retain: Source,
+    held_out: Source | None = None,
+    reference: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the figures of a model, and of a reference beside it: ``{"model": {set: figures}, "reference": ...}``."""
+    sets = _load_sets(forget, retain, held_out)
+    models = {"model": model} | ({} if reference is None else {"reference": reference})
+    return {
+        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, progress=progress).items()}
+        for title, one in models.items()
+    }
+
+
+def load_model(
+    name: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model and its tokenizer from a folder or from the hub, onto the GPU if there is one.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = os.fspath(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, dtype="auto")
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"cannot load the model {name}: {reason[0]} Name a folder with a Hugging Face checkpoint, or a model of the hub"
+        ) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises NonFiniteError naming the first weight that is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"the weight {name} holds NaN or infinity; load the model again or repair it")
+
+
+def _load_sets(forget: Source, retain: Source, held_out: Source | None) -> dict[str, list[Record]]:
+    sets = {"forget": load_records(forget, "forget"), "retain": load_records(retain, "retain")}
+    check_disjoint(sets["forget"], sets["retain"])
+    if held_out is not None:
+        sets["held_out"] = load_records(held_out, "held_out")
+    return sets
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Times a stage, and logs one line at its end."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+    logger.info("%s: %.1f s", name, seconds[name])
