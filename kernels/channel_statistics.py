@@ -1,0 +1,298 @@
+"""Statistics of every channel by token group, of any tensor [tokens, channels], in two stages.
+
+First stage: a program walks over up to 256 tokens of 128 channels. Each thread adds the tokens it sees to sums in
+its registers (fp32), the program folds its threads once at the end and writes one partial row per field and group.
+Second stage: one launch adds the partial rows to the float64 accumulators, always in the same order, without
+atomics: the same input gives the same bits.
+
+A program keeps one set of sums when its tokens belong to one group, two when they belong to two groups. It reads
+its tokens again only when they span more than two group numbers. Partial rows exist only for the range of groups
+that a program met, which it notes in `bounds`; the second stage skips the others.
+
+Used alone, for MLPs that are not gated, and by gated_activation, which adds its output to the sums as it writes it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED, on_device, warps
+
+FIELDS = 5  # sum, square_sum, magnitude_sum, magnitude_max, active_count
+GRADIENT_FIELDS = 3  # product_sum, product_magnitude_sum, product_square_sum
+MAXIMUM = 3  # the one field that is a maximum
+_MAXIMUM: tl.constexpr = tl.constexpr(MAXIMUM)
+
+CHANNELS = 128  # a program's channels: 16-byte loads for 16 lanes in half precision, for 32 lanes in fp32
+THREADS = 128
+RUN = 256  # the most tokens that are summed in fp32
+SHORTEST_RUN = RUN if INTERPRETED else 32  # the interpreter's time is the number of its programs
+PROGRAMS = 1024  # with fewer programs than this the runs get shorter, so that a short input fills a GPU too
+
+
+# First stage: one set of sums is a tuple with one tensor [rows, channels] per field.
+
+
+@triton.jit
+def no_sums(FIELDS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sums of no token: a tuple of FIELDS fp32 zeros [ROWS, CHANNELS]."""
+    zero = tl.zeros((ROWS, CHANNELS), tl.float32)
+    if FIELDS == 3:
+        return zero, zero, zero
+    return zero, zero, zero, zero, zero
+
+
+@triton.jit
+def add_activations(sums, a, member):
+    """Adds the tokens of one group to its sums.
+
+    a: fp32 [DEPTH, ROWS, CHANNELS]; member: [DEPTH, ROWS, 1], which tokens count. They are picked with `where`:
+    0 times NaN of a token outside the group would be NaN.
+    """
+    a = tl.where(member, a, 0.0)
+    magnitude = tl.abs(a)
+    return (
+        sums[0] + tl.sum(a, 0),
+        sums[1] + tl.sum(a * a, 0),
+        sums[2] + tl.sum(magnitude, 0),
+        tl.maximum(sums[3], tl.max(magnitude, 0)),
+        sums[4] + tl.sum((a > 0).to(tl.float32), 0),
+    )
+
+
+@triton.jit
+def add_products(sums, p, member):
+    """Adds p = a * dL/da of the tokens of one group to its sums; shapes as in add_activations."""
+    p = tl.where(member, p, 0.0)
+    return sums[0] + tl.sum(p, 0), sums[1] + tl.sum(tl.abs(p), 0), sums[2] + tl.sum(p * p, 0)
+
+
+@triton.jit
+def group_bounds(group, bounds, run, block, start, stop, GROUPS: tl.constexpr, RUN: tl.constexpr):
+    """Lowest and highest group among the tokens [start, stop) of a run, (1, 0) where none counts; noted in bounds."""
+    if GROUPS == 1:
+        low = 1
+        high = 1
+    else:
+        token = start + tl.arange(0, RUN)
+        member = tl.load(group + token, mask=token < stop, other=0).to(tl.int32)
+        counted = (member >= 1) & (member <= GROUPS)
+        high = tl.max(tl.where(counted, member, 0), 0)
+        low = tl.minimum(tl.min(tl.where(counted, member, GROUPS), 0), tl.maximum(high, 1))
+    tl.store(bounds + 2 * run, low, mask=block == 0)
+    tl.store(bounds + 2 * run + 1, high, mask=block == 0)
+    return low, high
+
+
+@triton.jit
+def store_sums(sums, partial, run, group, channel, channels, GROUPS: tl.constexpr, FIELDS: tl.constexpr):
+    """Folds the rows of the sums and writes them to partial [runs, GROUPS, FIELDS, channels], fp32."""
+    row = partial + (run.to(tl.int64) * GROUPS + group - 1) * FIELDS * channels
+    for field in tl.static_range(FIELDS):
+        folded = tl.max(sums[field], 0) if field == _MAXIMUM else tl.sum(sums[field], 0)
+        tl.store(row + field * channels + channel, folded, mask=channel < channels)
+
+
+@triton.jit
+def tile_index(start, stop, channel, channels, DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Tokens [DEPTH, ROWS, 1], channels [1, 1, CHANNELS] and the mask of a tile.
+
+    The leading dimension lies within a thread: each thread has DEPTH loads of 16 bytes in flight.
+    """
+    token = start + tl.arange(0, DEPTH)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    column = channel[None, None, :]
+    return token, column, (token < stop) & (column < channels)
+
+
+@triton.jit
+def channel_statistics_pass(
+    x, grad, x_stride, grad_stride, group, partial, run, first, start, stop, channel, channels,
+    GROUPS: tl.constexpr, FIELDS: tl.constexpr, SETS: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One walk over the tokens of a run for the groups first .. first + SETS - 1; with FIELDS == 3, of x * grad."""
+    one = no_sums(FIELDS, ROWS, CHANNELS)
+    two = no_sums(FIELDS, ROWS, CHANNELS)
+    for tile in range(start, stop, DEPTH * ROWS):
+        token, column, mask = tile_index(tile, stop, channel, channels, DEPTH, ROWS, CHANNELS)
+        member = tl.load(group + token, mask=token < stop, other=0).to(tl.int32)
+        value = tl.load(x + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+        if FIELDS == 3:
+            slope = tl.load(grad + token.to(tl.int64) * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+            value = value * slope
+            one = add_products(one, value, member == first)
+            if SETS == 2:
+                two = add_products(two, value, member == first + 1)
+        else:
+            one = add_activations(one, value, member == first)
+            if SETS == 2:
+                two = add_activations(two, value, member == first + 1)
+    store_sums(one, partial, run, first, channel, channels, GROUPS, FIELDS)
+    if SETS == 2:
+        store_sums(two, partial, run, first + 1, channel, channels, GROUPS, FIELDS)
+
+
+@triton.jit
+def channel_statistics_fwd_kernel(
+    x, grad, x_stride, grad_stride, group, partial, bounds, tokens, channels,
+    GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUN: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """First stage. x, grad: [tokens, channels] (grad is read with FIELDS == 3 only); group: int8 [tokens]."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    run = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    start = run * RUN
+    stop = tl.minimum(start + RUN, tokens)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    low, high = group_bounds(group, bounds, run, block, start, stop, GROUPS, RUN)
+    for first in range(low, high + 1, 2):
+        if GROUPS == 1:
+            channel_statistics_pass(
+                x, grad, x_stride, grad_stride, group, partial, run, first, start, stop, channel, channels,
+                GROUPS, FIELDS, 1, DEPTH, ROWS, CHANNELS,
+            )  # fmt: skip
+        elif first == high:
+            channel_statistics_pass(
+                x, grad, x_stride, grad_stride, group, partial, run, first, start, stop, channel, channels,
+                GROUPS, FIELDS, 1, DEPTH, ROWS, CHANNELS,
+            )  # fmt: skip
+        else:
+            channel_statistics_pass(
+                x, grad, x_stride, grad_stride, group, partial, run, first, start, stop, channel, channels,
+                GROUPS, FIELDS, 2, DEPTH, ROWS, CHANNELS,
+            )  # fmt: skip
+
+
+# Second stage. A program holds all fields of its channels at the end: a score that needs nothing else, such as the
+# closed forms of conflict_score, can be computed and written there.
+
+
+@triton.jit
+def add_partial(totals, partial, bounds, group, chunk, runs, channel, channels, GROUPS: tl.constexpr,
+                FIELDS: tl.constexpr, RUNS: tl.constexpr):  # fmt: skip
+    """Adds the partial rows of RUNS runs to totals, a tuple of float64 [channels] with one entry per field."""
+    run = chunk + tl.arange(0, RUNS)
+    low = tl.load(bounds + 2 * run, mask=run < runs, other=1)
+    high = tl.load(bounds + 2 * run + 1, mask=run < runs, other=0)
+    mask = ((low <= group) & (group <= high))[:, None] & (channel < channels)[None, :]
+    row = partial + ((run.to(tl.int64) * GROUPS + group - 1) * FIELDS * channels)[:, None] + channel[None, :]
+    sum0 = totals[0] + tl.sum(tl.load(row, mask=mask, other=0.0).to(tl.float64), 0)
+    sum1 = totals[1] + tl.sum(tl.load(row + channels, mask=mask, other=0.0).to(tl.float64), 0)
+    sum2 = totals[2] + tl.sum(tl.load(row + 2 * channels, mask=mask, other=0.0).to(tl.float64), 0)
+    if FIELDS == 3:
+        return sum0, sum1, sum2
+    maximum = tl.maximum(totals[3], tl.max(tl.load(row + 3 * channels, mask=mask, other=0.0), 0).to(tl.float64))
+    sum4 = totals[4] + tl.sum(tl.load(row + 4 * channels, mask=mask, other=0.0).to(tl.float64), 0)
+    return sum0, sum1, sum2, maximum, sum4
+
+
+@triton.jit
+def channel_statistics_fold_kernel(
+    partial, bounds, statistics, group_stride, field_stride, runs, channels,
+    GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Second stage: adds partial [runs, GROUPS, FIELDS, channels] to statistics, float64 [GROUPS, FIELDS, channels]."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = channel < channels
+    row = statistics + channel
+    for group in range(1, GROUPS + 1):
+        zero = tl.zeros((CHANNELS,), tl.float64)
+        totals = (zero, zero, zero) if FIELDS == 3 else (zero, zero, zero, zero, zero)
+        for chunk in range(0, runs, RUNS):
+            totals = add_partial(totals, partial, bounds, group, chunk, runs, channel, channels, GROUPS, FIELDS, RUNS)
+        for field in tl.static_range(FIELDS):
+            cell = row + field * field_stride
+            before = tl.load(cell, mask=mask, other=0.0)
+            after = tl.maximum(before, totals[field]) if field == _MAXIMUM else before + totals[field]
+            tl.store(cell, after, mask=mask)
+        row += group_stride
+
+
+# Launch functions
+
+
+def run_length(tokens: int, channels: int) -> int:
+    """Tokens a program sums: RUN, and down to SHORTEST_RUN while there are fewer than PROGRAMS programs."""
+    blocks = triton.cdiv(channels, CHANNELS)
+    length = RUN
+    while length > SHORTEST_RUN and triton.cdiv(tokens, length) * blocks < PROGRAMS:
+        length //= 2
+    return length
+
+
+def tile_rows(dtype: torch.dtype) -> int:
+    """Rows of a tile of CHANNELS channels in which each thread has 16 bytes."""
+    return THREADS * (16 // dtype.itemsize) // CHANNELS
+
+
+class Reduction:
+    """Scratch space and second stage of one reduction.
+
+    Args:
+        group: int8 [tokens].
+        statistics: float64 [groups, fields, channels], last stride 1, updated by `fold`.
+    """
+
+    def __init__(self, group: torch.Tensor, statistics: torch.Tensor) -> None:
+        self.statistics = statistics
+        self.groups, self.fields, self.channels = statistics.shape
+        self.run_length = run_length(group.shape[0], self.channels)
+        self.runs = triton.cdiv(group.shape[0], self.run_length)
+        shape = (self.runs, self.groups, self.fields, self.channels)
+        self.partial = torch.empty(shape, dtype=torch.float32, device=group.device)
+        self.bounds = torch.empty((self.runs, 2), dtype=torch.int32, device=group.device)
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Programs of the first stage."""
+        return (self.runs * triton.cdiv(self.channels, CHANNELS),)
+
+    def fold(self) -> None:
+        """Add the partial rows to the statistics."""
+        channel_statistics_fold_kernel[(triton.cdiv(self.channels, 32),)](
+            self.partial, self.bounds, self.statistics, self.statistics.stride(0), self.statistics.stride(1),
+            self.runs, self.channels, self.groups, self.fields, RUNS=32, CHANNELS=32, num_warps=warps(THREADS),
+        )  # fmt: skip
+
+
+def _reduce(x: torch.Tensor, grad: torch.Tensor, group: torch.Tensor, statistics: torch.Tensor) -> None:
+    if x.numel() == 0:
+        return
+    tokens, channels = x.shape
+    with on_device(x):
+        reduction = Reduction(group, statistics)
+        channel_statistics_fwd_kernel[reduction.grid](
+            x, grad, x.stride(0), grad.stride(0), group, reduction.partial, reduction.bounds, tokens, channels,
+            reduction.groups, reduction.fields, RUN=reduction.run_length,
+            DEPTH=4, ROWS=tile_rows(x.dtype), CHANNELS=CHANNELS, num_warps=warps(THREADS),
+        )  # fmt: skip
+        reduction.fold()
+
+
+def channel_statistics(x: torch.Tensor, group: torch.Tensor, statistics: torch.Tensor) -> None:
+    """Adds x to the statistics of each token's group.
+
+    Args:
+        x: [tokens, channels], float32, bfloat16 or float16, last stride 1.
+        group: int8 [tokens]; 0 is not counted, g counts into row g - 1, numbers above G are ignored.
+        statistics: float64 [G, 5, channels], last stride 1: sum, square_sum, magnitude_sum, magnitude_max,
+            active_count (active: x > 0); updated in place. A NaN reaches the sums, not the maximum.
+    """
+    _reduce(x, x, group, statistics)
+
+
+def channel_attribution(
+    x: torch.Tensor, grad: torch.Tensor, group: torch.Tensor, gradient_statistics: torch.Tensor
+) -> None:
+    """Adds p = x * grad to the gradient statistics of each token's group.
+
+    Args:
+        x, grad: [tokens, channels], float32, bfloat16 or float16, last stride 1.
+        group: int8 [tokens], as in channel_statistics.
+        gradient_statistics: float64 [G, 3, channels], last stride 1: product_sum, product_magnitude_sum,
+            product_square_sum; updated in place.
+    """
+    _reduce(x, grad, group, gradient_statistics)
