@@ -1,0 +1,52 @@
+"""Sparse training: only the selected weights get gradients, optimizer state and updates.
+
+``sparsify`` prepares a model, ``SparseAdamW`` updates it, the ``objectives`` say what a step should reach,
+``UnlearnTrainer`` runs it all as a ``transformers.Trainer``, and ``audit`` proves that nothing else has
+changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clue_fast.training.audit import changed_inside, changed_outside, snapshot
+from clue_fast.training.objectives import (
+    NPO,
+    OBJECTIVES,
+    GradientAscent,
+    GradientDifference,
+    Objective,
+    SimNPO,
+    get_objective,
+)
+from clue_fast.training.optimizer import SparseAdamW
+from clue_fast.training.sparse import Sparse, SparseLinear, sparsify
+
+if TYPE_CHECKING:
+    from clue_fast.training.trainer import UnlearnTrainer
+
+__all__ = [
+    "NPO",
+    "OBJECTIVES",
+    "GradientAscent",
+    "GradientDifference",
+    "Objective",
+    "SimNPO",
+    "Sparse",
+    "SparseAdamW",
+    "SparseLinear",
+    "UnlearnTrainer",
+    "changed_inside",
+    "changed_outside",
+    "get_objective",
+    "snapshot",
+    "sparsify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "UnlearnTrainer":  # its base class needs transformers, which takes seconds to import
+        from clue_fast.training.trainer import UnlearnTrainer
+
+        return UnlearnTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,69 @@
+"""Proof that training changed what it should and nothing else: compares a model with its past, bit by bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clue_fast.errors import SparseError
+from clue_fast.selection import Selection
+from clue_fast.training.sparse import COLUMNS, ROWS, SparseLinear
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a CPU copy of every weight and buffer, also of those that no checkpoint holds, by name."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model)}
+
+
+def changed_outside(before: dict[str, Tensor], model: nn.Module, selection: Selection) -> int:
+    """Returns how many numbers outside the selection have other bits than in the snapshot. It should be 0.
+
+    Bits, not values: -0.0 is not 0.0 here, and NaN with the same payload is equal to itself.
+
+    Raises:
+        SparseError: the snapshot is of another model.
+    """
+    return _changed(before, model, selection, inside=False)
+
+
+def changed_inside(before: dict[str, Tensor], model: nn.Module, selection: Selection) -> int:
+    """Returns how many selected weights have other bits than in the snapshot. It should be nearly all.
+
+    Raises:
+        SparseError: the snapshot is of another model.
+    """
+    return _changed(before, model, selection, inside=True)
+
+
+def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, inside: bool) -> int:
+    parts = {
+        f"{path}.weight": (dim, selection.units(site))
+        for site in selection.sites
+        for path, dim in ((site.gate, ROWS), (site.up, ROWS), (site.down, COLUMNS))
+    }
+    now = dict(_tensors(model))
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, now)]
+    if kinds[0] != kinds[1]:
+        raise SparseError("the snapshot is of another model: names, shapes or dtypes differ")
+    changed = 0
+    for name, tensor in now.items():
+        differs = _bits(before[name]) != _bits(tensor.detach().cpu())
+        selected = torch.zeros((), dtype=torch.int64)
+        if name in parts:
+            selected = differs.index_select(*parts[name]).sum()
+        changed += int(selected if inside else differs.sum() - selected)
+    return changed
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    masters = {id(module.selected) for module in model.modules() if isinstance(module, SparseLinear)}
+    parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in masters]
+    return [*parameters, *model.named_buffers()]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])

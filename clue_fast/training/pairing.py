@@ -1,0 +1,73 @@
+"""Pairs records to forget with records to keep: the data set, the order and the batches of unlearning."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch.utils.data import Dataset, Sampler
+
+from clue_fast.data import Collator, Example
+
+Examples: TypeAlias = "Sequence[Example]"
+
+
+class PairedRecords(Dataset[dict[str, Example]]):
+    """Pairs of a forget and a retain example, by the two indices that ``PairSampler`` gives."""
+
+    def __init__(self, forget: Examples, retain: Examples) -> None:
+        self.forget = forget
+        self.retain = retain
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Example]:
+        return {"forget": self.forget[pair[0]], "retain": self.retain[pair[1]]}
+
+
+class PairSampler(Sampler[tuple[int, int]]):
+    """Every forget record once an epoch; retain records in rounds, each of which uses every one once.
+
+    Args:
+        forget, retain: how many records there are.
+        seed: the orders are a function of it and of the epoch alone.
+
+    Attributes:
+        epoch: which epoch the next iteration is.
+    """
+
+    def __init__(self, forget: int, retain: int, seed: int) -> None:
+        self.forget = forget
+        self.retain = retain
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.forget
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = self._shuffled("forget", self.forget, self.epoch)
+        rounds: dict[int, list[int]] = {}
+        for place, forget in enumerate(order, start=self.epoch * self.forget):
+            number, offset = divmod(place, self.retain)
+            if number not in rounds:
+                rounds = {number: self._shuffled("retain", self.retain, number)}
+            yield forget, rounds[number][offset]
+
+    def _shuffled(self, name: str, count: int, number: int) -> list[int]:
+        return random.Random(f"{self.seed} {name} {number}").sample(range(count), count)
+
+
+class PairCollator:
+    """Collates pairs into ``{"forget": batch, "retain": batch}``, and plain examples into one plain batch."""
+
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Pads and stacks the items."""
+        if "forget" not in items[0]:
+            return self.collate(items)
+        return {side: self.collate([item[side] for item in items]) for side in ("forget", "retain")}

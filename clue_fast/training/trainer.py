@@ -1,0 +1,216 @@
+"""UnlearnTrainer: a ``transformers.Trainer`` that pairs what must be forgotten with what must be kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from clue_fast.data import Collator, Example, Source, encode, load_records, padding_token
+from clue_fast.errors import DataError
+from clue_fast.selection import Selection
+from clue_fast.training.objectives import Objective, get_objective
+from clue_fast.training.optimizer import SparseAdamW
+from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler
+from clue_fast.training.sparse import sparsify
+
+
+class UnlearnTrainer(Trainer):
+    """Trains the selected units of a model on an objective. Everything else is the Trainer everybody knows.
+
+    An epoch goes once through the forget records, in an order of its own; each is paired with one retain
+    record, and no retain record comes again before all have been used. Both orders are functions of
+    ``args.data_seed`` (or ``args.seed``) alone, so that a resumed run goes on as the first would have. The
+    model stays sparse afterwards (``trainer.sparse.restore()`` undoes it); ``save_model`` writes a plain
+    checkpoint at any time.
+
+    To resume, build the trainer on the model as it was before unlearning: it is the reference of NPO.
+
+    Args:
+        model: a causal language model; made sparse in place.
+        args: as of any Trainer; a copy is kept. Learning rate, betas, eps and weight decay go to
+            ``SparseAdamW``. ``args.optim`` has no effect. Default: nothing is saved on the way, nothing is
+            reported.
+        processing_class: the tokenizer; needed for records that are not encoded yet, saved with the model.
+        forget_dataset, retain_dataset: records (see ``clue_fast.data.load_records``), or examples already
+            encoded with ``input_ids`` and ``labels``.
+        selection: the units to train, made for this model.
+        objective: its name, or an ``Objective``.
+        layer_lr: learning rate of the last layer over that of the first, see ``SparseAdamW``.
+        max_length: longest example in tokens, for records that are not encoded yet.
+        kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``.
+
+    Attributes:
+        sparse: the ``Sparse`` of the model.
+        objective: the ``Objective``.
+        memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
+
+    Raises:
+        DataError: a data set is empty or unreadable, both are equal, or there is no tokenizer to encode it.
+        SelectionError, SparseError, NonFiniteError: see ``sparsify``.
+        UnknownNameError: no objective has that name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        forget_dataset: Source | Examples,
+        retain_dataset: Source | Examples,
+        selection: Selection,
+        objective: str | Objective = "npo",
+        layer_lr: float = 0.2,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.objective: Objective = get_objective(objective)
+        forget = _encoded(forget_dataset, "forget", processing_class, max_length)
+        retain = _encoded(retain_dataset, "retain", processing_class, max_length)
+        if forget == retain:
+            raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
+        args = _prepared(args)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._sampler = PairSampler(len(forget), len(retain), seed)
+        self._logged: dict[str, list[Tensor]] = {}
+        self.layer_lr = layer_lr
+        self.memory: dict[str, int] = {}
+        # First, since a Trainer creates its output folder as soon as it is made.
+        self.sparse = sparsify(model, selection)
+        try:
+            with _same_use_cache(model):
+                super().__init__(
+                    model=model,
+                    args=args,
+                    processing_class=processing_class,
+                    train_dataset=PairedRecords(forget, retain),
+                    data_collator=PairCollator(Collator(_padding(model, processing_class))),
+                    **kwargs,
+                )
+        except BaseException:
+            self.sparse.restore()
+            raise
+        if _is_reentrant(args):
+            model.enable_input_require_grads()  # type: ignore[operator]
+        # The loss is a mean over records: micro-batches are averaged, not summed over their tokens.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_Bookkeeping(self))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the ``SparseAdamW``, unless an optimizer was given."""
+        if self.optimizer is None:
+            self.optimizer = SparseAdamW(
+                self.model if model is None else model,  # type: ignore[arg-type]
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+                layer_lr=self.layer_lr,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the loss of the objective; for plain batches, as in evaluation, that of the model."""
+        if "forget" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        loss, logs = self.objective.loss(model, inputs["forget"], inputs["retain"], self._reference)
+        for name, value in logs.items():
+            self._logged.setdefault(name, []).append(value)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the objective, averaged since the last time, and the steps skipped so far."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._logged.items()}
+            logs["skipped_steps"] = getattr(self._optimizer(), "skipped_steps", 0)
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
+        return self._sampler
+
+    def _reference(self) -> AbstractContextManager[nn.Module]:
+        return self.sparse.original()
+
+    def _optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapping."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+class _Bookkeeping(TrainerCallback):
+    """Tells the sampler the epoch, and counts bytes when gradients and optimizer state are all there."""
+
+    def __init__(self, trainer: UnlearnTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # A whole number at the start of an epoch; in a resumed one, somewhere within it.
+        self.trainer._sampler.epoch = int(state.epoch)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.memory:
+            self.trainer.memory = self.trainer.sparse.bytes(self.trainer._optimizer())
+
+
+def _prepared(args: TrainingArguments | None) -> TrainingArguments:
+    if args is None:
+        args = TrainingArguments(output_dir="unlearned", save_strategy="no", report_to="none")
+    args = copy.copy(args)
+    args.remove_unused_columns = False  # no forward has arguments called forget and retain
+    args.logging_nan_inf_filter = False  # it would log the average of other steps instead of a NaN
+    return args
+
+
+@contextmanager
+def _same_use_cache(model: nn.Module) -> Iterator[None]:
+    """Keeps ``config.use_cache``: a Trainer turns it off, and every checkpoint of the model would have it off."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    yield
+    if before is not None:
+        config.use_cache = before
+
+
+def _is_reentrant(args: TrainingArguments) -> bool:
+    """Whether checkpointing drops all gradients unless the input of a layer needs one, and none here does."""
+    chosen = [
+        getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")
+    ]
+    return any(kwargs.get("use_reentrant", False) for kwargs in chosen)
+
+
+def _encoded(
+    source: Source | Examples, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+) -> list[Example]:
+    if not isinstance(source, (str, PathLike, Mapping)):
+        source = list(source)
+        if source and all(_is_example(item) for item in source):
+            return [{key: list(item[key]) for key in ("input_ids", "labels")} for item in source]  # type: ignore[index]
+    records = load_records(source, name)
+    if tokenizer is None:
+        raise DataError(f"the {name} set is text; pass the tokenizer as processing_class, or encode it")
+    return encode(records, tokenizer, max_length)
+
+
+def _is_example(item: Any) -> bool:
+    return isinstance(item, Mapping) and "input_ids" in item and "labels" in item
+
+
+def _padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    if tokenizer is not None:
+        return padding_token(tokenizer)
+    token = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return 0 if token is None else int(token)  # masked from attention and loss, so any token will do
