@@ -29,7 +29,7 @@ def diagnosis() -> str:
     lines.append("operators")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for operator in backends.OPERATORS:
-        choices = ", ".join(f"{device}: {backends.choose(operator, torch.device(device)).backend}" for device in devices)
+        choices = ", ".join(f"{device}: {backends.choose(operator, torch.device(device)).name}" for device in devices)
         lines.append(f"  {operator:<20}{choices}")
     return "\n".join(lines)
 

@@ -184,7 +184,7 @@ class Patched:
             device = self.model.get_submodule(site.gate).weight.device
             choice = backends.choose("gated_activation", device, recorder.backend)
             launches = recorder.launches.get(site.path, 0)
-            entries.append(SiteReport(site, "gated_activation", choice.backend, choice.reason, launches))
+            entries.append(SiteReport(site, "gated_activation", choice.name, choice.reason, launches))
         statistics = recorder.statistics
         tokens = {name: int(statistics.count[row].max()) for row, name in enumerate(statistics.groups)}
         return Report(entries, tokens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clue_fast.data import Collator, check_disjoint, encode, load_records
+from clue_fast.data import Collator, check_disjoint, encode, load_records, padding_token
 from clue_fast.localization.criteria import get_criterion, score
 from clue_fast.patching import Patched, patch
 from clue_fast.selection import Selection, check_budget, select
@@ -116,7 +116,7 @@ def measure(
         return record_groups(
             patched,
             data,
-            pad_token_id=pad_token_id(tokenizer),
+            pad_token_id=padding_token(tokenizer),
             gradients=chosen.gradients,
             tokens_per_batch=tokens_per_batch,
             progress=progress,
@@ -216,10 +216,3 @@ def _inference(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
