@@ -1,8 +1,8 @@
 """Which backend runs an operator, and why not another.
 
-`reference` is plain PyTorch and the definition of every operator; `cpp` is the C++ extension on CPU; `triton` runs
-on CUDA, ROCm and XPU, and on CPU tensors in its interpreter; `cuda` is the CUDA part of the extension. Every backend
-offers the same launch functions: they write into the tensors they are given and return None.
+`reference` is plain PyTorch and the definition of every operator; `cpp` is the C++ extension on CPU; `triton`
+runs on CUDA, ROCm and XPU, and on CPU tensors in its interpreter; `cuda` is the CUDA part of the extension.
+Every backend offers the same launch functions: they write into the tensors they are given and return None.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from clue_fast.errors import BackendError, UnknownNameError
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CLUE_FAST_BACKEND"
-PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference"), "xpu": ("triton", "reference")}
+PREFERENCE = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
 
 Launch = Callable[..., None]
 logger = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ class Operator:
 class Choice:
     """The backend an operator runs on, and why that one."""
 
-    backend: str
+    name: str
     reason: str
 
 
@@ -118,12 +122,12 @@ def choose(op: str, device: torch.device | str, backend: str | None = None) -> C
     Args:
         op: name of the operator, such as "gated_activation".
         device: where its tensors are.
-        backend: forces one; None leaves it to CLUE_FAST_BACKEND, and then to the preference of the device. The
-            variable holds for the operators that have such a backend; the others keep the preference.
+        backend: forces one; None leaves it to CLUE_FAST_BACKEND, and then to the preference of the device.
+            The variable holds for operators that have such a backend; the others keep the preference.
 
     Raises:
         UnknownNameError: no such operator or backend.
-        BackendError: the forced backend cannot run here, or does not implement this operator (`backend=` only).
+        BackendError: the forced backend cannot run here, or (`backend=` only) lacks this operator.
     """
     kind = torch.device(device).type
     if op not in OPERATORS:
@@ -156,18 +160,20 @@ def choose(op: str, device: torch.device | str, backend: str | None = None) -> C
 
 def launch(op: str, name: str, device: torch.device, backend: str | None) -> Launch:
     """The launch function `name` of an operator, on the backend that `choose` picks."""
-    return _launch(op, name, device.type, backend or os.environ.get(ENVIRONMENT_VARIABLE) or None, backend is not None)
+    return _launch(
+        op, name, device.type, backend or os.environ.get(ENVIRONMENT_VARIABLE) or None, backend is not None
+    )
 
 
 @cache
 def _launch(op: str, name: str, device: str, forced: str | None, explicit: bool) -> Launch:
     # `forced` is in the key so that a change of the environment variable is seen.
     choice = choose(op, device, forced if explicit else None)
-    if choice.backend == "reference":
+    if choice.name == "reference":
         if device == "cpu" and forced is None:
             _warn_reference(choice.reason)
         return OPERATORS[op].reference[name]
-    if choice.backend == "triton":
+    if choice.name == "triton":
         function: Launch = getattr(importlib.import_module(f"clue_fast.kernels.{op}"), name)
         return function
     overload: Launch = getattr(torch.ops.clue_fast_cpp, name).default

@@ -1,11 +1,14 @@
-"""Statistics of every channel by token group, of any tensor [tokens, channels], added to accumulators in place."""
+"""Statistics of every channel of a tensor by token group, added to accumulators in place."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clue_fast.ops import backend as backends
+from clue_fast.ops.library import define
 
 FIELDS = ("sum", "square_sum", "magnitude_sum", "magnitude_max", "active_count")
 GRADIENT_FIELDS = ("product_sum", "product_magnitude_sum", "product_square_sum")
@@ -15,6 +18,7 @@ GRADIENT_FIELDS = ("product_sum", "product_magnitude_sum", "product_square_sum")
 
 
 def reference_statistics(x: Tensor, group: Tensor, statistics: Tensor) -> None:
+    """Adds FIELDS of x to the row of each token's group."""
     for index, row in enumerate(statistics.unbind(0), start=1):
         a = x[group == index].double()
         if a.shape[0] == 0:
@@ -28,6 +32,7 @@ def reference_statistics(x: Tensor, group: Tensor, statistics: Tensor) -> None:
 
 
 def reference_attribution(x: Tensor, grad: Tensor, group: Tensor, gradient_statistics: Tensor) -> None:
+    """Adds GRADIENT_FIELDS of x * grad to the row of each token's group."""
     for index, row in enumerate(gradient_statistics.unbind(0), start=1):
         counted = group == index
         product = x[counted].double() * grad[counted].double()
@@ -47,13 +52,13 @@ backends.register(
 
 
 def rows(x: Tensor) -> Tensor:
-    """[..., channels] as [tokens, channels] with a contiguous last dimension; a view wherever that is possible."""
+    """[..., channels] as [tokens, channels], the last dimension contiguous; a view wherever possible."""
     flat = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def check_group(group: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless group holds one int8 for each token of x [..., channels], on the same device."""
+    """Raise ValueError unless group is one int8 for each token of x [..., channels], on the same device."""
     if group is None:
         raise ValueError("statistics need a group: int8, one for each token")
     if group.dtype != torch.int8:
@@ -79,63 +84,60 @@ def _check_accumulator(name: str, accumulator: Tensor, fields: int, x: Tensor) -
     if len(shape) != 3 or shape[1] != fields or shape[2] != channels:
         raise ValueError(f"{name} must be [groups, {fields}, {channels}], not {list(shape)}")
     if accumulator.stride(2) != 1 and channels > 1:
-        raise ValueError(f"the last dimension of {name} must be contiguous; its strides are {accumulator.stride()}")
+        raise ValueError(
+            f"the last dimension of {name} must be contiguous; its strides are {accumulator.stride()}"
+        )
     if accumulator.device != x.device:
         raise ValueError(f"{name} is on {accumulator.device}, the activation on {x.device}")
 
 
 # Schema and fake, for torch.compile.
 
-library = torch.library.Library("clue_fast", "FRAGMENT")
-library.define(
-    "channel_statistics(Tensor x, Tensor group, Tensor(a!) statistics, str? backend=None) -> ()"
-)
-library.define(
-    "channel_attribution(Tensor x, Tensor grad, Tensor group, Tensor(a!) gradient_statistics, str? backend=None) -> ()"
-)
 
-
-@torch.library.impl(library, "channel_statistics", "CompositeExplicitAutograd")
 def _statistics(x: Tensor, group: Tensor, statistics: Tensor, backend: str | None = None) -> None:
-    launch = backends.launch("channel_statistics", "channel_statistics", x.device, _backend_for(x, backend))
-    launch(rows(x), group.reshape(-1), statistics)
+    _launch("channel_statistics", x, backend)(rows(x), group.reshape(-1), statistics)
 
 
-@torch.library.impl(library, "channel_attribution", "CompositeExplicitAutograd")
 def _attribution(
     x: Tensor, grad: Tensor, group: Tensor, gradient_statistics: Tensor, backend: str | None = None
 ) -> None:
-    launch = backends.launch("channel_statistics", "channel_attribution", x.device, _backend_for(x, backend))
-    launch(rows(x), rows(grad), group.reshape(-1), gradient_statistics)
+    _launch("channel_attribution", x, backend)(rows(x), rows(grad), group.reshape(-1), gradient_statistics)
 
 
-def _backend_for(x: Tensor, backend: str | None) -> str | None:
-    return "reference" if x.dtype == torch.float64 else backend
+def _launch(name: str, x: Tensor, backend: str | None) -> backends.Launch:
+    if x.dtype == torch.float64:
+        backend = "reference"
+    return backends.launch("channel_statistics", name, x.device, backend)
 
 
-@torch.library.register_fake("clue_fast::channel_statistics", lib=library)
-def _fake_statistics(x: Tensor, group: Tensor, statistics: Tensor, backend: str | None = None) -> None:
+def _fake(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("clue_fast::channel_attribution", lib=library)
-def _fake_attribution(
-    x: Tensor, grad: Tensor, group: Tensor, gradient_statistics: Tensor, backend: str | None = None
-) -> None:
-    return None
+define(
+    "channel_statistics(Tensor x, Tensor group, Tensor(a!) statistics, str? backend=None) -> ()",
+    _statistics,
+    _fake,
+)
+define(
+    "channel_attribution(Tensor x, Tensor grad, Tensor group, Tensor(a!) gradient_statistics, "
+    "str? backend=None) -> ()",
+    _attribution,
+    _fake,
+)
 
 
 @torch.no_grad()
 def channel_statistics(x: Tensor, group: Tensor, statistics: Tensor, *, backend: str | None = None) -> None:
     """Add the statistics of x to the accumulators of each token's group; x takes no part in autograd.
 
-    Per channel: sum, sum of squares, sum of magnitudes, greatest magnitude, and the number of tokens in which it is
-    active, a > 0 (Pochinkov & Schoots 2024, arXiv 2403.01267). Tokens are counted by the caller. NaN and infinity
-    reach the sums.
+    Per channel: sum, sum of squares, sum of magnitudes, greatest magnitude, and the number of tokens in which
+    it is active, a > 0 (Pochinkov & Schoots 2024, arXiv 2403.01267). Tokens are counted by the caller. NaN
+    and infinity reach the sums.
 
     Args:
         x: [..., channels], float32, bfloat16 or float16 (float64 on the reference backend).
-        group: int8, one for each token; 0 = not counted, g counts into row g - 1; beyond the rows: not counted.
+        group: int8, one for each token; g counts into row g - 1; 0, and g beyond the rows, are not counted.
         statistics: float64 [groups, len(FIELDS), channels], last dimension contiguous, updated in place.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
@@ -161,10 +163,11 @@ def channel_attribution(
     patching: Syed, Rager & Conmy 2023, arXiv 2310.10348).
 
     Args:
-        x, grad: [..., channels], the activation and dL/dx, of one shape; dtypes as in `channel_statistics`.
-        group: int8, one for each token; 0 = not counted, g counts into row g - 1; beyond the rows: not counted.
-        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), channels], last dimension contiguous, updated
-            in place.
+        x: [..., channels], the activation; dtypes as in `channel_statistics`.
+        grad: dL/dx, in shape and dtype of x.
+        group: int8, one for each token; g counts into row g - 1; 0, and g beyond the rows, are not counted.
+        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), channels], last dimension contiguous,
+            updated in place.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Raises:
@@ -172,10 +175,14 @@ def channel_attribution(
         UnknownNameError, BackendError: the backend is unknown, or cannot run here.
     """
     if x.shape != grad.shape or x.dtype != grad.dtype:
-        raise ValueError(f"x and grad differ: {list(x.shape)} {x.dtype} against {list(grad.shape)} {grad.dtype}")
+        raise ValueError(
+            f"x and grad differ: {list(x.shape)} {x.dtype} against {list(grad.shape)} {grad.dtype}"
+        )
     check_group(group, x)
     check_statistics(x, None, gradient_statistics)
     if torch.compiler.is_compiling():
-        torch.ops.clue_fast.channel_attribution(x.detach(), grad.detach(), group, gradient_statistics, backend)
+        torch.ops.clue_fast.channel_attribution(
+            x.detach(), grad.detach(), group, gradient_statistics, backend
+        )
     else:
         _attribution(x, grad, group, gradient_statistics, backend)

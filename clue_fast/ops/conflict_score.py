@@ -10,6 +10,7 @@ from torch import Tensor
 from clue_fast.errors import UnknownNameError
 from clue_fast.ops import backend as backends
 from clue_fast.ops.channel_statistics import FIELDS, GRADIENT_FIELDS
+from clue_fast.ops.library import define
 
 CRITERIA_OPS = ("difference", "ratio", "attribution")
 VARIANCE_FLOOR = 1e-12
@@ -21,8 +22,14 @@ FORGET, RETAIN = 0, 1  # rows of the groups 1 and 2
 
 
 def reference(
-    statistics: Tensor, gradient_statistics: Tensor | None, count: Tensor, offsets: Tensor, criterion: str, out: Tensor
+    statistics: Tensor,
+    gradient_statistics: Tensor | None,
+    count: Tensor,
+    offsets: Tensor,
+    criterion: str,
+    out: Tensor,
 ) -> None:
+    """Writes the score of every unit; the formulas are in `conflict_score`."""
     widths = offsets.diff()
     tokens = count.double().repeat_interleave(widths, dim=1)[:2]
     if criterion == "attribution":
@@ -45,14 +52,7 @@ backends.register("conflict_score", ("reference", "cpp", "triton"), {"conflict_s
 
 # Schema and fake, for torch.compile.
 
-library = torch.library.Library("clue_fast", "FRAGMENT")
-library.define(
-    "conflict_score(Tensor statistics, Tensor? gradient_statistics, Tensor count, Tensor offsets, str criterion, "
-    "str? backend=None) -> Tensor"
-)
 
-
-@torch.library.impl(library, "conflict_score", "CompositeExplicitAutograd")
 def _score(
     statistics: Tensor,
     gradient_statistics: Tensor | None,
@@ -67,9 +67,16 @@ def _score(
     return out
 
 
-@torch.library.register_fake("clue_fast::conflict_score", lib=library)
 def _fake(statistics: Tensor, *_: Any) -> Tensor:
     return statistics.new_empty(statistics.shape[2], dtype=torch.float32)
+
+
+define(
+    "conflict_score(Tensor statistics, Tensor? gradient_statistics, Tensor count, Tensor offsets, "
+    "str criterion, str? backend=None) -> Tensor",
+    _score,
+    _fake,
+)
 
 
 @torch.no_grad()
@@ -84,20 +91,20 @@ def conflict_score(
 ) -> Tensor:
     """Score every unit from the statistics of group 1, forget, and group 2, retain.
 
-    difference:  |mean_f - mean_r| / sqrt((var_f + var_r) / 2 + 1e-12), the standardized difference of the means
-        (Cohen 1988, with the average variance).
+    difference:  |mean_f - mean_r| / sqrt((var_f + var_r) / 2 + 1e-12), the standardized difference of the
+        means (Cohen 1988, with the average variance).
     ratio:       E_f|a| / (E_r|a| + 0.01) (Pochinkov & Schoots 2024, arXiv 2403.01267).
     attribution: E_f|p| - E_r|p| with p = a * dL/da.
 
-    E, mean and var are over the counted tokens of the group; where a group has none the score is NaN. Computed in
-    float64.
+    E, mean and var are over the counted tokens of the group; where a group has none the score is NaN.
+    Computed in float64.
 
     Args:
         statistics: float64 [groups >= 2, len(FIELDS), units], the units of all sites side by side.
         count: int64 [groups, sites], tokens counted.
-        offsets: int64 [sites + 1], where each site begins among the units; offsets[0] = 0, offsets[-1] = units.
+        offsets: int64 [sites + 1], where each site begins among the units, from 0 to units.
         criterion: one of CRITERIA_OPS.
-        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), units]; needed by "attribution" only.
+        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), units]; for "attribution" only.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Returns:
@@ -130,7 +137,12 @@ def _check(
     ):
         if tensor is None:
             continue
-        if tensor.dtype != torch.float64 or tensor.dim() != 3 or tensor.shape[0] < 2 or tensor.shape[1] != fields:
+        if (
+            tensor.dtype != torch.float64
+            or tensor.dim() != 3
+            or tensor.shape[0] < 2
+            or tensor.shape[1] != fields
+        ):
             shape = f"{list(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"{name} must be [groups >= 2, {fields}, units] float64, not {shape}")
         if tensor.stride(2) != 1 and tensor.shape[2] > 1:
@@ -141,5 +153,6 @@ def _check(
         raise ValueError(f"count and offsets must be int64, not {count.dtype} and {offsets.dtype}")
     if offsets.dim() != 1 or count.shape != (statistics.shape[0], offsets.numel() - 1):
         raise ValueError(
-            f"count must be [groups, sites] and offsets [sites + 1], not {list(count.shape)} and {list(offsets.shape)}"
+            "count must be [groups, sites] and offsets [sites + 1], "
+            f"not {list(count.shape)} and {list(offsets.shape)}"
         )

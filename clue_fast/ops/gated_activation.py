@@ -1,4 +1,4 @@
-"""h = act(gate) * up, and while at it the statistics of h by token group.
+"""h = act(gate) * up, and on the way the statistics of h by token group.
 
 SwiGLU and its relatives: Shazeer 2020 (arXiv 2002.05202); ReLU squared: So et al. 2021 (arXiv 2109.08668).
 """
@@ -22,13 +22,14 @@ from clue_fast.ops.channel_statistics import (
     reference_statistics,
     rows,
 )
+from clue_fast.ops.library import define, define_autograd
 
 SQRT_HALF = 0.5**0.5
 SQRT_2_OVER_PI = 0.7978845608028654
 GELU_CUBIC = 0.044715
 
 
-# The definition: launch functions in plain PyTorch. They compute in float32 (float64 for float64) and round once.
+# The definition: launch functions in plain PyTorch. They compute in float32, or float64, and round once.
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,12 +79,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def reference(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
+    """Out = act(gate) * up."""
     out.copy_(VALUE[activation](_wide(gate)) * _wide(up))
 
 
 def reference_record(
     gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor
 ) -> None:
+    """The same, and adds out to the statistics."""
     reference(gate, up, out, activation)
     reference_statistics(out, group, statistics)
 
@@ -91,6 +94,7 @@ def reference_record(
 def reference_backward(
     grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, activation: str
 ) -> None:
+    """grad_gate = grad * up * act'(gate) and grad_up = grad * act(gate)."""
     value, slope = VALUE_AND_SLOPE[activation](_wide(gate))
     grad_gate.copy_(_wide(grad) * _wide(up) * slope)
     grad_up.copy_(_wide(grad) * value)
@@ -106,6 +110,7 @@ def reference_backward_record(
     group: Tensor,
     gradient_statistics: Tensor,
 ) -> None:
+    """The same, and adds h * grad to the gradient statistics."""
     reference_backward(grad, gate, up, grad_gate, grad_up, activation)
     h = torch.empty_like(grad)
     reference(gate, up, h, activation)
@@ -124,7 +129,7 @@ backends.register(
 )
 
 
-# One step forward and one backward, on whichever backend.
+# Forward and backward, on whichever backend.
 
 
 def _launch(name: str, like: Tensor, backend: str | None) -> backends.Launch:
@@ -134,7 +139,13 @@ def _launch(name: str, like: Tensor, backend: str | None) -> backends.Launch:
 
 
 def _forward(
-    gate: Tensor, up: Tensor, activation: str, group: Tensor | None, statistics: Tensor | None, backend: str | None
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor | None,
+    statistics: Tensor | None,
+    gradient_statistics: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if statistics is None or group is None:
@@ -152,7 +163,7 @@ def _backward(
     activation: str,
     group: Tensor | None,
     gradient_statistics: Tensor | None,
-    backend: str | None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grad_up = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -165,29 +176,10 @@ def _backward(
     return grad_gate, grad_up
 
 
-# Schema, fake and autograd, for torch.compile. The accumulators are not saved for backward but kept on the side:
-# other steps may add to them before this backward runs.
-
-library = torch.library.Library("clue_fast", "FRAGMENT")
-library.define(
-    "gated_activation(Tensor gate, Tensor up, str activation, Tensor? group=None, Tensor? gradient_statistics=None, "
-    "str? backend=None) -> Tensor"
-)
-library.define(
-    "gated_activation_record(Tensor gate, Tensor up, str activation, Tensor group, Tensor(a!) statistics, "
-    "Tensor? gradient_statistics=None, str? backend=None) -> Tensor"
-)
-library.define(
-    "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str activation, str? backend=None) "
-    "-> (Tensor, Tensor)"
-)
-library.define(
-    "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, str activation, Tensor group, "
-    "Tensor(a!) gradient_statistics, str? backend=None) -> (Tensor, Tensor)"
-)
+# Schema, fake and autograd. torch.compile goes through the operators; eager goes straight to the launch
+# function, since the dispatcher costs more than a small kernel.
 
 
-@torch.library.impl(library, "gated_activation", "CompositeExplicitAutograd")
 def _op(
     gate: Tensor,
     up: Tensor,
@@ -196,135 +188,88 @@ def _op(
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    return _forward(gate, up, activation, None, None, backend)
+    return _forward(gate, up, activation, group, None, gradient_statistics, backend)
 
 
-@torch.library.impl(library, "gated_activation_record", "CompositeExplicitAutograd")
-def _op_record(
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    group: Tensor,
-    statistics: Tensor,
-    gradient_statistics: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    return _forward(gate, up, activation, group, statistics, backend)
-
-
-@torch.library.impl(library, "gated_activation_backward", "CompositeExplicitAutograd")
 def _op_backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     return _backward(grad, gate, up, activation, None, None, backend)
 
 
-@torch.library.impl(library, "gated_activation_backward_record", "CompositeExplicitAutograd")
-def _op_backward_record(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    group: Tensor,
-    gradient_statistics: Tensor,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _backward(grad, gate, up, activation, group, gradient_statistics, backend)
-
-
-@torch.library.register_fake("clue_fast::gated_activation", lib=library)
-@torch.library.register_fake("clue_fast::gated_activation_record", lib=library)
 def _fake(gate: Tensor, *_: Any) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("clue_fast::gated_activation_backward", lib=library)
-@torch.library.register_fake("clue_fast::gated_activation_backward_record", lib=library)
 def _fake_backward(grad: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _save(
-    ctx: Any,
+define(
+    "gated_activation(Tensor gate, Tensor up, str activation, Tensor? group=None, "
+    "Tensor? gradient_statistics=None, str? backend=None) -> Tensor",
+    _op,
+    _fake,
+)
+define(
+    "gated_activation_record(Tensor gate, Tensor up, str activation, Tensor group, Tensor(a!) statistics, "
+    "Tensor? gradient_statistics=None, str? backend=None) -> Tensor",
+    _forward,
+    _fake,
+)
+define(
+    "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str activation, str? backend=None) "
+    "-> (Tensor, Tensor)",
+    _op_backward,
+    _fake_backward,
+)
+define(
+    "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, str activation, Tensor group, "
+    "Tensor(a!) gradient_statistics, str? backend=None) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _dispatch(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor | None,
+    statistics: Tensor | None,
+    gradient_statistics: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    out: Tensor
+    if statistics is None:
+        out = torch.ops.clue_fast.gated_activation(gate, up, activation, group, gradient_statistics, backend)
+    else:
+        out = torch.ops.clue_fast.gated_activation_record(
+            gate, up, activation, group, statistics, gradient_statistics, backend
+        )
+    return out
+
+
+def _dispatch_backward(
+    grad: Tensor,
     gate: Tensor,
     up: Tensor,
     activation: str,
     group: Tensor | None,
     gradient_statistics: Tensor | None,
     backend: str | None,
-) -> None:
-    ctx.save_for_backward(gate, up, *(() if gradient_statistics is None else (group,)))
-    ctx.activation, ctx.gradient_statistics, ctx.backend = activation, gradient_statistics, backend
-
-
-def _op_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up, *group = ctx.saved_tensors
-    if ctx.gradient_statistics is None:
-        grads = torch.ops.clue_fast.gated_activation_backward(grad, gate, up, ctx.activation, ctx.backend)
+) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor]
+    if gradient_statistics is None:
+        grads = torch.ops.clue_fast.gated_activation_backward(grad, gate, up, activation, backend)
     else:
         grads = torch.ops.clue_fast.gated_activation_backward_record(
-            grad, gate, up, ctx.activation, *group, ctx.gradient_statistics, ctx.backend
+            grad, gate, up, activation, group, gradient_statistics, backend
         )
-    return grads[0], grads[1]
+    return grads
 
 
-class _Recorded(torch.autograd.Function):
-    """Autograd of the mutating schema, which `register_autograd` takes only of functional ones."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        activation: str,
-        group: Tensor,
-        statistics: Tensor,
-        gradient_statistics: Tensor | None,
-        backend: str | None,
-    ) -> Tensor:
-        _save(ctx, gate, up, activation, group, gradient_statistics, backend)
-        with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = torch.ops.clue_fast.gated_activation_record(
-                gate, up, activation, group, statistics, gradient_statistics, backend
-            )
-        return out
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_op_differentiate(ctx, grad), None, None, None, None, None
-
-
-@torch.library.impl(library, "gated_activation_record", "Autograd")
-def _op_record_autograd(
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    group: Tensor,
-    statistics: Tensor,
-    gradient_statistics: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    out: Tensor = _Recorded.apply(gate, up, activation, group, statistics, gradient_statistics, backend)
-    return out
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate, up, activation, group, gradient_statistics, backend = inputs
-    _save(ctx, gate, up, activation, group, gradient_statistics, backend)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_op_differentiate(ctx, grad), None, None, None, None
-
-
-torch.library.register_autograd("clue_fast::gated_activation", _differentiate, setup_context=_setup, lib=library)
-
-
-# Eager: straight to the launch function, since the dispatcher costs more than a small kernel.
-
-
-class _Direct(torch.autograd.Function):
+class _GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -335,18 +280,58 @@ class _Direct(torch.autograd.Function):
         statistics: Tensor | None,
         gradient_statistics: Tensor | None,
         backend: str | None,
+        traced: bool,
     ) -> Tensor:
-        _save(ctx, gate, up, activation, group, gradient_statistics, backend)
-        return _forward(gate, up, activation, group, statistics, backend)
+        # What is saved must not depend on `statistics`: a recomputation saves the same, and goes without them.
+        # The accumulators stay aside, since other steps may add to them before this backward runs.
+        ctx.save_for_backward(gate, up, None if gradient_statistics is None else group)
+        ctx.gradient_statistics = gradient_statistics
+        ctx.activation, ctx.backend, ctx.traced = activation, backend, traced
+        arguments = gate, up, activation, group, statistics, gradient_statistics, backend
+        if not traced:
+            return _forward(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _dispatch(*arguments)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, *group = ctx.saved_tensors
-        grads = _backward(
-            grad, gate, up, ctx.activation, group[0] if group else None, ctx.gradient_statistics, ctx.backend
-        )
-        return *grads, None, None, None, None, None
+        gate, up, group = ctx.saved_tensors
+        run = _dispatch_backward if ctx.traced else _backward
+        grads = run(grad, gate, up, ctx.activation, group, ctx.gradient_statistics, ctx.backend)
+        return *grads, None, None, None, None, None, None
+
+
+def _apply(traced: bool, *arguments: Any) -> Tensor:
+    out: Tensor = _GatedActivation.apply(*arguments, traced)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _op_autograd(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor | None = None,
+    gradient_statistics: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    return _apply(True, gate, up, activation, group, None, gradient_statistics, backend)
+
+
+def _op_record_autograd(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    group: Tensor,
+    statistics: Tensor,
+    gradient_statistics: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    return _apply(True, gate, up, activation, group, statistics, gradient_statistics, backend)
+
+
+define_autograd("gated_activation", _op_autograd)
+define_autograd("gated_activation_record", _op_record_autograd)
 
 
 def gated_activation(
@@ -361,17 +346,18 @@ def gated_activation(
 ) -> Tensor:
     """Gated activation, with statistics by token group on request.
 
-    Computed in float32 and rounded once; what is recorded is h as rounded, which is what `down_proj` sees. Backward
-    saves gate and up only and recomputes h. Under gradient checkpointing the forward runs twice: pass
-    `statistics=None` the second time, and `gradient_statistics` both times, since backward runs once.
+    Computed in float32 and rounded once; what is recorded is h as rounded, which is what `down_proj` sees.
+    Backward saves gate and up only and recomputes h. Under gradient checkpointing the forward runs twice:
+    pass `statistics=None` the second time, and `gradient_statistics` both times, since backward runs once.
 
     Args:
-        gate, up: [..., channels], float32, bfloat16 or float16 (float64 on the reference backend); the halves of
-            one packed tensor are taken as they are, a last dimension that is not contiguous is copied.
+        gate: [..., channels], float32, bfloat16 or float16 (float64 on the reference backend). Halves of one
+            packed tensor are taken as they are; a last dimension that is not contiguous is copied.
+        up: in shape and dtype of gate.
         activation: one of ACTIVATIONS, applied to gate.
-        group: int8, one for each token; 0 = not counted, g counts into row g - 1; beyond the rows: not counted.
-        statistics: float64 [groups, len(FIELDS), channels], to which forward adds, in place.
-        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), channels], to which backward adds h * dL/dh.
+        group: int8, one for each token; g counts into row g - 1; 0, and g beyond the rows, are not counted.
+        statistics: float64 [groups, len(FIELDS), channels]; forward adds h.
+        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), channels]; backward adds h * dL/dh.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Returns:
@@ -391,16 +377,9 @@ def gated_activation(
     if statistics is not None or gradient_statistics is not None:
         check_group(group, gate)
         check_statistics(gate, statistics, gradient_statistics)
+    arguments = gate, up, activation, group, statistics, gradient_statistics, backend
     if torch.compiler.is_compiling():
-        out: Tensor
-        if statistics is None:
-            out = torch.ops.clue_fast.gated_activation(gate, up, activation, group, gradient_statistics, backend)
-        else:
-            out = torch.ops.clue_fast.gated_activation_record(
-                gate, up, activation, group, statistics, gradient_statistics, backend
-            )
-        return out
+        return _dispatch(*arguments)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        out = _Direct.apply(gate, up, activation, group, statistics, gradient_statistics, backend)
-        return out
-    return _forward(gate, up, activation, group, statistics, backend)
+        return _apply(False, *arguments)
+    return _forward(*arguments)

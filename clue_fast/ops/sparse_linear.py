@@ -1,4 +1,4 @@
-"""A linear layer of which only some rows or columns of the weight have a gradient."""
+"""A linear layer in which only some rows or columns of the weight have a gradient."""
 
 from __future__ import annotations
 
@@ -10,46 +10,135 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clue_fast.ops import backend as backends
+from clue_fast.ops.library import define
 
 ROWS, COLUMNS = 0, 1
+RUN = 1024  # tokens widened to float32 at a time: as fast as all at once, in bounded memory
 
 
-# The definition: the launch function in plain PyTorch, accumulated in float32 (float64 for float64).
+# The definition: the launch function in plain PyTorch. Its bfloat16 product takes 6.5 ms on CPU (205 rows,
+# 2048 tokens, 1024 features, 2 threads); PyTorch's own takes 3.7 ms, but rounds the gradient to bfloat16.
 
 
 def reference_backward(grad: Tensor, x: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
+    """Out = grad[:, index]^T x for rows, grad^T x[:, index] for columns."""
     if dim == ROWS:
         grad = grad.index_select(1, index)
     else:
         x = x.index_select(1, index)
-    torch.mm(grad.t().to(out.dtype), x.to(out.dtype), out=out)
+    out.zero_()
+    for grad_run, x_run in zip(torch.split(grad, RUN), torch.split(x, RUN), strict=True):
+        out.addmm_(grad_run.to(out.dtype).t(), x_run.to(out.dtype))
 
 
 backends.register("sparse_linear", ("reference", "cpp"), {"sparse_linear_backward": reference_backward})
 
 
-def _select(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """What backward needs of x: all of it for rows, the selected columns for columns."""
+# Forward and backward, on whichever backend. For rows all of x is kept, for columns only the selected ones.
+
+
+def _kept(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x if dim == ROWS else x.index_select(-1, index)
 
 
-def _backward(
-    grad: Tensor, saved: Tensor, index: Tensor, dim: int, like: Tensor, backend: str | None = None
-) -> Tensor:
-    """The gradient of the selected part, in shape and dtype of `like`; `saved` is what `_select` kept of x."""
-    grad, saved = _rows(grad), _rows(saved)
-    if dim == COLUMNS:
-        index = torch.arange(index.numel(), device=index.device)
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    if like.dtype == torch.float64:
+def _selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
+    out = torch.empty(
+        _selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad), device=grad.device
+    )
+    if out.dtype == torch.float64:
         backend = "reference"
-    backends.launch("sparse_linear", "sparse_linear_backward", grad.device, backend)(grad, saved, index, dim, out)
+    if dim == COLUMNS:
+        index = torch.arange(index.numel(), device=index.device)  # they are gathered already
+    launch = backends.launch("sparse_linear", "sparse_linear_backward", grad.device, backend)
+    launch(_rows(grad), _rows(kept), index, dim, out)
     return out
 
 
+def _selected_shape(grad: Tensor, kept: Tensor, index: Tensor, dim: int) -> tuple[int, int]:
+    return (index.shape[0], kept.shape[-1]) if dim == ROWS else (grad.shape[-1], index.shape[0])
+
+
+def _selected_dtype(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32
+
+
 def _rows(x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _save(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, dim: int, backend: str | None) -> None:
+    needs_x, _, _, needs_selected = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(
+        weight if needs_x else None, _kept(x, index, dim) if needs_selected else None, index
+    )
+    ctx.dim, ctx.backend = dim, backend
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, selected_grad: Any
+) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+    weight, kept, index = ctx.saved_tensors
+    needs_x, _, needs_bias, needs_selected = ctx.needs_input_grad[:4]
+    return (
+        grad @ weight if needs_x else None,
+        None,
+        grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None,
+        selected_grad(grad, kept, index, ctx.dim, ctx.backend) if needs_selected else None,
+    )
+
+
+# Schema, fake and autograd, for torch.compile.
+
+
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selected: Tensor,
+    index: Tensor,
+    dim: int,
+    backend: str | None = None,
+) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_selected_grad(
+    grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None
+) -> Tensor:
+    return grad.new_empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad))
+
+
+define(
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor selected, Tensor index, int dim, "
+    "str? backend=None) -> Tensor",
+    _op,
+    _fake,
+)
+define(
+    "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, str? backend=None) -> Tensor",
+    _selected_grad,
+    _fake_selected_grad,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _, index, dim, backend = inputs
+    _save(ctx, x, weight, index, dim, backend)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, grad, torch.ops.clue_fast.sparse_linear_backward), None, None, None
+
+
+torch.library.register_autograd("clue_fast::sparse_linear", _differentiate, setup_context=_setup)
+
+
+# Eager: straight to F.linear and to the launch function.
 
 
 class _Direct(torch.autograd.Function):
@@ -64,20 +153,13 @@ class _Direct(torch.autograd.Function):
         dim: int,
         backend: str | None,
     ) -> Tensor:
-        kept = _select(x, index, dim) if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(weight, selected, index, kept)
-        ctx.dim, ctx.backend = dim, backend
+        _save(ctx, x, weight, index, dim, backend)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, selected, index, kept = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_selected = ctx.needs_input_grad[:4]
-        grad_x = grad @ weight if needs_x else None
-        grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        grad_selected = _backward(grad, kept, index, ctx.dim, selected, ctx.backend) if needs_selected else None
-        return grad_x, None, grad_bias, grad_selected, None, None, None
+        return *_gradients(ctx, grad, _selected_grad), None, None, None
 
 
 def sparse_linear(
@@ -90,4 +172,57 @@ def sparse_linear(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    return _Direct.apply(x, weight, bias, selected, index, dim, backend)  # type: ignore[no-any-return]
+    """Exactly `F.linear(x, weight, bias)`, with a gradient for selected rows or columns of the weight only.
+
+    Backward gathers the selected columns of the output gradient (rows of the weight) or of x (columns of the
+    weight) and runs one thin matrix product, accumulated in float32. The weight itself gets no gradient.
+    Under autocast, x, weight and bias are cast as `F.linear` casts them.
+
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+        selected: the leaf that gets the gradient, float32 (float64 for float64 weights), [k, in_features] for
+            rows or [out_features, k] for columns. Never read.
+        index: int64 [k], sorted, unique, in range (not checked here).
+        dim: 0 for rows (output features), 1 for columns (input features).
+        backend: forces one for the backward, see `clue_fast.ops.backend.choose`.
+
+    Returns:
+        [..., out_features].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        UnknownNameError, BackendError: in backward, if the backend is unknown or cannot run here.
+    """
+    _check(weight, selected, index, dim)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        # Here rather than inside: an operator's body runs outside autocast once it is compiled.
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.clue_fast.sparse_linear(x, weight, bias, selected, index, dim, backend)
+    elif torch.is_grad_enabled():
+        out = _Direct.apply(x, weight, bias, selected, index, dim, backend)  # type: ignore[no-untyped-call]
+    else:
+        out = F.linear(x, weight, bias)
+    return out
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+def _check(weight: Tensor, selected: Tensor, index: Tensor, dim: int) -> None:
+    if dim not in (ROWS, COLUMNS):
+        raise ValueError(f"dim must be 0 for rows or 1 for columns, not {dim}")
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(f"index must be int64 [k], not {index.dtype} {list(index.shape)}")
+    shape = list(weight.shape)
+    shape[dim] = index.shape[0]
+    if list(selected.shape) != shape:
+        raise ValueError(f"selected must be {shape}, not {list(selected.shape)}")
+    if selected.dtype != torch.float32 and weight.dtype != torch.float64:
+        raise ValueError(f"selected must be float32, not {selected.dtype}")
