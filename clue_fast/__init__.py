@@ -33,7 +33,7 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.data import load_records
     from clue_fast.errors import ClueFastError
     from clue_fast.evaluation import evaluate

@@ -42,7 +42,9 @@ def save_tensors(path: str | os.PathLike[str], kind: str, tensors: dict[str, Ten
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable"
+        ) from error
     try:
         safetensors.torch.save_file(content, temporary, metadata=metadata)
         os.chmod(temporary, 0o644)

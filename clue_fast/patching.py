@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from clue_fast import ops
 from clue_fast.errors import NonFiniteError, PatchError, SiteError
 from clue_fast.ops import backend as backends
-from clue_fast.sites import Site, find_sites, model_fingerprint
+from clue_fast.sites import Site, find_sites, model_fingerprint, projection
 from clue_fast.statistics import Statistics
 
 _SITE_STATE = "_clue_fast_site"
@@ -50,13 +49,19 @@ class _SiteState:
 class FusedMLP(nn.Module):
     """Forward of a gated MLP through ``ops.gated_activation``; mixed into the class of a patched module."""
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
+        """Returns down(act(gate(x)) · up(x)), [..., width of the model]."""
         state: _SiteState = getattr(self, _SITE_STATE)
         gate, up = self.gate_proj(x), self.up_proj(x)
         recorder = state.recorder
         recorder.launches[state.site.path] = recorder.launches.get(state.site.path, 0) + 1
         if not recorder.recording:
-            return self.down_proj(ops.gated_activation(gate, up, state.site.activation, backend=recorder.backend))
+            h = ops.gated_activation(gate, up, state.site.activation, backend=recorder.backend)
+            return self._down(h)
         group = _group_for(state, gate)
         statistics = recorder.statistics
         # A recomputation under gradient checkpointing must not count its tokens again.
@@ -71,7 +76,11 @@ class FusedMLP(nn.Module):
             gradient_statistics=None if gradient_values is None else gradient_values[:, :, state.units],
             backend=recorder.backend,
         )
-        return self.down_proj(h)
+        return self._down(h)
+
+    def _down(self, h: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(h)
+        return y
 
 
 def _group_for(state: _SiteState, gate: Tensor) -> Tensor:
@@ -87,9 +96,14 @@ def _group_for(state: _SiteState, gate: Tensor) -> Tensor:
     return group
 
 
-@cache
+_fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fused{original.__name__}", (FusedMLP, original), {"__module__": __name__})
+    if original not in _fused_classes:
+        name = f"Fused{original.__name__}"
+        _fused_classes[original] = type(name, (FusedMLP, original), {"__module__": __name__})
+    return _fused_classes[original]
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,7 @@ class Patched:
         recorder = self._recorder
         entries = []
         for site in self.sites:
-            device = self.model.get_submodule(site.gate).weight.device
+            device = projection(self.model, site.gate).weight.device
             choice = backends.choose("gated_activation", device, recorder.backend)
             launches = recorder.launches.get(site.path, 0)
             entries.append(SiteReport(site, "gated_activation", choice.name, choice.reason, launches))
@@ -254,7 +268,7 @@ def batch_groups(
     Raises:
         PatchError: the groups do not fit the tokens, or are outside 0..groups.
     """
-    tokens = kwargs.get("input_ids", args[0] if args else None)
+    tokens: Tensor | None = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
     if tokens is None:
@@ -267,7 +281,7 @@ def batch_groups(
         if low < 0 or high > groups:
             raise PatchError(f"token_group holds {low}..{high}, the recorded groups are 0..{groups}")
         return given.to(tokens.device, torch.int8)
-    mask = kwargs.get("attention_mask")
+    mask: Tensor | None = kwargs.get("attention_mask")
     if mask is None:
         return torch.full(shape, default, dtype=torch.int8, device=tokens.device)
     if mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
@@ -296,9 +310,8 @@ def patch(model: nn.Module, *, backend: str | None = None) -> Patched:
         raise PatchError(f"this {type(model).__name__} is patched already; unpatch it first")
     sites = find_sites(model)
     for site in sites:
-        device = model.get_submodule(site.gate).weight.device
-        backends.choose("gated_activation", device, backend)
-        _probe(model.get_submodule(site.path), site, backend)
+        backends.choose("gated_activation", projection(model, site.gate).weight.device, backend)
+        _probe(model, site, backend)
     patched = Patched(model, sites, backend)
     model.__dict__[_PATCHED] = patched
     return patched
@@ -313,9 +326,10 @@ def unpatch(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, site: Site, backend: str | None) -> None:
+def _probe(model: nn.Module, site: Site, backend: str | None) -> None:
     """Compares the fused forward with the module's own on a few random tokens."""
-    weight = module.get_submodule("gate_proj").weight
+    module, gate, up, down = (model.get_submodule(path) for path in (site.path, site.gate, site.up, site.down))
+    weight = projection(model, site.gate).weight
     if weight.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)
@@ -323,10 +337,10 @@ def _probe(module: nn.Module, site: Site, backend: str | None) -> None:
     expected = module(x).float()
     if not bool(torch.isfinite(expected).all()):
         raise NonFiniteError(f"{site.path} gives NaN or infinity on finite input; check the weights of the model")
-    h = ops.gated_activation(module.gate_proj(x), module.up_proj(x), site.activation, backend=backend)
-    error = (module.down_proj(h).float() - expected).norm() / expected.norm().clamp_min(1e-30)
+    found = down(ops.gated_activation(gate(x), up(x), site.activation, backend=backend)).float()
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     if error > 8 * torch.finfo(weight.dtype).eps:
         raise SiteError(
-            f"{site.path} ({type(module).__name__}) does not compute down(act(gate) · up): off by {float(error):.1e}; "
+            f"{site.path} ({type(module).__name__}) does not compute down(act(gate) · up): off by {error:.1e}; "
             "it cannot be patched"
         )

@@ -104,7 +104,12 @@ def _figure(draw: Any, *data: Any) -> Figure:
 def _draw_layers(axes: Axes, selection: Selection) -> None:
     layers = [site.layer for site in selection.sites]
     axes.bar(layers, [len(selection.units(site)) for site in selection.sites], color=_COLORS["selected"])
-    axes.set(xlabel="layer", ylabel="units selected", xticks=layers, title=f"{len(selection)} selected units by layer")
+    axes.set(
+        xlabel="layer",
+        ylabel="units selected",
+        xticks=layers,
+        title=f"{len(selection)} selected units by layer",
+    )
 
 
 def _draw_scores(axes: Axes, selection: Selection, statistics: Statistics) -> None:
@@ -114,10 +119,14 @@ def _draw_scores(axes: Axes, selection: Selection, statistics: Statistics) -> No
         forget += on_forget.abs_mean.tolist()
         retain += on_retain.abs_mean.tolist()
         chosen += (selection.categories[site] != 0).tolist()
-    for label, wanted, color, size in (("other", False, "#b8c4cc", 4), ("selected", True, _COLORS["selected"], 10)):
+    for label, wanted, color, size in (
+        ("other", False, "#b8c4cc", 4),
+        ("selected", True, _COLORS["selected"], 10),
+    ):
         points = [(r, f) for r, f, c in zip(retain, forget, chosen, strict=True) if c is wanted]
         if points:
-            axes.scatter(*zip(*points, strict=True), s=size, color=color, label=f"{label} ({len(points)})", linewidths=0)
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=size, color=color, label=f"{label} ({len(points)})", linewidths=0)
     high = max([*forget, *retain, 1e-6])
     axes.plot([0, high], [0, high], color="#55606a", linewidth=0.8, linestyle="--")
     axes.set(xlabel="mean |activation| on retain", ylabel="mean |activation| on forget", title="Units")

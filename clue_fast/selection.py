@@ -94,7 +94,9 @@ class Selection:
         for site in self.sites:
             counts = torch.bincount(self.categories[site].long(), minlength=len(CATEGORIES)).tolist()
             lines.append(f"{site.path:<{width}}  {site.width:>5}  {'  '.join(f'{n:>10}' for n in counts)}")
-        lines.append(f"{len(self)} of {sum(s.width for s in self.sites)} units to train ({self.fraction:.2%}), {self.hash}")
+        lines.append(
+            f"{len(self)} of {sum(s.width for s in self.sites)} units to train ({self.fraction:.2%}), {self.hash}"
+        )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -170,7 +172,7 @@ def select(
     else:
         joined = torch.cat(list(scores.values()))
         top = _top(joined, _budgeted(budget, value, len(joined)))
-        chosen = dict(zip(scores, top.split([site.width for site in scores]), strict=True))
+        chosen = dict(zip(scores, torch.split(top, [site.width for site in scores]), strict=True))
     categories = {site: mask.to(torch.int8) * CONFLICT for site, mask in chosen.items()}
     source = {"criterion": scores.criterion, budget: value, "scope": scope}
     return Selection(tuple(scores), categories, scores, source, scores.fingerprint)
@@ -181,12 +183,12 @@ def check_budget(
 ) -> tuple[str, float]:
     """Returns the name and value of the one budget given (default a fraction of 0.05). Raises BudgetError."""
     given = {"fraction": fraction, "count": count, "threshold": threshold}
-    given = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
-    if len(given) > 1:
-        raise BudgetError(f"give one budget, not {' and '.join(given)}")
+    budgets = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
+    if len(budgets) > 1:
+        raise BudgetError(f"give one budget, not {' and '.join(budgets)}")
     if scope not in SCOPES:
         raise BudgetError(f"unknown scope {scope!r}; choose one of: {', '.join(SCOPES)}")
-    ((budget, value),) = given.items()
+    ((budget, value),) = budgets.items()
     if budget == "fraction" and not 0.0 < value <= 1.0:
         raise BudgetError(f"fraction {value} is outside (0, 1]")
     if budget == "count" and not (value >= 1 and value == int(value)):

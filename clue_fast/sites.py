@@ -71,6 +71,14 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def projection(model: nn.Module, path: str) -> nn.Linear:
+    """Returns the linear module at a path of a model, such as ``model.layers.3.mlp.gate_proj``."""
+    module = model.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise SiteError(f"{path} is a {type(module).__name__}, not a linear module; it was changed since it was found")
+    return module
+
+
 def identify_activation(function: Callable[[Tensor], Tensor]) -> str | None:
     """Returns the name of the activation that a function computes, found by evaluating it, or None."""
     grid = torch.linspace(-6.0, 6.0, 97)
@@ -108,10 +116,11 @@ def model_fingerprint(model: nn.Module) -> str:
 def _gated_mlps(model: nn.Module) -> Iterator[Site]:
     for path, module in model.named_modules():
         children = [getattr(module, name, None) for name in GATED_PROJECTIONS]
-        if not all(isinstance(child, nn.Linear) for child in children):
+        linear = [child for child in children if isinstance(child, nn.Linear)]
+        if len(linear) != len(children):
             continue
-        gate, up, down = children
-        if not (gate.weight.shape == up.weight.shape and down.in_features == gate.out_features):  # type: ignore[union-attr]
+        gate, up, down = linear
+        if gate.weight.shape != up.weight.shape or down.in_features != gate.out_features:
             continue
         activation = _activation_of(module)
         if activation is None:
@@ -120,7 +129,7 @@ def _gated_mlps(model: nn.Module) -> Iterator[Site]:
         yield Site(
             path=path,
             kind="mlp",
-            width=int(down.in_features),  # type: ignore[union-attr]
+            width=down.in_features,
             layer=_layer_index(path),
             gate=f"{prefix}gate_proj",
             up=f"{prefix}up_proj",

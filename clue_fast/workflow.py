@@ -164,9 +164,7 @@ def unlearn(
         evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
         if reference is not None:
             evaluation["reference"] = (
-                reference
-                if isinstance(reference, Mapping)
-                else evaluate(reference, tokenizer, sets, progress=progress)
+                reference if isinstance(reference, Mapping) else evaluate(reference, tokenizer, sets, progress=progress)
             )
     results = {
         "clue_fast": clue_fast.__version__,
@@ -342,7 +340,8 @@ def load_model(
         raise ModelError(
             f"cannot load the model {name}: {reason[0]} Name a folder with a Hugging Face checkpoint, or a model of the hub"
         ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), tokenizer  # type: ignore[arg-type]
 
 
 def check_weights(model: nn.Module) -> None:

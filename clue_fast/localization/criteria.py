@@ -66,7 +66,9 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def score(statistics: Statistics, criterion: str = "difference", *, seed: int = 0, backend: str | None = None) -> Scores:
+def score(
+    statistics: Statistics, criterion: str = "difference", *, seed: int = 0, backend: str | None = None
+) -> Scores:
     """Scores every unit of every site, in one launch.
 
     Args:
@@ -97,14 +99,16 @@ def score(statistics: Statistics, criterion: str = "difference", *, seed: int = 
     else:
         units = int(statistics.offsets[-1])
         values = torch.rand(units, generator=torch.Generator().manual_seed(seed)).to(statistics.values.device)
-    split = values.split([site.width for site in statistics.sites])
+    split = torch.split(values, [site.width for site in statistics.sites])
     return Scores(dict(zip(statistics.sites, split, strict=True)), criterion, statistics.fingerprint)
 
 
 def _require(statistics: Statistics, criterion: Criterion) -> None:
     for row, name in enumerate(DEFAULT_GROUPS):
         if statistics.groups[row] != name or int(statistics.count[row].min()) == 0:
-            raise PatchError(f"criterion {criterion.name!r} compares forget and retain, and no {name} token was recorded")
+            raise PatchError(
+                f"criterion {criterion.name!r} compares forget and retain, and no {name} token was recorded"
+            )
     if criterion.gradients and statistics.gradient_values is None:
         raise PatchError(f"criterion {criterion.name!r} needs gradients; record with gradients=True and run backward")
     statistics.check_finite()

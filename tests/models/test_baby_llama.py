@@ -16,7 +16,12 @@ def sample(model: LlamaForCausalLM, texts: int, tokens: int) -> torch.Tensor:
     """Text as the model writes it, [texts, tokens]."""
     torch.manual_seed(0)
     return model.generate(
-        torch.full((texts, 1), 1), do_sample=True, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1, top_k=0, pad_token_id=0
+        torch.full((texts, 1), 1),
+        do_sample=True,
+        max_new_tokens=tokens - 1,
+        min_new_tokens=tokens - 1,
+        top_k=0,
+        pad_token_id=0,
     )
 
 
@@ -34,7 +39,11 @@ def llama2c_logits(path: Path, tokens: list[int]) -> np.ndarray:
         return raw[position - size : position].reshape(shape)
 
     embedding, norm1 = take(vocabulary, width), take(layers, width)
-    wq, wk, wv = take(layers, width, width), take(layers, kv_heads * head, width), take(layers, kv_heads * head, width)
+    wq, wk, wv = (
+        take(layers, width, width),
+        take(layers, kv_heads * head, width),
+        take(layers, kv_heads * head, width),
+    )
     wo, norm2 = take(layers, width, width), take(layers, width)
     w1, w2, w3 = take(layers, hidden, width), take(layers, width, hidden), take(layers, hidden, width)
     norm3 = take(width)
@@ -133,4 +142,6 @@ def test_statistics_equal_those_of_hooks(baby_llama: LlamaForCausalLM) -> None:
                 "max_abs": activation.abs().amax(0),
                 "active_fraction": (activation > 0).double().mean(0),
             }.items():
-                torch.testing.assert_close(getattr(found, name), expected, rtol=1e-4, atol=2e-6, msg=f"{site.path} {name}")
+                torch.testing.assert_close(
+                    getattr(found, name), expected, rtol=1e-4, atol=2e-6, msg=f"{site.path} {name}"
+                )

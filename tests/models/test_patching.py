@@ -19,7 +19,15 @@ def state(model: nn.Module) -> list[object]:
     """Everything about a model that patching might leave behind."""
     found: list[object] = []
     for name, module in model.named_modules():
-        found.append((name, type(module), sorted(module.__dict__), len(module._forward_pre_hooks), len(module._forward_hooks)))
+        found.append(
+            (
+                name,
+                type(module),
+                sorted(module.__dict__),
+                len(module._forward_pre_hooks),
+                len(module._forward_hooks),
+            )
+        )
     return found
 
 
@@ -134,7 +142,9 @@ def test_gradient_statistics_equal_those_of_hooks(llama: LlamaForCausalLM) -> No
     def keep(name: str):
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             value = inputs[0].detach()
-            inputs[0].register_hook(lambda gradient: products.__setitem__(name, (value * gradient).double().flatten(0, 1)))
+            inputs[0].register_hook(
+                lambda gradient: products.__setitem__(name, (value * gradient).double().flatten(0, 1))
+            )
 
         return hook
 
@@ -249,7 +259,10 @@ class TestBadInput:
         with clue_fast.patch(llama) as patched:
             with torch.no_grad():
                 llama.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
-            with pytest.raises(NonFiniteError, match=r"first model\.layers\.1\.mlp"), patched.record("forget"):
+            with (
+                pytest.raises(NonFiniteError, match=r"first model\.layers\.1\.mlp"),
+                patched.record("forget"),
+            ):
                 llama(TOKENS)
             with pytest.raises(NonFiniteError):
                 patched.statistics.of(patched.sites[0], "forget")
@@ -259,5 +272,9 @@ class TestBadInput:
             clue_fast.patch(llama, backend="fpga")
 
     def test_a_part_of_the_model_is_called(self, llama: LlamaForCausalLM) -> None:
-        with clue_fast.patch(llama) as patched, patched.record("forget"), pytest.raises(PatchError, match="itself"):
+        with (
+            clue_fast.patch(llama) as patched,
+            patched.record("forget"),
+            pytest.raises(PatchError, match="itself"),
+        ):
             llama.model(TOKENS)
