@@ -52,15 +52,7 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Exactly ``F.linear(input, self.weight, self.bias)``; the gradient goes to ``selected``."""
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            # Autocast reaches into the forward of a custom function, but not into its backward.
-            dtype = torch.get_autocast_dtype(device)
-            input, weight = input.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return ops.sparse_linear(input, weight, bias, self.selected, self.index, self.dim)
+        return ops.sparse_linear(input, self.weight, self.bias, self.selected, self.index, self.dim)
 
     @torch.no_grad()
     def read_weight(self) -> None:

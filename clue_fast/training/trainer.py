@@ -176,7 +176,7 @@ def _prepared(args: TrainingArguments | None) -> TrainingArguments:
 
 @contextmanager
 def _same_use_cache(model: nn.Module) -> Iterator[None]:
-    """Keeps ``config.use_cache``: a Trainer turns it off, and every checkpoint of the model would have it off."""
+    """Keeps ``config.use_cache``, which a Trainer turns off and every checkpoint would then carry."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     yield

@@ -1,0 +1,251 @@
+"""SparseAdamW is AdamW on the selected part, in any dtype, and leaves every other bit alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clue_fast.errors import SparseError
+from clue_fast.selection import Selection
+from clue_fast.training import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def backward(model: Any, batch: dict[str, Tensor]) -> None:
+    model.zero_grad()
+    model(**batch).loss.backward()
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], count: int) -> None:
+    for _ in range(count):
+        backward(model, batch)
+        optimizer.step()
+
+
+def masters(model: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def plant_negative_zeros(model: Any, selection: Selection) -> None:
+    """A step that adds 0 to what it should leave alone turns -0.0 into 0.0."""
+    with torch.no_grad():
+        for site in selection.sites:
+            outside = [unit for unit in range(site.width) if unit not in selection.units(site)]
+            model.get_submodule(site.gate).weight[outside[0]] = -0.0
+            model.get_submodule(site.down).weight[:, outside[1]] = -0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_bit_outside_stays_and_inside_moves(dtype, make_model, make_selection, make_batch, tmp_path):
+    """200 steps with weight decay, interrupted in the middle and resumed from files."""
+    model, batch = make_model(dtype), make_batch()
+    selection = make_selection(model)
+    plant_negative_zeros(model, selection)
+    before = snapshot(model)
+    straight, broken = copy.deepcopy(model), copy.deepcopy(model)
+
+    sparsify(straight, selection)
+    optimizer = SparseAdamW(straight, lr=1e-3, weight_decay=0.1, layer_lr=0.3)
+    steps(straight, optimizer, batch, 200)
+
+    sparsify(broken, selection)
+    first = SparseAdamW(broken, lr=1e-3, weight_decay=0.1, layer_lr=0.3)
+    steps(broken, first, batch, 100)
+    torch.save(broken.state_dict(), tmp_path / "model.pt")
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    resumed = copy.deepcopy(model)
+    sparsify(resumed, selection)
+    resumed.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    second = SparseAdamW(resumed, lr=1.0)  # rates and decay come from the file
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    steps(resumed, second, batch, 100)
+
+    trained = masters(straight).numel()
+    assert changed_outside(before, straight, selection) == 0
+    assert changed_outside(before, resumed, selection) == 0
+    assert changed_inside(before, straight, selection) > 0.98 * trained
+    assert torch.equal(masters(straight), masters(resumed))
+    assert all(torch.equal(now, snapshot(resumed)[name]) for name, now in snapshot(straight).items())
+
+
+def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_batch):
+    """Dense AdamW, with what is not selected put back after every step."""
+    model, batch = make_model(), make_batch()
+    dense = copy.deepcopy(model)
+    selection = make_selection(model)
+    sparse = sparsify(model, selection)
+    optimizer = SparseAdamW(model, lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    trained = {path: dense.get_submodule(path).weight for path in sparse.modules}
+    reference = torch.optim.AdamW(trained.values(), lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    start = {path: weight.detach().clone() for path, weight in trained.items()}
+    for _ in range(20):
+        backward(dense, batch)
+        reference.step()
+        with torch.no_grad():
+            for path, module in sparse.modules.items():
+                kept = trained[path].index_select(module.dim, module.index)
+                trained[path].copy_(start[path]).index_copy_(module.dim, module.index, kept)
+        steps(model, optimizer, batch, 1)
+    for path, module in sparse.modules.items():
+        error = (module.weight - trained[path]).norm() / trained[path].norm()
+        assert error < 1e-6, path
+        assert not torch.equal(module.weight, start[path])
+
+
+def test_bf16_loses_no_update(make_model, make_selection, make_batch):
+    """Masters equal fp32 AdamW fed the same gradients; plain AdamW in bf16 hardly moves a weight at this rate."""
+    model, batch = make_model(torch.bfloat16), make_batch()
+    plain, selection = copy.deepcopy(model), make_selection(model)
+    before = snapshot(model)
+    sparse = sparsify(model, selection)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in sparse.trainable_parameters]
+    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1)
+    reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
+    for _ in range(200):
+        backward(model, batch)
+        for copied, p in zip(copies, sparse.trainable_parameters, strict=True):
+            copied.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    expected = torch.cat([p.detach().flatten() for p in copies])
+    assert (masters(model) - expected).norm() < 1e-6 * expected.norm()
+    for module in sparse.modules.values():
+        rounded = module.selected.detach().to(torch.bfloat16)
+        assert torch.equal(module.weight.index_select(module.dim, module.index), rounded)
+    own = changed_inside(before, model, selection)
+    torch_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6, weight_decay=0.1)
+    steps(plain, torch_optimizer, batch, 200)
+    # Weights of about 0.1 lie 5e-4 apart in bf16: half of them round elsewhere after 200 steps of 1e-6.
+    assert own > 0.4 * len(expected)
+    assert changed_inside(before, plain, selection) < 0.01 * len(expected)
+
+
+def test_bf16_follows_the_fp32_trajectory(make_model, make_selection, make_batch):
+    """As far, within 2 %, and in the same direction; gradients from a bf16 backward differ by percents."""
+    model, batch = make_model(torch.bfloat16), make_batch(32)
+    full = copy.deepcopy(model)
+    for parameter in full.parameters():
+        parameter.data = parameter.data.float()
+    moved = []
+    for one in (model, full):
+        sparsify(one, make_selection(one))
+        start = masters(one)
+        steps(one, SparseAdamW(one, lr=1e-6, weight_decay=0.1), batch, 100)
+        moved.append(masters(one) - start)
+    assert abs(moved[0].norm() / moved[1].norm() - 1) < 0.02
+    assert torch.cosine_similarity(*moved, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
+    value, make_model, make_selection, make_batch, caplog
+):
+    model, batch = make_model(torch.bfloat16), make_batch()
+    sparse = sparsify(model, make_selection(model))
+    optimizer = SparseAdamW(model, lr=1e-3)
+    steps(model, optimizer, batch, 2)
+    weights, state = snapshot(model), copy.deepcopy(optimizer.state_dict())
+    backward(model, batch)
+    path, module = list(sparse.modules.items())[4]
+    module.selected.grad[1, 2] = value
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert path in caplog.text and "1 of 9 modules" in caplog.text
+    assert all(torch.equal(weights[name], now) for name, now in snapshot(model).items())
+    for number, entry in optimizer.state_dict()["state"].items():
+        assert entry["step"] == 2
+        assert all(torch.equal(entry[k], state["state"][number][k]) for k in ("exp_avg", "exp_avg_sq", "master"))
+    steps(model, optimizer, batch, 1)
+    assert optimizer.skipped_steps == 1
+
+
+def test_layer_rates_are_geometric(make_model, make_selection):
+    model = make_model(layers=5)
+    sparsify(model, make_selection(model, layers=[0, 2, 3]))
+    optimizer = SparseAdamW(model, lr=1e-3, layer_lr=0.2)
+    assert [group["layer"] for group in optimizer.param_groups] == [0, 2, 3]
+    expected = [1e-3 * 0.2 ** (layer / 4) for layer in (0, 2, 3)]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+    assert [group["layer_scale"] for group in optimizer.param_groups] == pytest.approx([e / 1e-3 for e in expected])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert schedule.get_last_lr() == pytest.approx([0.5 * e for e in expected])
+
+
+def test_each_group_moves_at_its_own_rate(make_model, make_selection, make_batch):
+    """The first step of Adam moves a weight by its rate, whatever the gradient."""
+    model, batch = make_model(), make_batch()
+    sparse = sparsify(model, make_selection(model))
+    steps(model, SparseAdamW(model, lr=1e-3, eps=0.0, layer_lr=0.25), batch, 1)
+    for module in sparse.modules.values():
+        moved = (module.selected.detach() - module.original).abs().median()
+        assert float(moved) == pytest.approx(1e-3 * 0.25 ** (module.layer / 2), rel=1e-3)
+
+
+def test_one_layer_has_the_full_rate(make_model, make_selection):
+    model = make_model(layers=1)
+    sparsify(model, make_selection(model))
+    assert SparseAdamW(model, lr=1e-3, layer_lr=0.2).param_groups[0]["lr"] == 1e-3
+
+
+def test_tensors_without_gradient_are_skipped(make_model, make_selection, make_batch):
+    model, batch = make_model(), make_batch()
+    sparse = sparsify(model, make_selection(model))
+    optimizer = SparseAdamW(model, lr=1e-3)
+    backward(model, batch)
+    frozen = sparse.trainable_parameters[0]
+    frozen.grad = None
+    before = frozen.detach().clone()
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    assert frozen not in optimizer.state and len(optimizer.state) == 8
+    fresh = SparseAdamW(model)
+    fresh.load_state_dict(optimizer.state_dict())  # also with state for some tensors only
+    assert frozen not in fresh.state and len(fresh.state) == 8
+    entry = fresh.state[sparse.trainable_parameters[1]]
+    assert entry["exp_avg"] is not optimizer.state[sparse.trainable_parameters[1]]["exp_avg"]
+    model.zero_grad()
+    with pytest.raises(SparseError, match="no selected weight has a gradient"):
+        optimizer.step()
+
+
+def test_closure(make_model, make_selection, make_batch):
+    model, batch = make_model(), make_batch()
+    sparsify(model, make_selection(model))
+    optimizer = SparseAdamW(model)
+
+    def closure() -> float:
+        backward(model, batch)
+        return 3.0
+
+    assert optimizer.step(closure) == 3.0
+
+
+def test_refuses_what_does_not_fit(make_model, make_selection, make_batch):
+    model = make_model()
+    with pytest.raises(SparseError, match="sparsify"):
+        SparseAdamW(model)
+    sparsify(model, make_selection(model))
+    for wrong in ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"weight_decay": -0.1}, {"layer_lr": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SparseAdamW(model, **wrong)
+    optimizer = SparseAdamW(model)
+    for units, seed, message in ((5, 1, "other units"), (6, 0, "does not fit")):
+        other = make_model()
+        sparsify(other, make_selection(other, units=units, seed=seed))
+        with pytest.raises(SparseError, match=message):
+            optimizer.load_state_dict(SparseAdamW(other).state_dict())
+    dense = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(SparseError, match="does not fit"):
+        optimizer.load_state_dict(dense.state_dict())
+    backward(model, make_batch())
+    parameter = optimizer.param_groups[0]["params"][0]
+    parameter.data = parameter.data.bfloat16()
+    with pytest.raises(SparseError, match="must stay float32"):
+        optimizer.step()

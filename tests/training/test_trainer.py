@@ -1,0 +1,299 @@
+"""UnlearnTrainer, and SparseAdamW in the stock Trainer: what they train, log, save and resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+
+from clue_fast.data import Collator
+from clue_fast.errors import DataError, SelectionError, UnknownNameError
+from clue_fast.training import (
+    NPO,
+    SparseAdamW,
+    SparseLinear,
+    UnlearnTrainer,
+    changed_inside,
+    changed_outside,
+    snapshot,
+    sparsify,
+)
+from clue_fast.training.pairing import PairCollator, PairedRecords, PairSampler
+
+
+class Gradients(TrainerCallback):
+    """Remembers the gradients right before the first optimizer step, in one vector."""
+
+    def __init__(self) -> None:
+        self.vector: Any = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.vector is None:
+            self.vector = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+
+
+@pytest.fixture
+def make_trainer(make_model, make_selection, make_arguments, make_examples):
+    def make(model: Any = None, selection: Any = None, settings: Any = None, **kwargs: Any) -> UnlearnTrainer:
+        model = make_model() if model is None else model
+        return UnlearnTrainer(
+            model,
+            make_arguments(**settings or {}),
+            forget_dataset=kwargs.pop("forget", make_examples(10, seed=1)),
+            retain_dataset=kwargs.pop("retain", make_examples(7, seed=2)),
+            selection=make_selection(model) if selection is None else selection,
+            **kwargs,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", ["gradient_ascent", "gradient_difference", "npo", "simnpo"])
+def test_trains_the_selection_only_and_logs_its_terms(dtype, objective, make_model, make_selection, make_trainer):
+    model = make_model(dtype)
+    selection, before = make_selection(model), snapshot(model)
+    settings = {"num_train_epochs": 9, "per_device_train_batch_size": 10, "weight_decay": 0.1}
+    trainer = make_trainer(model, selection, settings, objective=objective)
+    trainer.train()
+    assert changed_outside(before, model, selection) == 0
+    assert changed_inside(before, model, selection) > 0.9 * sum(p.numel() for p in trainer.sparse.trainable_parameters)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 9
+    weight = trainer.objective.retain_weight
+    for entry in logs:
+        assert ("retain_loss" in entry) == (weight > 0)
+        expected = entry["forget_loss"] + weight * entry.get("retain_loss", 0.0)
+        assert entry["loss"] == pytest.approx(expected, rel=1e-3)
+        assert entry["skipped_steps"] == 0
+    if objective != "simnpo":  # which has nothing to forget in a model that knows nothing
+        assert logs[-1]["forget_nll"] > logs[0]["forget_nll"]
+
+
+def test_resume_gives_the_same_bits(make_model, make_selection, make_trainer):
+    """Interrupted in the middle of the second epoch, in bf16, where the weights alone would not do."""
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "weight_decay": 0.1}
+    model = make_model(torch.bfloat16)
+    selection, before = make_selection(model), snapshot(model)
+    twin = copy.deepcopy(model)
+    straight = make_trainer(model, selection, settings)
+    straight.train()
+    resumed = make_trainer(twin, selection, settings)
+    resumed.train(resume_from_checkpoint=str(Path(straight.args.output_dir) / "checkpoint-4"))
+    assert straight.state.global_step == resumed.state.global_step == 9
+    assert changed_outside(before, twin, selection) == 0
+    assert all(torch.equal(now, snapshot(twin)[name]) for name, now in snapshot(model).items())
+    for one, other in zip(straight.sparse.trainable_parameters, resumed.sparse.trainable_parameters, strict=True):
+        assert torch.equal(one, other)
+    keys = ("loss", "forget_loss", "forget_nll", "retain_loss", "grad_norm", "learning_rate", "epoch")
+    for one, other in zip(straight.state.log_history[:9], resumed.state.log_history[:9], strict=True):
+        assert [one[key] for key in keys] == [other[key] for key in keys]
+
+
+def test_is_a_function_of_the_seed(make_model, make_trainer):
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(torch.seed())  # whatever the state of the global generator
+        trainer = make_trainer(make_model(), settings={"seed": seed, "num_train_epochs": 2})
+        torch.rand(seed + 1)
+        trainer.train()
+        return torch.cat([p.detach().flatten() for p in trainer.sparse.trainable_parameters])
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+def test_checkpoint_is_plain(make_model, make_trainer, make_batch, tmp_path):
+    model, batch = make_model(), make_batch()
+    trainer = make_trainer(model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded, report = LlamaForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+    assert loaded.config.use_cache and model.config.use_cache
+    for file in (tmp_path / "saved").iterdir():
+        assert b"clue_fast" not in file.read_bytes(), file
+    trainer.sparse.restore()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_accumulation_equals_the_larger_batch(make_model, make_trainer, make_examples):
+    """To the rounding of a sum over some hundred tokens in float32: 100 * 2 ** -23."""
+    found = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        callback = Gradients()
+        settings = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 1,
+        }
+        make_trainer(settings=settings, callbacks=[callback], forget=make_examples(8, seed=1)).train()
+        found.append(callback.vector)
+    assert (found[0] - found[1]).norm() < 1.2e-5 * found[0].norm()
+
+
+def test_last_accumulation_of_an_epoch_may_be_short(make_trainer):
+    trainer = make_trainer(settings={"gradient_accumulation_steps": 2, "num_train_epochs": 1})
+    trainer.train()  # 10 records in batches of 4: 8, then 2
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, make_trainer):
+    found = []
+    for checkpointing in (False, True):
+        callback = Gradients()
+        settings = {
+            "max_steps": 1,
+            "gradient_checkpointing": checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant} if checkpointing else None,
+        }
+        make_trainer(settings=settings, callbacks=[callback]).train()
+        found.append(callback.vector)
+    assert torch.equal(*found)
+
+
+def test_memory_is_counted_at_the_first_step(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    trained = sum(p.nbytes for p in trainer.sparse.trainable_parameters)
+    assert trainer.memory["gradients"] == trainer.memory["trainable"] == trained
+    assert trainer.memory["optimizer_state"] == 2 * trained
+    assert trained < 0.1 * trainer.memory["weights"]
+
+
+def test_optimizer_has_the_arguments_of_the_trainer(make_trainer):
+    settings = {"learning_rate": 3e-4, "adam_beta1": 0.8, "adam_beta2": 0.98, "adam_epsilon": 1e-7, "weight_decay": 0.2}
+    optimizer = make_trainer(settings=settings, layer_lr=0.5).create_optimizer()
+    assert isinstance(optimizer, SparseAdamW)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-4, 3e-4 * 0.5**0.5, 1.5e-4])
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.98), 1e-7, 0.2)
+
+
+def test_clips_by_the_norm_of_the_selected_part(make_trainer):
+    callback = Gradients()
+    trainer = make_trainer(settings={"max_steps": 1, "max_grad_norm": 1e-3}, callbacks=[callback])
+    trainer.train()
+    assert callback.vector.numel() == sum(p.numel() for p in trainer.sparse.trainable_parameters)
+    assert float(callback.vector.norm()) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_steps_that_are_not_finite_are_logged_and_skipped(make_trainer):
+    trainer = make_trainer(objective=NPO(retain_weight=float("inf")), settings={"max_steps": 2})
+    before = snapshot(trainer.model)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["skipped_steps"] for entry in logs] == [1, 2]
+    assert not math.isfinite(logs[0]["loss"])
+    assert all(torch.equal(before[name], now) for name, now in snapshot(trainer.model).items())
+
+
+def test_evaluates_plain_examples(make_trainer, make_examples):
+    trainer = make_trainer(eval_dataset=make_examples(5, seed=3))
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_stock_trainer(make_model, make_selection, make_arguments, make_examples, tmp_path):
+    """A plain Trainer with SparseAdamW trains, clips, saves and resumes like UnlearnTrainer."""
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 1e-3}
+    finals = []
+    for resume in (None, str(tmp_path / "run" / "checkpoint-3")):
+        model = make_model(torch.bfloat16)
+        selection, before = make_selection(model), snapshot(model)
+        sparse = sparsify(model, selection)
+        callback = Gradients()
+        trainer = Trainer(
+            model,
+            make_arguments(**settings),
+            train_dataset=make_examples(10),
+            data_collator=Collator(0),
+            optimizers=(SparseAdamW(model, lr=1e-3, layer_lr=0.2, weight_decay=0.1), None),
+            callbacks=[callback],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert float(callback.vector.norm()) == pytest.approx(1e-3, rel=1e-4)
+        assert callback.vector.numel() == sum(p.numel() for p in sparse.trainable_parameters)
+        assert changed_outside(before, model, selection) == 0 < changed_inside(before, model, selection)
+        finals.append(snapshot(model))
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    assert "learning_rate" in trainer.state.log_history[0]
+
+
+def test_pairs_use_every_record_before_any_comes_again():
+    sampler = PairSampler(10, 7, seed=5)
+    pairs = []
+    for epoch in range(7):
+        sampler.epoch = epoch
+        drawn = list(sampler)
+        assert sorted(forget for forget, _ in drawn) == list(range(10))
+        assert drawn == list(sampler) and len(drawn) == len(sampler)
+        pairs += drawn
+    retain = [r for _, r in pairs]
+    for start in range(0, 70, 7):
+        assert sorted(retain[start : start + 7]) == list(range(7))
+    assert Counter(retain) == dict.fromkeys(range(7), 10)
+    assert [f for f, _ in pairs[:10]] != [f for f, _ in pairs[10:20]]
+    assert pairs[:10] != list(PairSampler(10, 7, seed=6))
+
+
+def test_collator_keeps_the_sides_apart(make_examples):
+    forget, retain = make_examples(3, seed=1), make_examples(2, seed=2)
+    paired = PairedRecords(forget, retain)
+    batch = PairCollator(Collator(9))([paired[2, 0], paired[0, 1]])
+    assert set(batch) == {"forget", "retain"}
+    longest = max(len(forget[i]["input_ids"]) for i in (2, 0))
+    assert batch["forget"]["input_ids"].shape == (2, longest)
+    assert batch["forget"]["input_ids"][0, : len(forget[2]["input_ids"])].tolist() == forget[2]["input_ids"]
+    assert batch["retain"]["labels"][1, : len(retain[1]["labels"])].tolist() == retain[1]["labels"]
+
+
+def test_a_refused_trainer_leaves_nothing_behind(make_model, make_selection, make_trainer, make_examples, tmp_path):
+    model = make_model()
+    same = make_examples(3)
+    cases = [
+        ({"objective": "dpo"}, UnknownNameError, "unknown objective"),
+        ({"forget": same, "retain": list(same)}, DataError, "equals the retain set"),
+        ({"forget": []}, DataError, "forget set is empty"),
+        ({"retain": [{"prompt": "a", "completion": "b"}]}, DataError, "processing_class"),
+        ({"selection": make_selection(make_model(seed=1))}, SelectionError, "belongs to the model"),
+        ({"no_such_argument": 1}, TypeError, "no_such_argument"),
+    ]
+    for wrong, error, message in cases:
+        with pytest.raises(error, match=message):
+            make_trainer(model, **wrong)
+        assert not any(isinstance(module, SparseLinear) for module in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
+    assert not (tmp_path / "run").exists()
+
+
+def test_arguments_of_the_user_are_not_touched(make_model, make_selection, make_arguments, make_examples):
+    args, model = make_arguments(), make_model()
+    before = args.to_json_string()
+    UnlearnTrainer(
+        model,
+        args,
+        forget_dataset=make_examples(2, seed=1),
+        retain_dataset=make_examples(2, seed=2),
+        selection=make_selection(model),
+    )
+    assert args.to_json_string() == before
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, json, clue_fast.training as t; "
+        "print(json.dumps([m for m in ('transformers', 'datasets', 'triton') if m in sys.modules])); "
+        "print('UnlearnTrainer' in t.__all__)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert json.loads(output[0]) == [] and output[1] == "True"
