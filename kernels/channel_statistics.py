@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import widened
 from .launch import INTERPRETED, on_device, warps
 
 FIELDS = 5  # sum, square_sum, magnitude_sum, magnitude_max, active_count
@@ -41,7 +42,8 @@ def no_sums(FIELDS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     zero = tl.zeros((ROWS, CHANNELS), tl.float32)
     if FIELDS == 3:
         return zero, zero, zero
-    return zero, zero, zero, zero, zero
+    else:
+        return zero, zero, zero, zero, zero
 
 
 @triton.jit
@@ -107,6 +109,13 @@ def tile_index(start, stop, channel, channels, DEPTH: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
+def tile_group(group, start, stop, DEPTH: tl.constexpr, ROWS: tl.constexpr):
+    """Group of each token of a tile, [DEPTH, ROWS, 1]; loaded in two dimensions, once a token and not a channel."""
+    token = start + tl.arange(0, DEPTH)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    return tl.load(group + token, mask=token < stop, other=0).to(tl.int32)[:, :, None]
+
+
+@triton.jit
 def channel_statistics_pass(
     x, grad, x_stride, grad_stride, group, partial, run, first, start, stop, channel, channels,
     GROUPS: tl.constexpr, FIELDS: tl.constexpr, SETS: tl.constexpr,
@@ -115,12 +124,12 @@ def channel_statistics_pass(
     """One walk over the tokens of a run for the groups first .. first + SETS - 1; with FIELDS == 3, of x * grad."""
     one = no_sums(FIELDS, ROWS, CHANNELS)
     two = no_sums(FIELDS, ROWS, CHANNELS)
-    for tile in range(start, stop, DEPTH * ROWS):
-        token, column, mask = tile_index(tile, stop, channel, channels, DEPTH, ROWS, CHANNELS)
-        member = tl.load(group + token, mask=token < stop, other=0).to(tl.int32)
-        value = tl.load(x + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    for at in range(start, stop, DEPTH * ROWS):
+        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS, CHANNELS)
+        member = tile_group(group, at, stop, DEPTH, ROWS)
+        value = widened(tl.load(x + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0))
         if FIELDS == 3:
-            slope = tl.load(grad + token.to(tl.int64) * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+            slope = widened(tl.load(grad + token.to(tl.int64) * grad_stride + column, mask=mask, other=0.0))
             value = value * slope
             one = add_products(one, value, member == first)
             if SETS == 2:
@@ -138,7 +147,7 @@ def channel_statistics_pass(
 def channel_statistics_fwd_kernel(
     x, grad, x_stride, grad_stride, group, partial, bounds, tokens, channels,
     GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUN: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, LANE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """First stage. x, grad: [tokens, channels] (grad is read with FIELDS == 3 only); group: int8 [tokens]."""
     blocks = tl.cdiv(channels, CHANNELS)
@@ -146,7 +155,7 @@ def channel_statistics_fwd_kernel(
     block = tl.program_id(0) % blocks
     start = run * RUN
     stop = tl.minimum(start + RUN, tokens)
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), LANE)
     low, high = group_bounds(group, bounds, run, block, start, stop, GROUPS, RUN)
     for first in range(low, high + 1, 2):
         if GROUPS == 1:
@@ -184,9 +193,10 @@ def add_partial(totals, partial, bounds, group, chunk, runs, channel, channels, 
     sum2 = totals[2] + tl.sum(tl.load(row + 2 * channels, mask=mask, other=0.0).to(tl.float64), 0)
     if FIELDS == 3:
         return sum0, sum1, sum2
-    maximum = tl.maximum(totals[3], tl.max(tl.load(row + 3 * channels, mask=mask, other=0.0), 0).to(tl.float64))
-    sum4 = totals[4] + tl.sum(tl.load(row + 4 * channels, mask=mask, other=0.0).to(tl.float64), 0)
-    return sum0, sum1, sum2, maximum, sum4
+    else:
+        largest = tl.max(tl.load(row + 3 * channels, mask=mask, other=0.0), 0).to(tl.float64)
+        sum4 = totals[4] + tl.sum(tl.load(row + 4 * channels, mask=mask, other=0.0).to(tl.float64), 0)
+        return sum0, sum1, sum2, tl.maximum(totals[3], largest), sum4
 
 
 @triton.jit
@@ -223,9 +233,15 @@ def run_length(tokens: int, channels: int) -> int:
     return length
 
 
-def tile_rows(dtype: torch.dtype) -> int:
-    """Rows of a tile of CHANNELS channels in which each thread has 16 bytes."""
-    return THREADS * (16 // dtype.itemsize) // CHANNELS
+def tile(dtype: torch.dtype, inputs: int, groups: int = 1) -> tuple[int, int, int]:
+    """Shape of a tile: its depth, its rows, and the neighboring channels of a thread.
+
+    A thread has 16 bytes of a row, and as many rows as make 64 bytes with all inputs. It keeps the sums of its
+    channels in registers; with a second set of them it has 4 channels, or the registers would run out.
+    """
+    lane = min(16 // dtype.itemsize, 8 if groups == 1 else 4)
+    depth = min(64 // (inputs * lane * dtype.itemsize), 4)
+    return 1 << depth.bit_length() - 1, THREADS * lane // CHANNELS, lane
 
 
 class Reduction:
@@ -266,8 +282,8 @@ def _reduce(x: torch.Tensor, grad: torch.Tensor, group: torch.Tensor, statistics
         reduction = Reduction(group, statistics)
         channel_statistics_fwd_kernel[reduction.grid](
             x, grad, x.stride(0), grad.stride(0), group, reduction.partial, reduction.bounds, tokens, channels,
-            reduction.groups, reduction.fields, RUN=reduction.run_length,
-            DEPTH=4, ROWS=tile_rows(x.dtype), CHANNELS=CHANNELS, num_warps=warps(THREADS),
+            reduction.groups, reduction.fields, reduction.run_length,
+            *tile(x.dtype, 1 if reduction.fields == FIELDS else 2, reduction.groups), CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
         reduction.fold()
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import exp2, reciprocal, rounded, widened
 from .channel_statistics import (
     CHANNELS,
     THREADS,
@@ -21,23 +22,24 @@ from .channel_statistics import (
     group_bounds,
     no_sums,
     store_sums,
+    tile_group,
+    tile,
     tile_index,
-    tile_rows,
 )
-from .launch import on_device, rounded, warps
+from .launch import on_device, warps
 
 
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)), fp32."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    return reciprocal(1.0 + exp2(x * -1.4426950408889634))
 
 
 @triton.jit
 def sigmoid_and_complement(x):
     """sigmoid(x) and 1 - sigmoid(x), fp32, each without cancellation."""
-    e = tl.exp(-x)
-    s = 1.0 / (1.0 + e)
+    e = exp2(x * -1.4426950408889634)
+    s = reciprocal(1.0 + e)
     return s, tl.where(x > 0, e * s, 1.0 - s)
 
 
@@ -46,12 +48,15 @@ def activate(g, ACTIVATION: tl.constexpr):
     """act(g), fp32. tanh is written as a sigmoid, 1 + tanh(z) = 2 sigmoid(2 z), which every target has."""
     if ACTIVATION == "silu":
         return g * sigmoid(g)
-    if ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         return g * sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    positive = tl.where(g <= 0, 0.0, g)  # NaN stays NaN
-    return positive * positive if ACTIVATION == "relu2" else positive
+    elif ACTIVATION == "relu2":
+        positive = tl.where(g <= 0, 0.0, g)  # NaN stays NaN
+        return positive * positive
+    else:
+        return tl.where(g <= 0, 0.0, g)
 
 
 @triton.jit
@@ -60,23 +65,24 @@ def activate_with_slope(g, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         s, complement = sigmoid_and_complement(g)
         return g * s, s * (1.0 + g * complement)
-    if ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         s, complement = sigmoid_and_complement(1.5957691216057308 * (g + 0.044715 * g * g * g))
         inner = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
         return g * s, s + g * s * complement * inner
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         cumulative = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
-        return g * cumulative, cumulative + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
-    positive = tl.where(g <= 0, 0.0, g)
-    if ACTIVATION == "relu2":
+        return g * cumulative, cumulative + g * 0.3989422804014327 * exp2(-0.7213475204444817 * g * g)
+    elif ACTIVATION == "relu2":
+        positive = tl.where(g <= 0, 0.0, g)  # NaN stays NaN
         return positive * positive, 2.0 * positive
-    return positive, tl.where(g <= 0, 0.0, 1.0)
+    else:
+        return tl.where(g <= 0, 0.0, g), tl.where(g <= 0, 0.0, 1.0)
 
 
 @triton.jit
 def load_tile(x, stride, token, column, mask):
     """x[token, column] in fp32."""
-    return tl.load(x + token.to(tl.int64) * stride + column, mask=mask, other=0.0).to(tl.float32)
+    return widened(tl.load(x + token.to(tl.int64) * stride + column, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -114,14 +120,14 @@ def gated_activation_fwd_pass(
     """One walk over the tokens of a run: writes h if first == low, sums the groups first .. first + SETS - 1."""
     one = no_sums(5, ROWS, CHANNELS)
     two = no_sums(5, ROWS, CHANNELS)
-    for tile in range(start, stop, DEPTH * ROWS):
-        token, column, mask = tile_index(tile, stop, channel, channels, DEPTH, ROWS, CHANNELS)
-        member = tl.load(group + token, mask=token < stop, other=0).to(tl.int32)
+    for at in range(start, stop, DEPTH * ROWS):
+        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS, CHANNELS)
+        member = tile_group(group, at, stop, DEPTH, ROWS)
         g = load_tile(gate, gate_stride, token, column, mask)
         u = load_tile(up, up_stride, token, column, mask)
         h = rounded(activate(g, ACTIVATION) * u, out.dtype.element_ty)
         store_tile(out, out_stride, token, column, mask & (first == low), h)
-        a = h.to(tl.float32)
+        a = widened(h)
         one = add_activations(one, a, member == first)
         if SETS == 2:
             two = add_activations(two, a, member == first + 1)
@@ -134,7 +140,7 @@ def gated_activation_fwd_pass(
 def gated_activation_record_fwd_kernel(
     gate, up, out, gate_stride, up_stride, out_stride, group, partial, bounds, tokens, channels,
     ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, LANE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """h of a run of RUN tokens and CHANNELS channels, and the first stage of its statistics."""
     blocks = tl.cdiv(channels, CHANNELS)
@@ -142,7 +148,7 @@ def gated_activation_record_fwd_kernel(
     block = tl.program_id(0) % blocks
     start = run * RUN
     stop = tl.minimum(start + RUN, tokens)
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), LANE)
     low, high = group_bounds(group, bounds, run, block, start, stop, GROUPS, RUN)
     for first in range(low, tl.maximum(low, high) + 1, 2):
         if GROUPS == 1:
@@ -199,9 +205,9 @@ def gated_activation_bwd_pass(
     """One walk over the tokens of a run: writes both gradients if first == low, sums h * grad of SETS groups."""
     one = no_sums(3, ROWS, CHANNELS)
     two = no_sums(3, ROWS, CHANNELS)
-    for tile in range(start, stop, DEPTH * ROWS):
-        token, column, mask = tile_index(tile, stop, channel, channels, DEPTH, ROWS, CHANNELS)
-        member = tl.load(group + token, mask=token < stop, other=0).to(tl.int32)
+    for at in range(start, stop, DEPTH * ROWS):
+        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS, CHANNELS)
+        member = tile_group(group, at, stop, DEPTH, ROWS)
         d = load_tile(grad, grad_stride, token, column, mask)
         g = load_tile(gate, gate_stride, token, column, mask)
         u = load_tile(up, up_stride, token, column, mask)
@@ -210,7 +216,7 @@ def gated_activation_bwd_pass(
         d_up = rounded(d * activation, grad_up.dtype.element_ty)
         store_tile(grad_gate, grad_gate_stride, token, column, mask & (first == low), d_gate)
         store_tile(grad_up, grad_up_stride, token, column, mask & (first == low), d_up)
-        p = rounded(activation * u, gate.dtype.element_ty).to(tl.float32) * d
+        p = widened(rounded(activation * u, gate.dtype.element_ty)) * d
         one = add_products(one, p, member == first)
         if SETS == 2:
             two = add_products(two, p, member == first + 1)
@@ -224,7 +230,7 @@ def gated_activation_record_bwd_kernel(
     grad, gate, up, grad_gate, grad_up, grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
     group, partial, bounds, tokens, channels,
     ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, LANE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a run of RUN tokens and CHANNELS channels, and the first stage of the sums of h * grad."""
     blocks = tl.cdiv(channels, CHANNELS)
@@ -232,7 +238,7 @@ def gated_activation_record_bwd_kernel(
     block = tl.program_id(0) % blocks
     start = run * RUN
     stop = tl.minimum(start + RUN, tokens)
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), LANE)
     low, high = group_bounds(group, bounds, run, block, start, stop, GROUPS, RUN)
     for first in range(low, tl.maximum(low, high) + 1, 2):
         if GROUPS == 1:
@@ -258,12 +264,7 @@ def gated_activation_record_bwd_kernel(
             )  # fmt: skip
 
 
-# Launch functions. DEPTH is the number of 16-byte loads a thread has in flight per input.
-
-FORWARD_DEPTH = 2
-RECORD_FORWARD_DEPTH = 2
-BACKWARD_DEPTH = 2
-RECORD_BACKWARD_DEPTH = 2
+# Launch functions
 
 
 def _tile_grid(tokens: int, channels: int, tile_tokens: int) -> tuple[int]:
@@ -280,11 +281,11 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, ac
     """
     if out.numel() == 0:
         return
-    rows = tile_rows(gate.dtype)
+    depth, rows, _ = tile(gate.dtype, 2)
     with on_device(gate):
-        gated_activation_fwd_kernel[_tile_grid(*gate.shape, FORWARD_DEPTH * rows)](
+        gated_activation_fwd_kernel[_tile_grid(*gate.shape, depth * rows)](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0), *gate.shape,
-            activation, FORWARD_DEPTH, rows, CHANNELS, num_warps=warps(THREADS),
+            activation, depth, rows, CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
 
 
@@ -310,7 +311,7 @@ def gated_activation_record(
         gated_activation_record_fwd_kernel[reduction.grid](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0), group, reduction.partial, reduction.bounds,
             *gate.shape, activation, reduction.groups, reduction.run_length,
-            RECORD_FORWARD_DEPTH, tile_rows(gate.dtype), CHANNELS, num_warps=warps(THREADS),
+            *tile(gate.dtype, 2, reduction.groups), CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
         reduction.fold()
 
@@ -332,12 +333,12 @@ def gated_activation_backward(
     """
     if grad.numel() == 0:
         return
-    rows = tile_rows(gate.dtype)
+    depth, rows, _ = tile(gate.dtype, 3)
     with on_device(gate):
-        gated_activation_bwd_kernel[_tile_grid(*gate.shape, BACKWARD_DEPTH * rows)](
+        gated_activation_bwd_kernel[_tile_grid(*gate.shape, depth * rows)](
             grad, gate, up, grad_gate, grad_up,
             grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), *gate.shape,
-            activation, BACKWARD_DEPTH, rows, CHANNELS, num_warps=warps(THREADS),
+            activation, depth, rows, CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
 
 
@@ -368,6 +369,6 @@ def gated_activation_backward_record(
             grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0),
             group, reduction.partial, reduction.bounds, *gate.shape,
             activation, reduction.groups, reduction.run_length,
-            RECORD_BACKWARD_DEPTH, tile_rows(gate.dtype), CHANNELS, num_warps=warps(THREADS),
+            *tile(gate.dtype, 3, reduction.groups), CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
         reduction.fold()
