@@ -1,0 +1,173 @@
+"""Criteria against their formulas, and localize from end to end."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import clue_fast
+from clue_fast.data import encode, load_records
+from clue_fast.errors import BudgetError, DataError, PatchError, SelectionError, UnknownNameError
+from clue_fast.localization import CRITERIA, measure, record_groups, score
+from clue_fast.people import make_people, records_of
+from clue_fast.pretraining import train_tokenizer
+from clue_fast.selection import Selection
+
+PEOPLE = make_people(6, seed=3)
+FORGET, RETAIN = records_of(PEOPLE[:2]), records_of(PEOPLE[2:])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(FORGET + RETAIN, vocab_size=400)
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=120,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list) -> dict:
+    """Activations and their products with the gradient of the log-odds, record by record, [answer tokens, width]."""
+    activations: dict[str, list[torch.Tensor]] = {}
+    products: dict[str, list[torch.Tensor]] = {}
+    for example in encode(records, tokenizer):
+        inputs, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            model.get_submodule(site.down).register_forward_pre_hook(
+                lambda _, args, path=site.path: (args[0].retain_grad(), seen.__setitem__(path, args[0]))[1]
+            )
+            for site in clue_fast.find_sites(model)
+        ]
+        probability = model(inputs).logits[0, :-1].double().softmax(-1)
+        answer = labels[1:] != -100
+        chosen = probability[answer, labels[1:][answer]]
+        (chosen.log() - (1 - chosen).log()).sum().backward()
+        for handle in handles:
+            handle.remove()
+        for path, value in seen.items():
+            counted = labels != -100
+            activations.setdefault(path, []).append(value[0, counted].detach().double())
+            products.setdefault(path, []).append((value * value.grad)[0, counted].detach().double())
+    return {
+        "activations": {path: torch.cat(parts) for path, parts in activations.items()},
+        "products": {path: torch.cat(parts) for path, parts in products.items()},
+    }
+
+
+@pytest.mark.parametrize("criterion", ["difference", "ratio", "attribution"])
+def test_scores_equal_the_formula_over_single_records(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, criterion: str
+) -> None:
+    forget, retain = (answer_activations(model, tokenizer, records) for records in (FORGET, RETAIN))
+    model.zero_grad()
+    scores = score(measure(model, FORGET, RETAIN, tokenizer=tokenizer, criterion=criterion, progress=False), criterion)
+    for site, found in scores.items():
+        f, r = forget["activations"][site.path], retain["activations"][site.path]
+        if criterion == "difference":
+            spread = ((f.var(0, correction=0) + r.var(0, correction=0)) / 2).sqrt()
+            expected = (f.mean(0) - r.mean(0)).abs() / spread
+        elif criterion == "ratio":
+            expected = f.abs().mean(0) / (r.abs().mean(0) + 0.01)
+        else:
+            f, r = forget["products"][site.path], retain["products"][site.path]
+            expected = f.abs().mean(0) - r.abs().mean(0)
+        scale = expected.abs().amax()
+        torch.testing.assert_close(found.double() / scale, expected / scale, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_random_is_a_function_of_the_seed_and_needs_no_data(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def found(seed: int) -> Selection:
+        return clue_fast.localize(
+            model, FORGET, RETAIN, tokenizer=tokenizer, criterion="random", seed=seed, progress=False
+        )
+
+    assert found(1).hash == found(1).hash != found(2).hash
+    assert [len(found(1).units(site)) for site in found(1).sites] == [6, 6]
+
+
+def test_the_batch_budget_does_not_change_the_selection(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = [
+        clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, tokens_per_batch=budget, progress=False)
+        for budget in (1, 200, 10_000)
+    ]
+    assert len({selection.hash for selection in found}) == 1
+
+
+def test_localize_leaves_the_model_as_it_was(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, criterion="attribution", progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert not model.lm_head.weight.requires_grad
+    assert model.model.norm.weight.requires_grad
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+def test_a_selection_belongs_to_its_model(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    selection = clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, progress=False)
+    selection.save(tmp_path / "s.safetensors")
+    assert Selection.load(tmp_path / "s.safetensors", copy.deepcopy(model).bfloat16()).hash == selection.hash
+    other = LlamaForCausalLM(model.config)
+    with pytest.raises(SelectionError, match="belongs to the model"):
+        Selection.load(tmp_path / "s.safetensors", other)
+
+
+class TestBadInput:
+    def test_unknown_criterion(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(UnknownNameError, match=r"'astrology'; choose one of: attribution"):
+            clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, criterion="astrology")
+
+    def test_forget_equal_to_retain(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(DataError, match="equals"):
+            clue_fast.localize(model, FORGET, FORGET, tokenizer=tokenizer)
+
+    def test_fraction(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(BudgetError, match="outside"):
+            clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, fraction=1.5)
+
+    def test_score_without_recording(self, model: LlamaForCausalLM) -> None:
+        with clue_fast.patch(model) as patched, pytest.raises(PatchError, match="no forget token"):
+            clue_fast.score(patched.statistics)
+
+    def test_attribution_without_gradients(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with clue_fast.patch(model) as patched:
+            data = [encode(load_records(records, "x"), tokenizer) for records in (FORGET, RETAIN)]
+            record_groups(patched, data, pad_token_id=0, progress=False)
+            with pytest.raises(PatchError, match="gradients=True"):
+                clue_fast.score(patched.statistics, "attribution")
+
+
+def test_every_criterion_names_its_source() -> None:
+    for name, criterion in CRITERIA.items():
+        assert criterion.name == name
+        assert criterion.formula and criterion.source

@@ -1,0 +1,154 @@
+"""Selections: budgets, categories, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, OutputError, SelectionError
+from clue_fast.selection import CONFLICT, FORGET, IRRELEVANT, RETAIN, Scores, Selection, select
+from clue_fast.sites import Site
+
+
+def make_site(layer: int, width: int) -> Site:
+    path = f"model.layers.{layer}.mlp"
+    return Site(path, "mlp", width, layer, f"{path}.gate_proj", f"{path}.up_proj", f"{path}.down_proj", "silu")
+
+
+def make_scores(*rows: list[float]) -> Scores:
+    values = {make_site(layer, len(row)): torch.tensor(row) for layer, row in enumerate(rows)}
+    return Scores(values, "difference", "f" * 16)
+
+
+SCORES = make_scores([0.1, 0.9, 0.5, 0.3], [8.0, 7.0, 6.0, 9.0])
+
+
+def chosen(selection: Selection) -> list[list[int]]:
+    return [selection.units(site).tolist() for site in selection.sites]
+
+
+def test_the_top_of_every_layer_is_selected() -> None:
+    assert chosen(select(SCORES, 0.5)) == [[1, 2], [0, 3]]
+    assert chosen(select(SCORES, 0.01)) == [[1], [3]]
+    assert chosen(select(SCORES, count=3)) == [[1, 2, 3], [0, 1, 3]]
+
+
+def test_a_global_budget_ranks_all_units_together() -> None:
+    assert chosen(select(SCORES, 0.5, scope="global")) == [[], [0, 1, 2, 3]]
+    assert chosen(select(SCORES, count=5, scope="global")) == [[1], [0, 1, 2, 3]]
+
+
+def test_a_threshold_is_inclusive() -> None:
+    assert chosen(select(SCORES, threshold=0.5)) == [[1, 2], [0, 1, 2, 3]]
+
+
+def test_ties_go_to_the_lower_unit() -> None:
+    assert chosen(select(make_scores([1.0] * 6), 0.5)) == [[0, 1, 2]]
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30), min_size=1, max_size=4),
+    fraction=st.floats(0.001, 1.0),
+    scope=st.sampled_from(["layer", "global"]),
+)
+def test_no_unit_left_out_beats_one_selected(rows: list[list[float]], fraction: float, scope: str) -> None:
+    scores = make_scores(*rows)
+    selection = select(scores, fraction, scope=scope)
+    pools = [list(scores)] if scope == "global" else [[site] for site in scores]
+    for pool in pools:
+        values = torch.cat([scores[site] for site in pool])
+        mask = torch.cat([selection.categories[site] == CONFLICT for site in pool])
+        assert int(mask.sum()) == max(1, round(fraction * len(values)))
+        if not bool(mask.all()):
+            assert values[mask].min() >= values[~mask].max()
+
+
+def test_units_to_train_are_forget_and_conflict() -> None:
+    site = make_site(0, 4)
+    categories = {site: torch.tensor([IRRELEVANT, FORGET, RETAIN, CONFLICT])}
+    selection = Selection([site], categories, {site: torch.zeros(4)}, {}, "f")
+    assert selection.units(site).tolist() == [1, 3]
+    assert selection.fraction == 0.5
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
+    selection = select(SCORES, 0.5)
+    selection.save(tmp_path / "selection.safetensors")
+    loaded = Selection.load(tmp_path / "selection.safetensors")
+    assert loaded.hash == selection.hash
+    assert loaded.source == selection.source
+    assert loaded.sites == selection.sites
+    assert all(torch.equal(loaded.scores[site], selection.scores[site]) for site in loaded.sites)
+    assert [path.name for path in tmp_path.iterdir()] == ["selection.safetensors"]
+
+
+def test_the_hash_depends_on_the_categories() -> None:
+    assert select(SCORES, 0.5).hash == select(SCORES, 0.49).hash
+    assert select(SCORES, 0.5).hash != select(SCORES, 0.25).hash
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
+    def test_fraction(self, fraction: float) -> None:
+        with pytest.raises(BudgetError, match="outside"):
+            select(SCORES, fraction)
+
+    @pytest.mark.parametrize("count", [0, -1, 2.5])
+    def test_count(self, count: float) -> None:
+        with pytest.raises(BudgetError, match="whole number"):
+            select(SCORES, count=count)  # type: ignore[arg-type]
+
+    def test_count_beyond_the_units(self) -> None:
+        with pytest.raises(BudgetError, match="more than the 4 units"):
+            select(SCORES, count=5)
+
+    def test_two_budgets(self) -> None:
+        with pytest.raises(BudgetError, match="one budget"):
+            select(SCORES, 0.1, count=3)
+
+    def test_scope(self) -> None:
+        with pytest.raises(BudgetError, match="planet"):
+            select(SCORES, 0.1, scope="planet")
+
+    def test_nan_score_names_the_site(self) -> None:
+        with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp"):
+            select(make_scores([1.0], [float("nan")]), 0.5)
+
+    def test_truncated_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "selection.safetensors"
+        select(SCORES, 0.5).save(path)
+        whole = path.read_bytes()
+        for length in (0, 7, 100, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            with pytest.raises(FileFormatError, match=r"selection\.safetensors"):
+                Selection.load(path)
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileFormatError, match="no such file"):
+            Selection.load(tmp_path / "none.safetensors")
+
+    def test_file_of_another_program(self, tmp_path: Path) -> None:
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        with pytest.raises(FileFormatError, match="another program"):
+            Selection.load(tmp_path / "model.safetensors")
+
+    def test_file_of_another_kind(self, tmp_path: Path) -> None:
+        from clue_fast.statistics import Statistics
+
+        Statistics([make_site(0, 4)], "f").save(tmp_path / "s.safetensors")
+        with pytest.raises(FileFormatError, match="holds statistics, not a selection"):
+            Selection.load(tmp_path / "s.safetensors")
+
+    def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="cannot write"):
+            select(SCORES, 0.5).save(tmp_path / "none" / "s.safetensors")
+
+    def test_categories_that_do_not_fit(self) -> None:
+        site = make_site(0, 4)
+        with pytest.raises(SelectionError, match="4 units"):
+            Selection([site], {site: torch.zeros(3)}, {site: torch.zeros(4)}, {}, "f")
