@@ -2,6 +2,10 @@
 // torch as clue_fast_cpp::* when this library is loaded.
 #include <pybind11/pybind11.h>
 
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/dispatch.h"
+
 namespace py = pybind11;
 
 static py::dict build_info() {
@@ -16,7 +20,17 @@ static py::dict build_info() {
   return info;
 }
 
+static py::dict cpu_info() {
+  py::dict info;
+  info["instruction_set"] = clue::name_of(clue::instruction_set());
+  info["threads"] = torch::stable::get_num_threads();
+  return info;
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of clue_fast.";
   m.def("build_info", &build_info, "Compiler, torch version and whether the CUDA sources are in.");
+  m.def("cpu_info", &cpu_info, "Instruction set in use and number of threads.");
+  m.def("use_instruction_set", &clue::use_instruction_set, py::arg("name"),
+        "Use 'baseline', 'x86-64-v3' or 'x86-64-v4' from now on; False if this machine cannot. For tests.");
 }

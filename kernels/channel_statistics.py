@@ -1,15 +1,15 @@
 """Statistics of every channel by token group, of any tensor [tokens, channels], in two stages.
 
-First stage: a program walks over up to 256 tokens of 128 channels. Each thread adds the tokens it sees to sums in
-its registers (fp32), the program folds its threads once at the end and writes one partial row per field and group.
-Second stage: one launch adds the partial rows to the float64 accumulators, always in the same order, without
-atomics: the same input gives the same bits.
+First stage: a program walks over a run of up to 256 tokens of 128 channels. Each thread adds the tokens it sees
+to sums in its registers (fp32); at the end the program folds its threads and writes one partial row per field and
+group. Second stage: one launch adds the partial rows to the float64 accumulators, always in the same order and
+without atomics, so that the same input gives the same bits.
 
-A program keeps one set of sums when its tokens belong to one group, two when they belong to two groups. It reads
-its tokens again only when they span more than two group numbers. Partial rows exist only for the range of groups
-that a program met, which it notes in `bounds`; the second stage skips the others.
+A program keeps one set of sums when the tokens of its run belong to one group, two when they belong to two. It
+reads its tokens again only when they span more than two group numbers. Partial rows are written for the range of
+groups that a run holds, which is noted in `bounds`; the second stage skips the others.
 
-Used alone, for MLPs that are not gated, and by gated_activation, which adds its output to the sums as it writes it.
+Used alone for MLPs that are not gated, and by gated_activation, which adds its output to the sums as it writes it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ MAXIMUM = 3  # the one field that is a maximum
 _MAXIMUM: tl.constexpr = tl.constexpr(MAXIMUM)
 
 CHANNELS = 128  # a program's channels: 16-byte loads for 16 lanes in half precision, for 32 lanes in fp32
-THREADS = 128
+THREADS = 2048 if INTERPRETED else 128  # the time of the interpreter is the number of its tiles
 RUN = 256  # the most tokens that are summed in fp32
-SHORTEST_RUN = RUN if INTERPRETED else 32  # the interpreter's time is the number of its programs
+SHORTEST_RUN = RUN if INTERPRETED else 32
 PROGRAMS = 1024  # with fewer programs than this the runs get shorter, so that a short input fills a GPU too
+FOLD_RUNS = 32  # of the second stage: partial rows that a program loads at once
+FOLD_CHANNELS = 128 if INTERPRETED else 32
 
 
 # First stage: one set of sums is a tuple with one tensor [rows, channels] per field.
@@ -50,8 +52,8 @@ def no_sums(FIELDS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 def add_activations(sums, a, member):
     """Adds the tokens of one group to its sums.
 
-    a: fp32 [DEPTH, ROWS, CHANNELS]; member: [DEPTH, ROWS, 1], which tokens count. They are picked with `where`:
-    0 times NaN of a token outside the group would be NaN.
+    a: fp32 [DEPTH, ROWS, CHANNELS]; member: [DEPTH, ROWS, 1], which tokens count. They are picked with `where`,
+    since 0 times the NaN of a token outside the group would be NaN.
     """
     a = tl.where(member, a, 0.0)
     magnitude = tl.abs(a)
@@ -73,7 +75,10 @@ def add_products(sums, p, member):
 
 @triton.jit
 def group_bounds(group, bounds, run, block, start, stop, GROUPS: tl.constexpr, RUN: tl.constexpr):
-    """Lowest and highest group among the tokens [start, stop) of a run, (1, 0) where none counts; noted in bounds."""
+    """Lowest and highest group among the tokens start .. stop - 1 of a run, also noted in bounds [runs, 2].
+
+    (1, 0) where no token counts. With one group it is always (1, 1).
+    """
     if GROUPS == 1:
         low = 1
         high = 1
@@ -98,7 +103,7 @@ def store_sums(sums, partial, run, group, channel, channels, GROUPS: tl.constexp
 
 
 @triton.jit
-def tile_index(start, stop, channel, channels, DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def tile_index(start, stop, channel, channels, DEPTH: tl.constexpr, ROWS: tl.constexpr):
     """Tokens [DEPTH, ROWS, 1], channels [1, 1, CHANNELS] and the mask of a tile.
 
     The leading dimension lies within a thread: each thread has DEPTH loads of 16 bytes in flight.
@@ -106,6 +111,12 @@ def tile_index(start, stop, channel, channels, DEPTH: tl.constexpr, ROWS: tl.con
     token = start + tl.arange(0, DEPTH)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
     column = channel[None, None, :]
     return token, column, (token < stop) & (column < channels)
+
+
+@triton.jit
+def load_tile(x, stride, token, column, mask):
+    """x[token, column] in fp32."""
+    return widened(tl.load(x + token.to(tl.int64) * stride + column, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -121,16 +132,18 @@ def channel_statistics_pass(
     GROUPS: tl.constexpr, FIELDS: tl.constexpr, SETS: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One walk over the tokens of a run for the groups first .. first + SETS - 1; with FIELDS == 3, of x * grad."""
+    """One walk over the tokens of a run for the groups first .. first + SETS - 1.
+
+    It sums x, or with FIELDS == 3 the products x * grad.
+    """
     one = no_sums(FIELDS, ROWS, CHANNELS)
     two = no_sums(FIELDS, ROWS, CHANNELS)
     for at in range(start, stop, DEPTH * ROWS):
-        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS, CHANNELS)
+        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
         member = tile_group(group, at, stop, DEPTH, ROWS)
-        value = widened(tl.load(x + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0))
+        value = load_tile(x, x_stride, token, column, mask)
         if FIELDS == 3:
-            slope = widened(tl.load(grad + token.to(tl.int64) * grad_stride + column, mask=mask, other=0.0))
-            value = value * slope
+            value = value * load_tile(grad, grad_stride, token, column, mask)
             one = add_products(one, value, member == first)
             if SETS == 2:
                 two = add_products(two, value, member == first + 1)
@@ -158,7 +171,7 @@ def channel_statistics_fwd_kernel(
     channel = block * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), LANE)
     low, high = group_bounds(group, bounds, run, block, start, stop, GROUPS, RUN)
     for first in range(low, high + 1, 2):
-        if GROUPS == 1:
+        if GROUPS == 1:  # noqa: SIM114, known when compiled, the next condition is not
             channel_statistics_pass(
                 x, grad, x_stride, grad_stride, group, partial, run, first, start, stop, channel, channels,
                 GROUPS, FIELDS, 1, DEPTH, ROWS, CHANNELS,
@@ -175,15 +188,17 @@ def channel_statistics_fwd_kernel(
             )  # fmt: skip
 
 
-# Second stage. A program holds all fields of its channels at the end: a score that needs nothing else, such as the
-# closed forms of conflict_score, can be computed and written there.
+# Second stage. A program holds all fields of its channels at the end: a score that needs nothing else, such as
+# the closed forms of conflict_score, can be computed and written there.
 
 
 @triton.jit
-def add_partial(totals, partial, bounds, group, chunk, runs, channel, channels, GROUPS: tl.constexpr,
-                FIELDS: tl.constexpr, RUNS: tl.constexpr):  # fmt: skip
-    """Adds the partial rows of RUNS runs to totals, a tuple of float64 [channels] with one entry per field."""
-    run = chunk + tl.arange(0, RUNS)
+def add_partial(
+    totals, partial, bounds, group, start, runs, channel, channels,
+    GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial rows of RUNS runs to totals, a tuple with one float64 [CHANNELS] per field."""
+    run = start + tl.arange(0, RUNS)
     low = tl.load(bounds + 2 * run, mask=run < runs, other=1)
     high = tl.load(bounds + 2 * run + 1, mask=run < runs, other=0)
     mask = ((low <= group) & (group <= high))[:, None] & (channel < channels)[None, :]
@@ -204,15 +219,17 @@ def channel_statistics_fold_kernel(
     partial, bounds, statistics, group_stride, field_stride, runs, channels,
     GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Second stage: adds partial [runs, GROUPS, FIELDS, channels] to statistics, float64 [GROUPS, FIELDS, channels]."""
+    """Second stage: adds partial [runs, GROUPS, FIELDS, channels] to statistics [GROUPS, FIELDS, channels]."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     mask = channel < channels
     row = statistics + channel
     for group in range(1, GROUPS + 1):
         zero = tl.zeros((CHANNELS,), tl.float64)
         totals = (zero, zero, zero) if FIELDS == 3 else (zero, zero, zero, zero, zero)
-        for chunk in range(0, runs, RUNS):
-            totals = add_partial(totals, partial, bounds, group, chunk, runs, channel, channels, GROUPS, FIELDS, RUNS)
+        for start in range(0, runs, RUNS):
+            totals = add_partial(
+                totals, partial, bounds, group, start, runs, channel, channels, GROUPS, FIELDS, RUNS
+            )  # fmt: skip
         for field in tl.static_range(FIELDS):
             cell = row + field * field_stride
             before = tl.load(cell, mask=mask, other=0.0)
@@ -234,10 +251,11 @@ def run_length(tokens: int, channels: int) -> int:
 
 
 def tile(dtype: torch.dtype, inputs: int, groups: int = 1) -> tuple[int, int, int]:
-    """Shape of a tile: its depth, its rows, and the neighboring channels of a thread.
+    """Shape of a tile: its depth, its rows, and the lane, which is the neighboring channels of a thread.
 
-    A thread has 16 bytes of a row, and as many rows as make 64 bytes with all inputs. It keeps the sums of its
-    channels in registers; with a second set of them it has 4 channels, or the registers would run out.
+    A thread loads 16 bytes of a row at once, and of so many rows that 64 bytes of all inputs are under way. The
+    sums of its channels stay in registers; with two sets of them a lane has 4 channels, at 8 two blocks of threads
+    fewer fit on a multiprocessor (168 registers instead of 96).
     """
     lane = min(16 // dtype.itemsize, 8 if groups == 1 else 4)
     depth = min(64 // (inputs * lane * dtype.itemsize), 4)
@@ -268,22 +286,24 @@ class Reduction:
 
     def fold(self) -> None:
         """Add the partial rows to the statistics."""
-        channel_statistics_fold_kernel[(triton.cdiv(self.channels, 32),)](
+        channel_statistics_fold_kernel[(triton.cdiv(self.channels, FOLD_CHANNELS),)](
             self.partial, self.bounds, self.statistics, self.statistics.stride(0), self.statistics.stride(1),
-            self.runs, self.channels, self.groups, self.fields, RUNS=32, CHANNELS=32, num_warps=warps(THREADS),
+            self.runs, self.channels, self.groups, self.fields, FOLD_RUNS, FOLD_CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
 
 
-def _reduce(x: torch.Tensor, grad: torch.Tensor, group: torch.Tensor, statistics: torch.Tensor) -> None:
+def _reduce(
+    x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tensor, statistics: torch.Tensor
+) -> None:
     if x.numel() == 0:
         return
     tokens, channels = x.shape
     with on_device(x):
         reduction = Reduction(group, statistics)
         channel_statistics_fwd_kernel[reduction.grid](
-            x, grad, x.stride(0), grad.stride(0), group, reduction.partial, reduction.bounds, tokens, channels,
-            reduction.groups, reduction.fields, reduction.run_length,
-            *tile(x.dtype, 1 if reduction.fields == FIELDS else 2, reduction.groups), CHANNELS, num_warps=warps(THREADS),
+            x, grad, x.stride(0), grad.stride(0), group, reduction.partial, reduction.bounds,
+            tokens, channels, reduction.groups, reduction.fields, reduction.run_length,
+            *tile(x.dtype, inputs, reduction.groups), CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
         reduction.fold()
 
@@ -297,7 +317,7 @@ def channel_statistics(x: torch.Tensor, group: torch.Tensor, statistics: torch.T
         statistics: float64 [G, 5, channels], last stride 1: sum, square_sum, magnitude_sum, magnitude_max,
             active_count (active: x > 0); updated in place. A NaN reaches the sums, not the maximum.
     """
-    _reduce(x, x, group, statistics)
+    _reduce(x, x, 1, group, statistics)
 
 
 def channel_attribution(
@@ -311,4 +331,4 @@ def channel_attribution(
         gradient_statistics: float64 [G, 3, channels], last stride 1: product_sum, product_magnitude_sum,
             product_square_sum; updated in place.
     """
-    _reduce(x, grad, group, gradient_statistics)
+    _reduce(x, grad, 2, group, gradient_statistics)

@@ -1,9 +1,9 @@
 """h = act(gate) * up, forward and backward in one pass each, with statistics of h from registers.
 
-All arithmetic is fp32 and rounded once. Recording uses the two stages of channel_statistics: while a program writes
-its part of h, it adds h, as rounded, to sums in its registers and leaves one partial row per field and group; the
-second stage folds these into the float64 accumulators. Nothing of the size of h is read again, unless 256
-neighboring tokens span more than two group numbers.
+All arithmetic is fp32 and rounded once. Recording uses the two stages of channel_statistics: while a program
+writes its part of h, it adds h, as rounded, to sums in its registers and leaves one partial row per field and
+group; the second stage folds these into the float64 accumulators. Nothing of the size of h is read again, unless
+256 neighboring tokens span more than two group numbers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from .channel_statistics import (
     add_activations,
     add_products,
     group_bounds,
+    load_tile,
     no_sums,
     store_sums,
-    tile_group,
     tile,
+    tile_group,
     tile_index,
 )
 from .launch import on_device, warps
@@ -80,12 +81,6 @@ def activate_with_slope(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, stride, token, column, mask):
-    """x[token, column] in fp32."""
-    return widened(tl.load(x + token.to(tl.int64) * stride + column, mask=mask, other=0.0))
-
-
-@triton.jit
 def store_tile(x, stride, token, column, mask, value):
     """x[token, column] = value, which has the dtype of x."""
     tl.store(x + token.to(tl.int64) * stride + column, value, mask=mask)
@@ -103,7 +98,7 @@ def gated_activation_fwd_kernel(
     blocks = tl.cdiv(channels, CHANNELS)
     start = tl.program_id(0) // blocks * (DEPTH * ROWS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    token, column, mask = tile_index(start, tokens, channel, channels, DEPTH, ROWS, CHANNELS)
+    token, column, mask = tile_index(start, tokens, channel, channels, DEPTH, ROWS)
     g = load_tile(gate, gate_stride, token, column, mask)
     u = load_tile(up, up_stride, token, column, mask)
     h = rounded(activate(g, ACTIVATION) * u, out.dtype.element_ty)
@@ -117,11 +112,11 @@ def gated_activation_fwd_pass(
     ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, SETS: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One walk over the tokens of a run: writes h if first == low, sums the groups first .. first + SETS - 1."""
+    """One walk over the tokens of a run: sums the groups first .. first + SETS - 1, writes h if first == low."""
     one = no_sums(5, ROWS, CHANNELS)
     two = no_sums(5, ROWS, CHANNELS)
     for at in range(start, stop, DEPTH * ROWS):
-        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS, CHANNELS)
+        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
         member = tile_group(group, at, stop, DEPTH, ROWS)
         g = load_tile(gate, gate_stride, token, column, mask)
         u = load_tile(up, up_stride, token, column, mask)
@@ -142,7 +137,7 @@ def gated_activation_record_fwd_kernel(
     ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, LANE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """h of a run of RUN tokens and CHANNELS channels, and the first stage of its statistics."""
+    """Values of h for a run of RUN tokens and CHANNELS channels, and the first stage of its statistics."""
     blocks = tl.cdiv(channels, CHANNELS)
     run = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -151,7 +146,7 @@ def gated_activation_record_fwd_kernel(
     channel = block * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), LANE)
     low, high = group_bounds(group, bounds, run, block, start, stop, GROUPS, RUN)
     for first in range(low, tl.maximum(low, high) + 1, 2):
-        if GROUPS == 1:
+        if GROUPS == 1:  # noqa: SIM114, known when compiled, the next condition is not
             gated_activation_fwd_pass(
                 gate, up, out, gate_stride, up_stride, out_stride, group, partial,
                 run, first, low, start, stop, channel, channels,
@@ -184,7 +179,7 @@ def gated_activation_bwd_kernel(
     blocks = tl.cdiv(channels, CHANNELS)
     start = tl.program_id(0) // blocks * (DEPTH * ROWS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    token, column, mask = tile_index(start, tokens, channel, channels, DEPTH, ROWS, CHANNELS)
+    token, column, mask = tile_index(start, tokens, channel, channels, DEPTH, ROWS)
     d = load_tile(grad, grad_stride, token, column, mask)
     g = load_tile(gate, gate_stride, token, column, mask)
     u = load_tile(up, up_stride, token, column, mask)
@@ -202,11 +197,11 @@ def gated_activation_bwd_pass(
     ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, SETS: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One walk over the tokens of a run: writes both gradients if first == low, sums h * grad of SETS groups."""
+    """One walk over the tokens of a run: sums h * grad of SETS groups, writes both gradients if first == low."""
     one = no_sums(3, ROWS, CHANNELS)
     two = no_sums(3, ROWS, CHANNELS)
     for at in range(start, stop, DEPTH * ROWS):
-        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS, CHANNELS)
+        token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
         member = tile_group(group, at, stop, DEPTH, ROWS)
         d = load_tile(grad, grad_stride, token, column, mask)
         g = load_tile(gate, gate_stride, token, column, mask)
@@ -241,7 +236,7 @@ def gated_activation_record_bwd_kernel(
     channel = block * CHANNELS + tl.max_contiguous(tl.arange(0, CHANNELS), LANE)
     low, high = group_bounds(group, bounds, run, block, start, stop, GROUPS, RUN)
     for first in range(low, tl.maximum(low, high) + 1, 2):
-        if GROUPS == 1:
+        if GROUPS == 1:  # noqa: SIM114, known when compiled, the next condition is not
             gated_activation_bwd_pass(
                 grad, gate, up, grad_gate, grad_up,
                 grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
@@ -267,12 +262,12 @@ def gated_activation_record_bwd_kernel(
 # Launch functions
 
 
-def _tile_grid(tokens: int, channels: int, tile_tokens: int) -> tuple[int]:
-    return (triton.cdiv(tokens, tile_tokens) * triton.cdiv(channels, CHANNELS),)
+def _tiles(shape: torch.Size, tile_tokens: int) -> tuple[int]:
+    return (triton.cdiv(shape[0], tile_tokens) * triton.cdiv(shape[1], CHANNELS),)
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: str) -> None:
-    """out = act(gate) * up.
+    """Writes h = act(gate) * up.
 
     Args:
         gate, up: [tokens, channels], float32, bfloat16 or float16, last stride 1, any row stride.
@@ -283,7 +278,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, ac
         return
     depth, rows, _ = tile(gate.dtype, 2)
     with on_device(gate):
-        gated_activation_fwd_kernel[_tile_grid(*gate.shape, depth * rows)](
+        gated_activation_fwd_kernel[_tiles(gate.shape, depth * rows)](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0), *gate.shape,
             activation, depth, rows, CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
@@ -297,7 +292,7 @@ def gated_activation_record(
     group: torch.Tensor,
     statistics: torch.Tensor,
 ) -> None:
-    """out = act(gate) * up, added to the statistics of each token's group.
+    """Writes h = act(gate) * up and adds it to the statistics of each token's group.
 
     Args:
         gate, up, out, activation: as in gated_activation; out must not share memory with gate or up.
@@ -309,8 +304,8 @@ def gated_activation_record(
     with on_device(gate):
         reduction = Reduction(group, statistics)
         gated_activation_record_fwd_kernel[reduction.grid](
-            gate, up, out, gate.stride(0), up.stride(0), out.stride(0), group, reduction.partial, reduction.bounds,
-            *gate.shape, activation, reduction.groups, reduction.run_length,
+            gate, up, out, gate.stride(0), up.stride(0), out.stride(0),
+            group, reduction.partial, reduction.bounds, *gate.shape, activation, reduction.groups, reduction.run_length,
             *tile(gate.dtype, 2, reduction.groups), CHANNELS, num_warps=warps(THREADS),
         )  # fmt: skip
         reduction.fold()
@@ -324,7 +319,7 @@ def gated_activation_backward(
     grad_up: torch.Tensor,
     activation: str,
 ) -> None:
-    """grad_gate = grad * up * act'(gate), grad_up = grad * act(gate).
+    """Writes the gradients grad * up * act'(gate) and grad * act(gate).
 
     Args:
         grad, gate, up: [tokens, channels], last stride 1, any row stride.
@@ -335,7 +330,7 @@ def gated_activation_backward(
         return
     depth, rows, _ = tile(gate.dtype, 3)
     with on_device(gate):
-        gated_activation_bwd_kernel[_tile_grid(*gate.shape, depth * rows)](
+        gated_activation_bwd_kernel[_tiles(gate.shape, depth * rows)](
             grad, gate, up, grad_gate, grad_up,
             grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), *gate.shape,
             activation, depth, rows, CHANNELS, num_warps=warps(THREADS),
@@ -355,10 +350,11 @@ def gated_activation_backward_record(
     """gated_activation_backward, with p = h * grad added to the gradient statistics of each token's group.
 
     Args:
-        grad, gate, up, grad_gate, grad_up, activation: as in gated_activation_backward; the gradients must not
-            share memory with the inputs.
+        grad, gate, up, grad_gate, grad_up, activation: as in gated_activation_backward; grad_gate and grad_up
+            must not share memory with grad, gate or up.
         group: int8 [tokens], as in gated_activation_record.
-        gradient_statistics: float64 [G, 3, channels], last stride 1, updated in place; see channel_attribution.
+        gradient_statistics: float64 [G, 3, channels], last stride 1, updated in place; see
+            channel_attribution.
     """
     if grad.numel() == 0:
         return

@@ -14,7 +14,9 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Context in which kernels run on the device of `tensor`, whichever device is current."""
-    return nullcontext() if tensor.device.type == "cpu" else torch.accelerator.device_index(tensor.device.index)
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return torch.accelerator.device_index(tensor.device.index)
 
 
 @functools.cache

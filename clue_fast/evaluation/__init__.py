@@ -1,7 +1,7 @@
 """What a model knows of a set of records, before and after unlearning."""
 
 from clue_fast.evaluation.answers import greedy_answers
-from clue_fast.evaluation.comparison import Comparison, Row, compare
+from clue_fast.evaluation.comparison import COMPARED, Comparison, Row, compare
 from clue_fast.evaluation.metrics import ANSWERED, Metrics, evaluate
 from clue_fast.evaluation.rouge import rouge_recall
 from clue_fast.evaluation.teacher_forcing import AnswerScore, score_answers
@@ -9,6 +9,7 @@ from clue_fast.evaluation.truth import forget_quality, truth_ratio, truth_ratios
 
 __all__ = [
     "ANSWERED",
+    "COMPARED",
     "AnswerScore",
     "Comparison",
     "Metrics",

@@ -1,0 +1,102 @@
+// Checks of tensor arguments; each error names the operator and the argument.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <sstream>
+#include <stdexcept>
+
+#include "recording.h"
+
+namespace clue {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Dtype { float32, bfloat16, float16 };
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+template <class... Parts>
+void require(bool condition, const char* op, const Parts&... parts) {
+  if (!condition) fail(op, parts...);
+}
+
+inline Dtype dtype_of(const Tensor& tensor, const char* op, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: fail(op, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline void require_type(const Tensor& tensor, ScalarType type, const char* op, const char* name,
+                         const char* type_name) {
+  require(tensor.scalar_type() == type, op, name, " must be ", type_name);
+  require(tensor.is_cpu(), op, name, " must be on the CPU");
+}
+
+// [tokens, channels] on the CPU with neighboring channels.
+inline void require_matrix(const Tensor& tensor, const char* op, const char* name) {
+  require(tensor.is_cpu(), op, name, " must be on the CPU");
+  require(tensor.dim() == 2, op, name, " must be [tokens, channels], but has ", tensor.dim(), " dimensions");
+  require(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, name, " must have last stride 1");
+}
+
+inline void require_like(const Tensor& tensor, const Tensor& other, const char* op, const char* name,
+                         const char* other_name) {
+  require_matrix(tensor, op, name);
+  require(tensor.size(0) == other.size(0) && tensor.size(1) == other.size(1), op, name, " is [", tensor.size(0), ", ",
+          tensor.size(1), "], but ", other_name, " is [", other.size(0), ", ", other.size(1), "]");
+  require(tensor.scalar_type() == other.scalar_type(), op, name, " and ", other_name, " must have the same dtype");
+}
+
+inline const int8_t* group_of(const Tensor& group, int64_t tokens, const char* op) {
+  require_type(group, ScalarType::Char, op, "group", "int8");
+  require(group.dim() == 1 && group.size(0) == tokens, op, "group must be [", tokens, "], one entry a token");
+  require(tokens <= 1 || group.stride(0) == 1, op, "group must be contiguous");
+  return static_cast<const int8_t*>(group.const_data_ptr());
+}
+
+// float64 [groups, fields, channels] with neighboring channels.
+inline Accumulators accumulators_of(const Tensor& statistics, int64_t fields, int64_t channels, const char* op,
+                                    const char* name) {
+  require_type(statistics, ScalarType::Double, op, name, "float64");
+  require(statistics.dim() == 3 && statistics.size(1) == fields && statistics.size(2) == channels, op, name,
+          " must be [groups, ", fields, ", ", channels, "]");
+  require(channels <= 1 || statistics.stride(2) == 1, op, name, " must have last stride 1");
+  return {static_cast<double*>(statistics.mutable_data_ptr()), statistics.size(0), statistics.stride(0),
+          statistics.stride(1)};
+}
+
+// Threads split [0, total) in steps of `step`, each step of `work` elements: small jobs stay on one thread.
+template <class Function>
+void in_parallel(int64_t total, int64_t step, int64_t work, const Function& function) {
+  constexpr int64_t worth_a_thread = 32768;
+  const int64_t steps = (total + step - 1) / step;
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, steps, grain, [&](int64_t begin, int64_t end) {
+    function(begin * step, std::min(total, end * step));
+  });
+}
+
+// A job that records: threads split the channels, and each brings the partial sums it needs.
+template <class Job>
+void record_in_parallel(Job& job, int64_t channels, int64_t tokens, int64_t fields,
+                        void (*run)(const Job&, int64_t, int64_t)) {
+  in_parallel(channels, channel_block, channel_block * tokens, [&](int64_t begin, int64_t end) {
+    std::vector<float> partial(job.sums.groups * fields * span_length);
+    Job mine = job;
+    mine.partial = partial.data();
+    run(mine, begin, end);
+  });
+}
+
+}  // namespace clue

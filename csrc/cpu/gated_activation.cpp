@@ -1,0 +1,211 @@
+// h = act(gate) * up and its gradients, alone or with the statistics of h, or of h * dL/dh, recorded on the way.
+#include <torch/csrc/stable/library.h>
+
+#include "activation.h"
+#include "arguments.h"
+#include "dispatch.h"
+#include "recording.h"
+
+namespace clue {
+namespace {
+
+struct Rows {
+  void* data;
+  int64_t stride;
+};
+
+Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0)}; }
+
+struct Job {
+  Dtype dtype;
+  Activation activation;
+  int64_t tokens, channels;
+  Rows gate, up, out;                // forward
+  Rows grad, grad_gate, grad_up;     // backward
+  std::vector<Run>* runs = nullptr;  // recording
+  Accumulators sums{};
+  float* partial = nullptr;
+};
+
+template <class T>
+struct TypedRows {
+  T* data;
+  int64_t stride;
+  explicit CLUE_INLINE TypedRows(const Rows& rows) : data(static_cast<T*>(rows.data)), stride(rows.stride) {}
+  CLUE_INLINE T* at(int64_t token, int64_t channel) const { return data + token * stride + channel; }
+};
+
+// One pair of channels of one token, forward; returns h as stored.
+template <int n, class T, class Act>
+struct Forward {
+  using Sums = ActivationSums<n>;
+  TypedRows<const T> gate, up;
+  TypedRows<T> out;
+  explicit CLUE_INLINE Forward(const Job& job) : gate(job.gate), up(job.up), out(job.out) {}
+
+  CLUE_INLINE Pair<n> operator()(int64_t token, int64_t c, int64_t left) const {
+    const Pair<n> g = load<n>(gate.at(token, c), left);
+    const Pair<n> u = load<n>(up.at(token, c), left);
+    const Pair<n> h = {Act::template value<n, T>(g.first) * u.first, Act::template value<n, T>(g.second) * u.second};
+    return store<n>(out.at(token, c), h, left);
+  }
+};
+
+// The same backward; returns h * dL/dh, h being recomputed.
+template <int n, class T, class Act>
+struct Backward {
+  using Sums = ProductSums<n>;
+  TypedRows<const T> grad, gate, up;
+  TypedRows<T> grad_gate, grad_up;
+  explicit CLUE_INLINE Backward(const Job& job)
+      : grad(job.grad), gate(job.gate), up(job.up), grad_gate(job.grad_gate), grad_up(job.grad_up) {}
+
+  CLUE_INLINE Pair<n> operator()(int64_t token, int64_t c, int64_t left) const {
+    const Pair<n> g = load<n>(gate.at(token, c), left);
+    const Pair<n> u = load<n>(up.at(token, c), left);
+    const Pair<n> d = load<n>(grad.at(token, c), left);
+    Pair<n> slope;
+    const Pair<n> act = {Act::template value<n, T>(g.first, slope.first),
+                         Act::template value<n, T>(g.second, slope.second)};
+    store<n>(grad_gate.at(token, c), {d.first * u.first * slope.first, d.second * u.second * slope.second}, left);
+    store<n>(grad_up.at(token, c), {d.first * act.first, d.second * act.second}, left);
+    alignas(64) T rounded[2 * n];
+    const Pair<n> h = store<n>(rounded, {act.first * u.first, act.second * u.second});
+    return {h.first * d.first, h.second * d.second};
+  }
+};
+
+// Without recording threads split the tokens; with it, the channels.
+template <int n, class T, class Step>
+CLUE_INLINE void run(const Job& job, int64_t begin, int64_t end) {
+  const Step step{job};
+  if (job.runs) return record<n, T, typename Step::Sums>(*job.runs, job.sums, begin, end, job.partial, step);
+  for (int64_t token = begin; token < end; ++token)
+    for (int64_t c = 0; c < job.channels; c += 2 * n) step(token, c, job.channels - c);
+}
+
+template <int n, template <int, class, class> class Step, class T>
+CLUE_INLINE void run_activation(const Job& job, int64_t begin, int64_t end) {
+  switch (job.activation) {
+    case Activation::silu: return run<n, T, Step<n, T, Silu>>(job, begin, end);
+    case Activation::gelu_tanh: return run<n, T, Step<n, T, GeluTanh>>(job, begin, end);
+    case Activation::gelu: return run<n, T, Step<n, T, Gelu>>(job, begin, end);
+    case Activation::relu: return run<n, T, Step<n, T, Relu>>(job, begin, end);
+    case Activation::relu2: return run<n, T, Step<n, T, Relu2>>(job, begin, end);
+  }
+}
+
+template <int n, template <int, class, class> class Step>
+CLUE_INLINE void run_dtype(const Job& job, int64_t begin, int64_t end) {
+  switch (job.dtype) {
+    case Dtype::float32: return run_activation<n, Step, float>(job, begin, end);
+    case Dtype::bfloat16: return run_activation<n, Step, BFloat16>(job, begin, end);
+    case Dtype::float16: return run_activation<n, Step, Half>(job, begin, end);
+  }
+}
+
+template <int n>
+CLUE_INLINE void forward(const Job& job, int64_t begin, int64_t end) {
+  run_dtype<n, Forward>(job, begin, end);
+}
+template <int n>
+CLUE_INLINE void backward(const Job& job, int64_t begin, int64_t end) {
+  run_dtype<n, Backward>(job, begin, end);
+}
+CLUE_DISPATCH(forward, Job)
+CLUE_DISPATCH(backward, Job)
+
+Job job_of(const Tensor& gate, const Tensor& up, const std::string& activation, const char* op) {
+  require_matrix(gate, op, "gate");
+  require_like(up, gate, op, "up", "gate");
+  Job job{};
+  job.dtype = dtype_of(gate, op, "gate");
+  job.activation = activation_of(activation, op);
+  job.tokens = gate.size(0);
+  job.channels = gate.size(1);
+  job.gate = rows_of(gate);
+  job.up = rows_of(up);
+  return job;
+}
+
+Job forward_job(const Tensor& gate, const Tensor& up, const Tensor& out, const std::string& activation,
+                const char* op) {
+  Job job = job_of(gate, up, activation, op);
+  require_like(out, gate, op, "out", "gate");
+  job.out = rows_of(out);
+  return job;
+}
+
+Job backward_job(const Tensor& grad, const Tensor& gate, const Tensor& up, const Tensor& grad_gate,
+                 const Tensor& grad_up, const std::string& activation, const char* op) {
+  Job job = job_of(gate, up, activation, op);
+  require_like(grad, gate, op, "grad", "gate");
+  require_like(grad_gate, gate, op, "grad_gate", "gate");
+  require_like(grad_up, gate, op, "grad_up", "gate");
+  job.grad = rows_of(grad);
+  job.grad_gate = rows_of(grad_gate);
+  job.grad_up = rows_of(grad_up);
+  return job;
+}
+
+using Function = void (*)(const Job&, int64_t, int64_t);
+
+void by_tokens(const Job& job, Function function) {
+  in_parallel(job.tokens, 1, job.channels, [&](int64_t begin, int64_t end) { function(job, begin, end); });
+}
+
+void by_channels(Job& job, const Tensor& group, const Tensor& statistics, int64_t fields, const char* op,
+                 const char* name, Function function) {
+  std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, statistics.size(0));
+  job.sums = accumulators_of(statistics, fields, job.channels, op, name);
+  job.runs = &runs;
+  record_in_parallel(job, job.channels, job.tokens, fields, function);
+}
+
+void gated_activation(const Tensor& gate, const Tensor& up, const Tensor& out, std::string activation) {
+  by_tokens(forward_job(gate, up, out, activation, "gated_activation"), forward);
+}
+
+void gated_activation_record(const Tensor& gate, const Tensor& up, const Tensor& out, std::string activation,
+                             const Tensor& group, const Tensor& statistics) {
+  const char* op = "gated_activation_record";
+  Job job = forward_job(gate, up, out, activation, op);
+  by_channels(job, group, statistics, 5, op, "statistics", forward);
+}
+
+void gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, const Tensor& grad_gate,
+                               const Tensor& grad_up, std::string activation) {
+  by_tokens(backward_job(grad, gate, up, grad_gate, grad_up, activation, "gated_activation_backward"), backward);
+}
+
+void gated_activation_backward_record(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                      const Tensor& grad_gate, const Tensor& grad_up, std::string activation,
+                                      const Tensor& group, const Tensor& gradient_statistics) {
+  const char* op = "gated_activation_backward_record";
+  Job job = backward_job(grad, gate, up, grad_gate, grad_up, activation, op);
+  by_channels(job, group, gradient_statistics, 3, op, "gradient_statistics", backward);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(clue_fast_cpp, m) {
+  m.def("gated_activation(Tensor gate, Tensor up, Tensor(a!) out, str activation) -> ()");
+  m.def(
+      "gated_activation_record(Tensor gate, Tensor up, Tensor(a!) out, str activation, Tensor group, "
+      "Tensor(b!) statistics) -> ()");
+  m.def(
+      "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, Tensor(b!) grad_up, "
+      "str activation) -> ()");
+  m.def(
+      "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, "
+      "Tensor(b!) grad_up, str activation, Tensor group, Tensor(c!) gradient_statistics) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(clue_fast_cpp, CPU, m) {
+  m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("gated_activation_record", TORCH_BOX(&gated_activation_record));
+  m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward));
+  m.impl("gated_activation_backward_record", TORCH_BOX(&gated_activation_backward_record));
+}
+
+}  // namespace clue

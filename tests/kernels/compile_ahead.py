@@ -1,0 +1,179 @@
+"""Compiles every Triton kernel ahead of time, with no GPU, and tells what each takes: registers, spills, loads.
+
+    python tests/kernels/compile_ahead.py [--json] [--spilling] TARGET ...
+
+The launch functions themselves are called, on CPU tensors, with a driver that names the wanted target and with the
+launch replaced by nothing. So what is compiled is what a launch on that target compiles: the same block shapes,
+number of warps and divisibility hints. It must run in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from clue_fast.kernels import channel_statistics, conflict_score, gated_activation, launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOKENS, CHANNELS = 1024, 1536
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+# What a compiled kernel takes of its target
+
+
+def cubin_usage(report: str) -> dict[str, int]:
+    """Registers, bytes of local memory and of shared memory in a report of `cuobjdump -res-usage`.
+
+    The report counts spilled registers as STACK; the kernels here keep nothing else in local memory.
+    """
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    if found is None:
+        raise ValueError(f"no resource usage in {report!r}")
+    registers, stack, shared, local = map(int, found.groups())
+    return {"registers": registers, "spills": stack + local, "shared": shared}
+
+
+def amdgcn_usage(assembly: str) -> dict[str, int]:
+    """Registers, spills (registers and bytes of scratch) and shared memory in the metadata of AMD assembly."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"no .{name} in the metadata")
+        return int(found.group(1))
+
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count") + field("private_segment_fixed_size")
+    return {"registers": field("vgpr_count"), "spills": spills, "shared": field("group_segment_fixed_size")}
+
+
+def load_widths(assembly: str) -> dict[str, int]:
+    """Number of global loads of 128 bits and of narrower ones, in PTX or AMD assembly."""
+    wide = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|(?:global|buffer)_load_dwordx4"
+    every = len(re.findall(r"ld\.global|(?:global|buffer)_load_", assembly))
+    found = len(re.findall(wide, assembly))
+    return {"wide_loads": found, "narrow_loads": every - found}
+
+
+def usage(kernel: CompiledKernel) -> dict[str, int]:
+    """All of the above for one compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        return amdgcn_usage(kernel.asm["amdgcn"]) | load_widths(kernel.asm["amdgcn"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        report = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True)
+    return cubin_usage(report.stdout) | load_widths(kernel.asm["ptx"])
+
+
+# What is compiled
+
+
+def compiled_by(call: Callable[[], object], target: GPUTarget) -> list[CompiledKernel]:
+    """The kernels that `call` would launch on `target`."""
+    kernels: list[CompiledKernel] = []
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: str(target),
+            get_current_stream=lambda device: 0,
+        )
+    )
+    launch.warps.cache_clear()
+    CompiledKernel.launch_metadata = lambda *_: None
+    CompiledKernel.run = property(lambda kernel: lambda *_: kernels.append(kernel))
+    call()
+    return kernels
+
+
+def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[Callable[[], object]]:
+    """Calls of every launch function with aligned inputs of this dtype."""
+    gate, up, out, grad, grad_gate, grad_up = (torch.zeros(TOKENS, CHANNELS, dtype=dtype) for _ in range(6))
+    group = torch.zeros(TOKENS, dtype=torch.int8)
+    statistics = torch.zeros(groups, 5, CHANNELS, dtype=torch.float64)
+    slopes = torch.zeros(groups, 3, CHANNELS, dtype=torch.float64)
+    gradients = (grad, gate, up, grad_gate, grad_up, activation)
+
+    yield partial(gated_activation.gated_activation, gate, up, out, activation)
+    yield partial(gated_activation.gated_activation_record, gate, up, out, activation, group, statistics)
+    yield partial(gated_activation.gated_activation_backward, *gradients)
+    yield partial(gated_activation.gated_activation_backward_record, *gradients, group, slopes)
+    yield partial(channel_statistics.channel_statistics, gate, group, statistics)
+    yield partial(channel_statistics.channel_attribution, gate, grad, group, slopes)
+    if groups > 1:
+        count, offsets = torch.ones(groups, 2, dtype=torch.int64), torch.tensor([0, 512, CHANNELS])
+        for criterion in ("difference", "ratio", "attribution"):
+            score = torch.zeros(CHANNELS)
+            yield partial(conflict_score.conflict_score, statistics, slopes, count, offsets, criterion, score)
+
+
+def compile_all(target: GPUTarget) -> Iterator[dict[str, Any]]:
+    """One row for each kernel: its name, what it was compiled for, what it takes."""
+    cases = [(dtype, groups, "silu") for dtype in DTYPES for groups in (1, 2)]
+    cases += [(torch.bfloat16, 1, activation) for activation in ("gelu_tanh", "gelu", "relu2")]
+    seen = set()
+    for dtype, groups, activation in cases:
+        for call in launches(dtype, groups, activation):
+            for kernel in compiled_by(call, target):
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    compiled_for = {"dtype": str(dtype)[6:], "groups": groups, "activation": activation}
+                    yield {"kernel": kernel.name} | compiled_for | usage(kernel)
+
+
+@triton.jit
+def spilling_kernel(x, BLOCK: tl.constexpr):
+    """Needs more registers than there are: a whole block stays alive in one warp."""
+    value = tl.load(x + tl.arange(0, BLOCK))
+    total = tl.sum(value, 0)
+    tl.store(x + tl.arange(0, BLOCK), tl.exp(value) / total)
+
+
+def compile_spilling(target: GPUTarget) -> Iterator[dict[str, Any]]:
+    """The row of a kernel that spills, to show that spills are seen."""
+    x = torch.zeros(32768)
+    for kernel in compiled_by(lambda: spilling_kernel[(1,)](x, x.numel(), num_warps=1), target):
+        yield {"kernel": kernel.name} | usage(kernel)
+
+
+def main() -> None:
+    """Print a table, or JSON for the tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--spilling", action="store_true", help="compile a kernel that must spill instead")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", default=list(TARGETS), help=", ".join(TARGETS))
+    arguments = parser.parse_args()
+    compile_target = compile_spilling if arguments.spilling else compile_all
+    rows = [{"target": name} | row for name in arguments.targets for row in compile_target(TARGETS[name])]
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    names = list(rows[0])
+    widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in names]
+    for line in [names, *([str(row[name]) for name in names] for row in rows)]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
+
+
+if __name__ == "__main__":
+    main()

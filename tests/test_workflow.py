@@ -1,0 +1,253 @@
+"""The whole path and the command line: what comes out, and what bad input ends with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import clue_fast
+from clue_fast.cli import main
+from clue_fast.demo import write_jsonl
+from clue_fast.errors import NonFiniteError, OutputError
+from clue_fast.people import make_people, records_of
+from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.report import results_table
+
+PEOPLE = make_people(8, seed=1)
+FORGET, RETAIN, HELD_OUT = (records_of(PEOPLE[part]) for part in (slice(0, 1), slice(1, 6), slice(6, 8)))
+SHAPE = Shape(layers=2, width=64, units=160)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(FORGET + RETAIN + HELD_OUT, vocab_size=600)
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows 8 people by heart, with its data as JSON lines beside it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    everything = FORGET + RETAIN + HELD_OUT
+    recipe = Recipe(epochs=80, batch_size=8, lr=5e-3, target_loss=0.02)
+    train_model(everything, tokenizer, shape=SHAPE, recipe=recipe, progress=False).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, records in {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}.items():
+        write_jsonl(folder / f"{name}.jsonl", records)
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder / "model")
+
+
+def unlearn_arguments(folder: Path, output: Path, **changes: str) -> list[str]:
+    """Arguments of `clue-fast unlearn`, some of them changed."""
+    options = {
+        "forget": str(folder / "forget.jsonl"),
+        "retain": str(folder / "retain.jsonl"),
+        "output": str(output),
+        "epochs": "2",
+        **changes,
+    }
+    model = options.pop("model", str(folder / "model"))
+    return ["unlearn", model, "--quiet", *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
+    folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    result = clue_fast.unlearn(
+        model,
+        tokenizer,
+        forget=folder / "forget.jsonl",
+        retain=RETAIN,
+        held_out=HELD_OUT,
+        reference=LlamaForCausalLM(model.config),
+        output_dir=tmp_path / "out",
+        fraction=0.1,
+        epochs=40,
+        batch_size=5,
+        evaluate_every=10,
+        progress=False,
+    )
+    evaluation = result.results["evaluation"]
+    assert evaluation["before"]["forget"]["answered"] == 1.0
+    assert evaluation["after"]["forget"]["answered"] <= 0.2
+    assert evaluation["after"]["retain"]["rouge_recall"] >= 0.9 * evaluation["before"]["retain"]["rouge_recall"]
+    assert set(evaluation) == {"before", "after", "reference"}
+
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    plots = {"selection.png", "scores.png", "training.png"}
+    assert written >= {"config.json", "model.safetensors", "selection.safetensors", "results.json"} | plots
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results_table(results) == result.table()
+    assert "weights changed outside the selection: 0" in result.table()
+    steps = [entry["step"] for entry in results["history"]]
+    assert steps == sorted(steps)
+    assert {"forget_loss", "retain_loss"} <= results["history"][-2].keys() | results["history"][-1].keys()
+    assert any("held_out_recall" in entry for entry in results["history"])
+
+    stock = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(40).reshape(2, 20)
+    assert torch.equal(stock(tokens).logits, model(tokens).logits)
+    changed = {name for name, value in stock.state_dict().items() if not torch.equal(value, original[name])}
+    assert changed == {
+        f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(2) for name in ("gate", "up", "down")
+    }
+    assert type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+
+
+def test_the_same_seed_gives_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert main(unlearn_arguments(folder, tmp_path / name)) == 0
+    one, two = (LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_commands_work_on_each_others_files(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--forget", str(folder / "forget.jsonl"), "--retain", str(folder / "retain.jsonl"), "--quiet"]
+    selection = tmp_path / "selection.safetensors"
+    assert main(["localize", str(folder / "model"), *data, "--fraction", "0.1", "--output", str(selection)]) == 0
+    assert "32 of 320 units to train (10.00%)" in capsys.readouterr().out
+    assert main(unlearn_arguments(folder, tmp_path / "out", selection=str(selection))) == 0
+    assert "units selected: 32 of 320 (10.0%)" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "units selected: 32 of 320 (10.0%)" in capsys.readouterr().out
+    reference = ["--reference", str(folder / "model"), "--output", str(tmp_path / "figures.json")]
+    assert main(["evaluate", str(tmp_path / "out"), *data, *reference]) == 0
+    assert "reference" in capsys.readouterr().out
+    assert json.loads((tmp_path / "figures.json").read_text())["reference"]["forget"]["answered"] == 1.0
+
+
+def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("reference", "cpp", "triton", "cuda", "sparse_adamw", "torch"):
+        assert word in printed
+
+
+class TestBadInput:
+    """Each ends with exit code 2 and one line that names the thing; nothing half-written stays behind."""
+
+    @pytest.fixture
+    def fails(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        output = tmp_path / "outputs" / "out"
+
+        def run(message: str, **changes: str) -> None:
+            output.parent.mkdir(exist_ok=True)
+            assert main(unlearn_arguments(folder, output, **changes)) == 2
+            error = capsys.readouterr().err.strip()
+            assert error.startswith("clue-fast: ") and "\n" not in error
+            assert message in error
+            assert not list(output.parent.iterdir())
+
+        return run
+
+    def test_empty_data(self, fails, tmp_path: Path) -> None:
+        (tmp_path / "empty.jsonl").write_text("")
+        fails("empty", forget=str(tmp_path / "empty.jsonl"))
+
+    def test_missing_data(self, fails, tmp_path: Path) -> None:
+        fails("nowhere.jsonl", retain=str(tmp_path / "nowhere.jsonl"))
+
+    def test_unreadable_data(self, fails, tmp_path: Path) -> None:
+        (tmp_path / "broken.jsonl").write_text('{"question": "Who?", "answer": "I."}\n{"question": \n')
+        fails("line 2", forget=str(tmp_path / "broken.jsonl"))
+
+    def test_missing_columns(self, fails, tmp_path: Path) -> None:
+        (tmp_path / "odd.jsonl").write_text('{"query": "Who?", "reply": "I."}\n')
+        fails("query", forget=str(tmp_path / "odd.jsonl"))
+
+    def test_forget_equal_to_retain(self, fails, folder: Path) -> None:
+        fails("equals the retain set", retain=str(folder / "forget.jsonl"))
+
+    def test_fraction(self, fails) -> None:
+        fails("fraction 0.0 is outside (0, 1]", fraction="0")
+
+    def test_criterion(self, fails) -> None:
+        fails("unknown criterion 'astrology'", criterion="astrology")
+
+    def test_objective(self, fails) -> None:
+        fails("unknown objective 'amnesia'", objective="amnesia")
+
+    def test_backend(self, fails, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CLUE_FAST_BACKEND", "fpga")
+        fails("unknown backend 'fpga'")
+
+    def test_model(self, fails, tmp_path: Path) -> None:
+        fails("cannot load the model", model=str(tmp_path / "no_model"))
+
+    def test_selection_of_another_model(self, fails, folder: Path, tmp_path: Path, tokenizer) -> None:
+        torch.manual_seed(5)
+        other = LlamaForCausalLM(LlamaForCausalLM.from_pretrained(folder / "model").config)
+        clue_fast.localize(other, FORGET, RETAIN, tokenizer=tokenizer, progress=False).save(tmp_path / "other.st")
+        fails("belongs to the model", selection=str(tmp_path / "other.st"))
+
+    def test_damaged_selection(self, fails, tmp_path: Path) -> None:
+        (tmp_path / "bad.st").write_bytes(b"nothing")
+        fails("bad.st", selection=str(tmp_path / "bad.st"))
+
+    def test_nan_in_the_weights(self, fails, model: LlamaForCausalLM, tokenizer, tmp_path: Path) -> None:
+        with torch.no_grad():
+            model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+        model.save_pretrained(tmp_path / "nan")
+        tokenizer.save_pretrained(tmp_path / "nan")
+        fails("model.layers.1.self_attn.v_proj.weight", model=str(tmp_path / "nan"))
+
+    def test_output_that_is_not_empty(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "precious.txt").write_text("keep me")
+        assert main(unlearn_arguments(folder, tmp_path)) == 2
+        assert "not empty" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+    def test_from_python_they_are_typed(self, model: LlamaForCausalLM, tokenizer, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="is a file"):
+            clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "file")
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = float("inf")
+        with pytest.raises(NonFiniteError, match=r"lm_head\.weight"):
+            clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "out")
+
+
+def test_a_failure_in_training_leaves_a_plain_model_and_no_folder(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clue_fast.training.trainer import UnlearnTrainer
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UnlearnTrainer, "training_step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+    assert type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_checkpoint_loads_without_clue_fast(folder: Path, tmp_path: Path) -> None:
+    assert main(unlearn_arguments(folder, tmp_path / "out")) == 0
+    tokens = torch.arange(40).reshape(2, 20)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+    torch.save(expected, tmp_path / "logits.pt")
+    script = (
+        "import sys, torch; sys.modules['clue_fast'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})\n"
+        f"AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r})\n"
+        f"expected = torch.load({str(tmp_path / 'logits.pt')!r}, weights_only=True)\n"
+        "assert torch.equal(model(torch.arange(40).reshape(2, 20)).logits, expected)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
