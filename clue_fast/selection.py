@@ -61,6 +61,15 @@ class Selection:
         category = self.categories[site]
         return torch.nonzero((category == FORGET) | (category == CONFLICT)).flatten()
 
+    def slices(self) -> dict[tuple[str, int], Tensor]:
+        """Returns what is to be trained of each parameter: ``{(parameter, dim): index}``, int64, sorted."""
+        found: dict[tuple[str, int], list[Tensor]] = {}
+        for site in self.sites:
+            units = self.units(site)
+            for part in site.parts if len(units) else ():
+                found.setdefault((part.parameter, part.dim), []).append(part.index(units))
+        return {key: torch.cat(indices).sort().values for key, indices in found.items()}
+
     def __len__(self) -> int:
         return sum(len(self.units(site)) for site in self.sites)
 

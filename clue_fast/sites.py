@@ -30,6 +30,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
+class Part:
+    """What the units of a site own of one parameter: unit u has ``size`` slices from ``offset + u * stride`` on.
+
+    Attributes:
+        parameter: path of the parameter in the model, such as ``model.layers.3.mlp.gate_proj.weight``.
+        dim: the dimension of the parameter along which the units lie.
+        offset: where the first unit begins along it.
+        stride: from one unit to the next.
+        size: slices of a unit.
+    """
+
+    parameter: str
+    dim: int
+    offset: int = 0
+    stride: int = 1
+    size: int = 1
+
+    def index(self, units: Tensor) -> Tensor:
+        """Returns the slices that belong to units, int64 [len(units) * size], in the order of the units."""
+        first = self.offset + units.to(torch.int64) * self.stride
+        return (first[:, None] + torch.arange(self.size, device=units.device)).flatten()
+
+
+@dataclass(frozen=True)
 class Site:
     """One family of units, and where it lives.
 
@@ -51,6 +75,11 @@ class Site:
     up: str
     down: str
     activation: str
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the units own of the parameters of the model: all of it is trained together."""
+        return Part(f"{self.gate}.weight", 0), Part(f"{self.up}.weight", 0), Part(f"{self.down}.weight", 1)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clue_fast.errors import SparseError
 from clue_fast.selection import Selection
-from clue_fast.training.sparse import COLUMNS, ROWS, SparseLinear
+from clue_fast.training.sparse import SparseLinear
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,11 +38,7 @@ def changed_inside(before: dict[str, Tensor], model: nn.Module, selection: Selec
 
 
 def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, inside: bool) -> int:
-    parts = {
-        f"{path}.weight": (dim, selection.units(site))
-        for site in selection.sites
-        for path, dim in ((site.gate, ROWS), (site.up, ROWS), (site.down, COLUMNS))
-    }
+    parts = {name: (dim, index) for (name, dim), index in selection.slices().items()}
     now = dict(_tensors(model))
     kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, now)]
     if kinds[0] != kinds[1]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from clue_fast import ops
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
-from clue_fast.sites import Site
 
 ROWS, COLUMNS = 0, 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -224,17 +223,15 @@ def sparsify(model: nn.Module, selection: Selection) -> Sparse:
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise SparseError("the model is sparse already; call restore() of the Sparse that made it so")
     selection.check(model)
-    plan = [
-        (path, dim, units, site)
-        for site in selection.sites
-        if len(units := selection.units(site))
-        for path, dim in ((site.gate, ROWS), (site.up, ROWS), (site.down, COLUMNS))
-    ]
+    plan = [(name.rpartition(".")[0], dim, index) for (name, dim), index in selection.slices().items()]
     shared = _shared_weights(model)
-    for path, dim, units, _ in plan:
-        _check(path, model.get_submodule(path), dim, units, shared)
-    layers = 1 + max(site.layer for site in selection.sites)
-    modules = {path: _turn_sparse(model, path, dim, units, site, layers) for path, dim, units, site in plan}
+    for path, dim, index in plan:
+        _check(path, model.get_submodule(path), dim, index, shared)
+    layer_of = {part.parameter: site.layer for site in selection.sites for part in site.parts}
+    layers = 1 + max(layer_of.values())
+    modules = {
+        path: _turn_sparse(model, path, dim, index, layer_of[f"{path}.weight"], layers) for path, dim, index in plan
+    }
     return Sparse(model, selection, modules)
 
 
@@ -246,7 +243,7 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _check(path: str, module: nn.Module, dim: int, units: Tensor, shared: dict[int, list[str]]) -> None:
+def _check(path: str, module: nn.Module, dim: int, index: Tensor, shared: dict[int, list[str]]) -> None:
     # A subclass may compute anything in its forward: adapters, quantized products.
     if type(module) is not nn.Linear:
         kind = type(module).__name__
@@ -260,21 +257,21 @@ def _check(path: str, module: nn.Module, dim: int, units: Tensor, shared: dict[i
         raise SparseError(f"{path}.weight is not contiguous; set it to weight.contiguous()")
     if others := [name for name in shared[weight.data_ptr()] if name != f"{path}.weight"]:
         raise SparseError(f"{path}.weight is tied to {', '.join(others)}; untie it")
-    if not bool(weight.detach().index_select(dim, units.to(weight.device)).isfinite().all()):
+    if not bool(weight.detach().index_select(dim, index.to(weight.device)).isfinite().all()):
         raise NonFiniteError(f"{path}.weight holds NaN or infinite values; load the model again")
 
 
 def _turn_sparse(
-    model: nn.Module, path: str, dim: int, units: Tensor, site: Site, layers: int
+    model: nn.Module, path: str, dim: int, index: Tensor, layer: int, layers: int
 ) -> SparseLinear:
     module = model.get_submodule(path)
     assert isinstance(module, nn.Linear)
-    index = units.to(module.weight.device)
+    index = index.to(module.weight.device)
     original = module.weight.detach().index_select(dim, index)
     module.__class__ = SparseLinear
     assert isinstance(module, SparseLinear)
     module.index, module.dim, module.original, module.swapped = index, dim, original, False
-    module.path, module.layer, module.layers = path, site.layer, layers
+    module.path, module.layer, module.layers = path, layer, layers
     module.register_parameter("selected", nn.Parameter(original.to(torch.float32, copy=True)))
     return module
 
