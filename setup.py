@@ -52,9 +52,20 @@ class BuildExtension(build_ext):
             return
         objects = [str(Path(self.build_temp, file).with_suffix(".o")) for file in files]
         try:
-            for file, target in zip(files, objects):
+            for file, target in zip(files, objects, strict=True):
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
-                command = [nvcc, "-c", file, "-o", target, "-O3", "-std=c++17", "-arch=all-major", "-Xcompiler", "-fPIC"]
+                command = [
+                    nvcc,
+                    "-c",
+                    file,
+                    "-o",
+                    target,
+                    "-O3",
+                    "-std=c++17",
+                    "-arch=all-major",
+                    "-Xcompiler",
+                    "-fPIC",
+                ]
                 subprocess.run(command, check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError as error:
             print(f"clue_fast: CUDA sources left out, nvcc failed: {error.stderr[-2000:]}", file=sys.stderr)

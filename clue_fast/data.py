@@ -97,8 +97,7 @@ def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
     if forget_keys == retain_keys:
         raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
     raise DataError(
-        f"{shared} of the {len(forget_keys)} forget records are in the retain set too; "
-        "take them out of one of the two"
+        f"{shared} of the {len(forget_keys)} forget records are in the retain set too; take them out of one of the two"
     )
 
 
@@ -182,9 +181,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token id to pad with: the tokenizer's own, or else its end-of-sequence token."""
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if token is None:
-        raise DataError(
-            "the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token"
-        )
+        raise DataError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
     return int(token)
 
 
@@ -213,16 +210,12 @@ def _open(source: str | Path, name: str) -> tuple[Iterator[tuple[int, Any]], str
     return enumerate(rows, start=1), f"the {name} set ({source})"
 
 
-def _download(
-    repository: str, subset: str | None = None, split: str = "train", *, name: str
-) -> Iterable[Any]:
+def _download(repository: str, subset: str | None = None, split: str = "train", *, name: str) -> Iterable[Any]:
     title = repository if subset is None else f"{repository}:{subset}"
     try:
         import datasets
     except ImportError:
-        raise DataError(
-            f"the {name} set {title} is on the hub; install the package 'datasets' to read it"
-        ) from None
+        raise DataError(f"the {name} set {title} is on the hub; install the package 'datasets' to read it") from None
     try:
         rows: Iterable[Any] = datasets.load_dataset(repository, subset, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -243,9 +236,7 @@ def _read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         try:
             yield from enumerate(json.loads(text), start=1)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"the {name} set {path}, line {error.lineno}: not valid JSON ({error.msg})"
-            ) from error
+            raise DataError(f"the {name} set {path}, line {error.lineno}: not valid JSON ({error.msg})") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -301,9 +292,7 @@ def _texts(value: object, column: str, where: str) -> tuple[str, ...]:
         return ()
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, Sequence):
-        raise DataError(
-            f"{where}: column {column!r} holds {type(value).__name__}, expected text or a list of it"
-        )
+        raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, expected text or a list of it")
     return tuple(_text(item, column, where) for item in values)
 
 
@@ -311,14 +300,11 @@ def _turns(messages: object, where: str) -> list[tuple[str, str]]:
     if (
         not isinstance(messages, Sequence)
         or isinstance(messages, str)
-        or not all(
-            isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages
-        )
+        or not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages)
     ):
         raise DataError(f"{where}: column 'messages' should be a list of objects with 'role' and 'content'")
     turns = [
-        tuple(_text(message[key], f"messages.{key}", where) for key in ("role", "content"))
-        for message in messages
+        tuple(_text(message[key], f"messages.{key}", where) for key in ("role", "content")) for message in messages
     ]
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         raise DataError(f"{where}: column 'messages' should end with a user's and an assistant's turn")
@@ -340,9 +326,7 @@ def _render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, st
 
 
 def _render_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    turns = [
-        {"role": role, "content": content} for role, content in (*record.history, ("user", record.prompt))
-    ]
+    turns = [{"role": role, "content": content} for role, content in (*record.history, ("user", record.prompt))]
     prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     turns.append({"role": "assistant", "content": record.completion})
     whole = str(tokenizer.apply_chat_template(turns, tokenize=False))

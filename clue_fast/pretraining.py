@@ -144,8 +144,8 @@ def _learn(
     order = torch.Generator().manual_seed(seed)
     model.train()
     bar = tqdm(total=recipe.epochs, desc=description, unit="epoch", disable=not progress, leave=False)
-    loss = math.inf
-    for epoch in range(1, recipe.epochs + 1):
+    loss, epochs = math.inf, 0
+    while epochs < recipe.epochs and loss >= recipe.target_loss:
         total, tokens = 0.0, 0
         for indices in _batches(lengths, recipe.batch_size, order):
             batch = collate([examples[index] for index in indices])
@@ -157,13 +157,12 @@ def _learn(
             optimizer.zero_grad()
             total, tokens = total + batch_loss.item() * count, tokens + count
         loss = total / tokens
+        epochs += 1
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
-        if loss < recipe.target_loss:
-            break
     bar.close()
     seconds = time.perf_counter() - start
-    logger.info("%s: %d epochs, answer loss %.4f, %.1f s", description, epoch, loss, seconds)
+    logger.info("%s: %d epochs, answer loss %.4f, %.1f s", description, epochs, loss, seconds)
 
 
 def _answer_loss(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, int]:

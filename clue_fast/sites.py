@@ -82,6 +82,7 @@ class Site:
         return Part(f"{self.gate}.weight", 0), Part(f"{self.up}.weight", 0), Part(f"{self.down}.weight", 1)
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields, as JSON holds them."""
         return asdict(self)
 
 

@@ -338,7 +338,8 @@ def load_model(
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"cannot load the model {name}: {reason[0]} Name a folder with a Hugging Face checkpoint, or a model of the hub"
+            f"cannot load the model {name}: {reason[0]} "
+            "Name a folder with a Hugging Face checkpoint, or a model of the hub"
         ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), tokenizer  # type: ignore[arg-type]

@@ -292,9 +292,7 @@ class Reduction:
         )  # fmt: skip
 
 
-def _reduce(
-    x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tensor, statistics: torch.Tensor
-) -> None:
+def _reduce(x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tensor, statistics: torch.Tensor) -> None:
     if x.numel() == 0:
         return
     tokens, channels = x.shape

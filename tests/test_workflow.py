@@ -112,9 +112,7 @@ def test_the_same_seed_gives_the_same_weights(folder: Path, tmp_path: Path) -> N
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_commands_work_on_each_others_files(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_work_on_each_others_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--forget", str(folder / "forget.jsonl"), "--retain", str(folder / "retain.jsonl"), "--quiet"]
     selection = tmp_path / "selection.safetensors"
     assert main(["localize", str(folder / "model"), *data, "--fraction", "0.1", "--output", str(selection)]) == 0

@@ -51,9 +51,7 @@ def greedy_answers(
     if max_new_tokens is None:
         examples = encode(records, tokenizer)
         pairs = zip(examples, prompts, strict=True)
-        max_new_tokens = max(
-            (len(example["input_ids"]) - len(prompt) for example, prompt in pairs), default=1
-        )
+        max_new_tokens = max((len(example["input_ids"]) - len(prompt) for example, prompt in pairs), default=1)
     answers = [""] * len(prompts)
     padding = padding_token(tokenizer)
     generate: Any = model.generate  # its decorator hides its type
@@ -84,9 +82,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], padding: int, device: torch.devi
 
 
 @contextmanager
-def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> Iterator[None]:
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
     """Replaces the model's generation settings: `generate` would fill whatever is left open from them."""
     from transformers import GenerationConfig
 

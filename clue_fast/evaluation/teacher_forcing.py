@@ -54,9 +54,7 @@ def score_answers(
         for batch in batches:
             inputs = {name: x.to(device) for name, x in collate([examples[i] for i in batch]).items()}
             labels = inputs.pop("labels")
-            for index, score in zip(
-                batch, _score_batch(model(**inputs, use_cache=False).logits, labels), strict=True
-            ):
+            for index, score in zip(batch, _score_batch(model(**inputs, use_cache=False).logits, labels), strict=True):
                 scores[index] = score
             bar.update(len(batch))
     return [score for score in scores if score is not None]

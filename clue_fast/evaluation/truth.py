@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 Mean = Literal["geometric", "arithmetic"]
 
 
-def truth_ratio(
-    paraphrased_loss: float, perturbed_losses: Sequence[float], mean: Mean = "geometric"
-) -> float:
+def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float], mean: Mean = "geometric") -> float:
     """Likelihood of wrong answers over that of the right one: near 0 for a model that knows, near 1 for one
     that does not.
 
@@ -77,9 +75,7 @@ def truth_ratios(
     return [truth_ratio(next(losses), [next(losses) for _ in record.perturbed]) for record in records]
 
 
-def forget_quality(
-    model_truth_ratios: Sequence[float], reference_truth_ratios: Sequence[float]
-) -> tuple[float, float]:
+def forget_quality(model_truth_ratios: Sequence[float], reference_truth_ratios: Sequence[float]) -> tuple[float, float]:
     """Whether a model's truth ratios on the forget set could be those of a model that never saw it.
 
     Returns the p-value and the statistic D of the two-sample Kolmogorov-Smirnov test: a large p means that

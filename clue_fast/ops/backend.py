@@ -160,9 +160,7 @@ def choose(op: str, device: torch.device | str, backend: str | None = None) -> C
 
 def launch(op: str, name: str, device: torch.device, backend: str | None) -> Launch:
     """The launch function `name` of an operator, on the backend that `choose` picks."""
-    return _launch(
-        op, name, device.type, backend or os.environ.get(ENVIRONMENT_VARIABLE) or None, backend is not None
-    )
+    return _launch(op, name, device.type, backend or os.environ.get(ENVIRONMENT_VARIABLE) or None, backend is not None)
 
 
 @cache

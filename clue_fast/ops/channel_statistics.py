@@ -84,9 +84,7 @@ def _check_accumulator(name: str, accumulator: Tensor, fields: int, x: Tensor) -
     if len(shape) != 3 or shape[1] != fields or shape[2] != channels:
         raise ValueError(f"{name} must be [groups, {fields}, {channels}], not {list(shape)}")
     if accumulator.stride(2) != 1 and channels > 1:
-        raise ValueError(
-            f"the last dimension of {name} must be contiguous; its strides are {accumulator.stride()}"
-        )
+        raise ValueError(f"the last dimension of {name} must be contiguous; its strides are {accumulator.stride()}")
     if accumulator.device != x.device:
         raise ValueError(f"{name} is on {accumulator.device}, the activation on {x.device}")
 
@@ -120,8 +118,7 @@ define(
     _fake,
 )
 define(
-    "channel_attribution(Tensor x, Tensor grad, Tensor group, Tensor(a!) gradient_statistics, "
-    "str? backend=None) -> ()",
+    "channel_attribution(Tensor x, Tensor grad, Tensor group, Tensor(a!) gradient_statistics, str? backend=None) -> ()",
     _attribution,
     _fake,
 )
@@ -175,14 +172,10 @@ def channel_attribution(
         UnknownNameError, BackendError: the backend is unknown, or cannot run here.
     """
     if x.shape != grad.shape or x.dtype != grad.dtype:
-        raise ValueError(
-            f"x and grad differ: {list(x.shape)} {x.dtype} against {list(grad.shape)} {grad.dtype}"
-        )
+        raise ValueError(f"x and grad differ: {list(x.shape)} {x.dtype} against {list(grad.shape)} {grad.dtype}")
     check_group(group, x)
     check_statistics(x, None, gradient_statistics)
     if torch.compiler.is_compiling():
-        torch.ops.clue_fast.channel_attribution(
-            x.detach(), grad.detach(), group, gradient_statistics, backend
-        )
+        torch.ops.clue_fast.channel_attribution(x.detach(), grad.detach(), group, gradient_statistics, backend)
     else:
         _attribution(x, grad, group, gradient_statistics, backend)

@@ -137,12 +137,7 @@ def _check(
     ):
         if tensor is None:
             continue
-        if (
-            tensor.dtype != torch.float64
-            or tensor.dim() != 3
-            or tensor.shape[0] < 2
-            or tensor.shape[1] != fields
-        ):
+        if tensor.dtype != torch.float64 or tensor.dim() != 3 or tensor.shape[0] < 2 or tensor.shape[1] != fields:
             shape = f"{list(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"{name} must be [groups >= 2, {fields}, units] float64, not {shape}")
         if tensor.stride(2) != 1 and tensor.shape[2] > 1:
@@ -153,6 +148,5 @@ def _check(
         raise ValueError(f"count and offsets must be int64, not {count.dtype} and {offsets.dtype}")
     if offsets.dim() != 1 or count.shape != (statistics.shape[0], offsets.numel() - 1):
         raise ValueError(
-            "count must be [groups, sites] and offsets [sites + 1], "
-            f"not {list(count.shape)} and {list(offsets.shape)}"
+            f"count must be [groups, sites] and offsets [sites + 1], not {list(count.shape)} and {list(offsets.shape)}"
         )

@@ -83,9 +83,7 @@ def reference(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     out.copy_(VALUE[activation](_wide(gate)) * _wide(up))
 
 
-def reference_record(
-    gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor
-) -> None:
+def reference_record(gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor) -> None:
     """The same, and adds out to the statistics."""
     reference(gate, up, out, activation)
     reference_statistics(out, group, statistics)
@@ -369,9 +367,7 @@ def gated_activation(
         BackendError: the backend cannot run here.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(
-            f"gate and up differ: {list(gate.shape)} {gate.dtype} against {list(up.shape)} {up.dtype}"
-        )
+        raise ValueError(f"gate and up differ: {list(gate.shape)} {gate.dtype} against {list(up.shape)} {up.dtype}")
     if activation not in VALUE:
         raise UnknownNameError("activation", activation, VALUE)
     if statistics is not None or gradient_statistics is not None:

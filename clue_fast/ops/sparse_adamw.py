@@ -31,9 +31,7 @@ def reference(
 ) -> None:
     """One step; the arguments are those of `sparse_adamw_`."""
     rates, decays, steps = lr.tolist(), weight_decay.tolist(), step.tolist()
-    for i, (value, grad, exp_avg, exp_avg_sq) in enumerate(
-        zip(values, grads, exp_avgs, exp_avg_sqs, strict=True)
-    ):
+    for i, (value, grad, exp_avg, exp_avg_sq) in enumerate(zip(values, grads, exp_avgs, exp_avg_sqs, strict=True)):
         correction1, correction2 = 1 - beta1 ** steps[i], 1 - beta2 ** steps[i]
         exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -193,9 +191,7 @@ def _check(
         )
     for i, (weight, index, dim) in enumerate(zip(weights, indices, dims, strict=True)):
         if weight.dim() != 2 or not weight.is_contiguous():
-            raise ValueError(
-                f"weight {i} must be contiguous [out_features, in_features], not {list(weight.shape)}"
-            )
+            raise ValueError(f"weight {i} must be contiguous [out_features, in_features], not {list(weight.shape)}")
         if dim not in (0, 1):
             raise ValueError(f"dims[{i}] must be 0 for rows or 1 for columns, not {dim}")
         if index.dtype != torch.int64:
@@ -218,6 +214,5 @@ def _check_rates(n: int, lr: Tensor, weight_decay: Tensor, step: Tensor) -> None
     ):
         if tensor.shape != (n,) or tensor.dtype != dtype or tensor.device.type != "cpu":
             raise ValueError(
-                f"{name} must be {dtype} [{n}] on CPU, "
-                f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                f"{name} must be {dtype} [{n}] on CPU, not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )

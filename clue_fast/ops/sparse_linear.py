@@ -42,9 +42,7 @@ def _kept(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def _selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
-    out = torch.empty(
-        _selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad), device=grad.device
-    )
+    out = torch.empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad), device=grad.device)
     if out.dtype == torch.float64:
         backend = "reference"
     if dim == COLUMNS:
@@ -69,15 +67,11 @@ def _rows(x: Tensor) -> Tensor:
 
 def _save(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, dim: int, backend: str | None) -> None:
     needs_x, _, _, needs_selected = ctx.needs_input_grad[:4]
-    ctx.save_for_backward(
-        weight if needs_x else None, _kept(x, index, dim) if needs_selected else None, index
-    )
+    ctx.save_for_backward(weight if needs_x else None, _kept(x, index, dim) if needs_selected else None, index)
     ctx.dim, ctx.backend = dim, backend
 
 
-def _gradients(
-    ctx: Any, grad: Tensor, selected_grad: Any
-) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, grad: Tensor, selected_grad: Any) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
     weight, kept, index = ctx.saved_tensors
     needs_x, _, needs_bias, needs_selected = ctx.needs_input_grad[:4]
     return (
@@ -107,9 +101,7 @@ def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_selected_grad(
-    grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None
-) -> Tensor:
+def _fake_selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
     return grad.new_empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad))
 
 

@@ -53,9 +53,7 @@ def record_loss(model: nn.Module, batch: Batch) -> RecordLoss:
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORED
-    losses = functional.cross_entropy(
-        output.logits[:, :-1][counted].float(), labels[counted], reduction="none"
-    )
+    losses = functional.cross_entropy(output.logits[:, :-1][counted].float(), labels[counted], reduction="none")
     total = torch.zeros(labels.shape, device=losses.device).masked_scatter(counted, losses).sum(-1)
     return RecordLoss(total, counted.sum(-1))
 
@@ -99,9 +97,7 @@ class Objective:
         logs = {"forget_loss": loss.detach(), "forget_nll": current.mean.detach().mean()}
         if self.retain_weight:
             if retain is None:
-                raise ValueError(
-                    f"{self.name} has a retain_weight of {self.retain_weight} but got no retain batch"
-                )
+                raise ValueError(f"{self.name} has a retain_weight of {self.retain_weight} but got no retain batch")
             kept = record_loss(model, retain).mean.mean()
             loss = loss + self.retain_weight * kept
             logs["retain_loss"] = kept.detach()

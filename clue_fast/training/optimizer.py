@@ -55,9 +55,7 @@ class SparseAdamW(torch.optim.Optimizer):
             if isinstance(module, SparseLinear):
                 by_layer[module.layer].append(module)
         if not by_layer:
-            raise SparseError(
-                "the model trains no selected weights; call clue_fast.sparsify(model, selection) first"
-            )
+            raise SparseError("the model trains no selected weights; call clue_fast.sparsify(model, selection) first")
         self.skipped_steps = 0
         self._module_of = {m.selected: m for modules in by_layer.values() for m in modules}
         groups = []
@@ -181,9 +179,7 @@ class SparseAdamW(torch.optim.Optimizer):
                     f"the optimizer state does not fit {module.path}; it is of another model or optimizer"
                 )
             if not torch.equal(saved["index"].cpu(), module.index.cpu()):
-                raise SparseError(
-                    f"the optimizer state has other units of {module.path}; load its own selection"
-                )
+                raise SparseError(f"the optimizer state has other units of {module.path}; load its own selection")
         moments = {number: _moments(saved) for number, saved in state.items() if "step" in saved}
         super().load_state_dict({**state_dict, "state": moments})
         for number, parameter in enumerate(parameters):
@@ -204,9 +200,7 @@ def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _check_arguments(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, layer_lr: float
-) -> None:
+def _check_arguments(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, layer_lr: float) -> None:
     if not lr >= 0.0:
         raise ValueError(f"lr {lr} is below 0")
     if not all(0.0 <= beta < 1.0 for beta in betas):

@@ -261,9 +261,7 @@ def _check(path: str, module: nn.Module, dim: int, index: Tensor, shared: dict[i
         raise NonFiniteError(f"{path}.weight holds NaN or infinite values; load the model again")
 
 
-def _turn_sparse(
-    model: nn.Module, path: str, dim: int, index: Tensor, layer: int, layers: int
-) -> SparseLinear:
+def _turn_sparse(model: nn.Module, path: str, dim: int, index: Tensor, layer: int, layers: int) -> SparseLinear:
     module = model.get_submodule(path)
     assert isinstance(module, nn.Linear)
     index = index.to(module.weight.device)

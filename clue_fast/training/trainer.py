@@ -186,9 +186,7 @@ def _same_use_cache(model: nn.Module) -> Iterator[None]:
 
 def _is_reentrant(args: TrainingArguments) -> bool:
     """Whether checkpointing drops all gradients unless the input of a layer needs one, and none here does."""
-    chosen = [
-        getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")
-    ]
+    chosen = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")]
     return any(kwargs.get("use_reentrant", False) for kwargs in chosen)
 
 

@@ -52,7 +52,7 @@ def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
         seen: dict[str, torch.Tensor] = {}
         handles = [
             model.get_submodule(site.down).register_forward_pre_hook(
-                lambda _, args, path=site.path: (args[0].retain_grad(), seen.__setitem__(path, args[0]))[1]
+                lambda _, args, path=site.path, seen=seen: (args[0].retain_grad(), seen.__setitem__(path, args[0]))[1]
             )
             for site in clue_fast.find_sites(model)
         ]
