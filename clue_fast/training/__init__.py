@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.training.audit import changed_inside, changed_outside, snapshot
+from clue_fast.training.layer_rates import LayerRate, LinearLayerRate
 from clue_fast.training.objectives import (
     NPO,
     OBJECTIVES,
@@ -30,6 +31,8 @@ __all__ = [
     "OBJECTIVES",
     "GradientAscent",
     "GradientDifference",
+    "LayerRate",
+    "LinearLayerRate",
     "Objective",
     "SimNPO",
     "Sparse",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clue_fast import ops
 from clue_fast.errors import SparseError
+from clue_fast.training.layer_rates import LayerRate, layer_scale
 from clue_fast.training.sparse import SparseLinear
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ class SparseAdamW(torch.optim.Optimizer):
         lr: learning rate of the first layer of the model.
         betas, eps: as in Adam.
         weight_decay: decoupled, applied to selected weights only.
-        layer_lr: learning rate of the last layer over that of the first, geometric in between: layer l of L
-            has ``lr * layer_lr ** (l / (L - 1))``.
+        layer_lr: learning rate of the last layer over that of the first, geometric in between, or another
+            rate by layer, see ``LayerRate``.
 
     Raises:
         SparseError: the model is not sparse.
@@ -47,9 +48,9 @@ class SparseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        layer_lr: float = 1.0,
+        layer_lr: LayerRate = 1.0,
     ) -> None:
-        _check_arguments(lr, betas, eps, weight_decay, layer_lr)
+        _check_arguments(lr, betas, eps, weight_decay)
         by_layer: dict[int, list[SparseLinear]] = defaultdict(list)
         for module in model.modules():
             if isinstance(module, SparseLinear):
@@ -60,7 +61,7 @@ class SparseAdamW(torch.optim.Optimizer):
         self._module_of = {m.selected: m for modules in by_layer.values() for m in modules}
         groups = []
         for layer, modules in sorted(by_layer.items()):
-            scale = layer_lr ** (layer / max(1, modules[0].layers - 1))
+            scale = layer_scale(layer_lr, layer, modules[0].layers)
             parameters = [module.selected for module in modules]
             groups.append({"params": parameters, "lr": lr * scale, "layer": layer, "layer_scale": scale})
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -200,7 +201,7 @@ def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _check_arguments(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, layer_lr: float) -> None:
+def _check_arguments(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     if not lr >= 0.0:
         raise ValueError(f"lr {lr} is below 0")
     if not all(0.0 <= beta < 1.0 for beta in betas):
@@ -209,5 +210,3 @@ def _check_arguments(lr: float, betas: tuple[float, float], eps: float, weight_d
         raise ValueError(f"eps {eps} is below 0")
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay {weight_decay} is below 0")
-    if not layer_lr > 0.0:
-        raise ValueError(f"layer_lr {layer_lr} is not above 0")

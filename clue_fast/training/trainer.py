@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from clue_fast.data import Collator, Example, Source, encode, load_records, padding_token
 from clue_fast.errors import DataError
 from clue_fast.selection import Selection
+from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective, get_objective
 from clue_fast.training.optimizer import SparseAdamW
 from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler
@@ -42,7 +43,8 @@ class UnlearnTrainer(Trainer):
             encoded with ``input_ids`` and ``labels``.
         selection: the units to train, made for this model.
         objective: its name, or an ``Objective``.
-        layer_lr: learning rate of the last layer over that of the first, see ``SparseAdamW``.
+        layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
+            ``LayerRate``.
         max_length: longest example in tokens, for records that are not encoded yet.
         kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``.
 
@@ -67,7 +69,7 @@ class UnlearnTrainer(Trainer):
         retain_dataset: Source | Examples,
         selection: Selection,
         objective: str | Objective = "npo",
-        layer_lr: float = 0.2,
+        layer_lr: LayerRate = 0.2,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:

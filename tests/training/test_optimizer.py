@@ -166,34 +166,6 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
     assert optimizer.skipped_steps == 1
 
 
-def test_layer_rates_are_geometric(make_model, make_selection):
-    model = make_model(layers=5)
-    sparsify(model, make_selection(model, layers=[0, 2, 3]))
-    optimizer = SparseAdamW(model, lr=1e-3, layer_lr=0.2)
-    assert [group["layer"] for group in optimizer.param_groups] == [0, 2, 3]
-    expected = [1e-3 * 0.2 ** (layer / 4) for layer in (0, 2, 3)]
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
-    assert [group["layer_scale"] for group in optimizer.param_groups] == pytest.approx([e / 1e-3 for e in expected])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-    assert schedule.get_last_lr() == pytest.approx([0.5 * e for e in expected])
-
-
-def test_each_group_moves_at_its_own_rate(make_model, make_selection, make_batch):
-    """The first step of Adam moves a weight by its rate, whatever the gradient."""
-    model, batch = make_model(), make_batch()
-    sparse = sparsify(model, make_selection(model))
-    steps(model, SparseAdamW(model, lr=1e-3, eps=0.0, layer_lr=0.25), batch, 1)
-    for module in sparse.modules.values():
-        moved = (module.selected.detach() - module.original).abs().median()
-        assert float(moved) == pytest.approx(1e-3 * 0.25 ** (module.layer / 2), rel=1e-3)
-
-
-def test_one_layer_has_the_full_rate(make_model, make_selection):
-    model = make_model(layers=1)
-    sparsify(model, make_selection(model))
-    assert SparseAdamW(model, lr=1e-3, layer_lr=0.2).param_groups[0]["lr"] == 1e-3
-
-
 def test_tensors_without_gradient_are_skipped(make_model, make_selection, make_batch):
     model, batch = make_model(), make_batch()
     sparse = sparsify(model, make_selection(model))
