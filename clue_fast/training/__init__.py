@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 from clue_fast.training.audit import changed_inside, changed_outside, snapshot
 from clue_fast.training.layer_rates import LayerRate, LinearLayerRate
 from clue_fast.training.objectives import (
+    DPO,
+    KL,
     NPO,
     OBJECTIVES,
+    RMU,
+    UNDIAL,
+    WGA,
     GradientAscent,
     GradientDifference,
     Objective,
+    Refusal,
     SimNPO,
     get_objective,
 )
@@ -27,13 +33,19 @@ if TYPE_CHECKING:
     from clue_fast.training.trainer import UnlearnTrainer
 
 __all__ = [
+    "DPO",
+    "KL",
     "NPO",
     "OBJECTIVES",
+    "RMU",
+    "UNDIAL",
+    "WGA",
     "GradientAscent",
     "GradientDifference",
     "LayerRate",
     "LinearLayerRate",
     "Objective",
+    "Refusal",
     "SimNPO",
     "Sparse",
     "SparseAdamW",

@@ -162,6 +162,9 @@ class Sparse:
                     self.modules[path].write_weight(values)
                     self.modules[path].swapped = False
 
+    def reach(self, forget: int, records: int, tokens: int) -> None:
+        """Says what is in the batch of the next forward pass, see ``objectives.Trained``."""
+
     def revert(self) -> None:
         """Puts the original values back for good, into weights and masters; optimizer state is left alone."""
         for module in self.modules.values():

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from os import PathLike
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from clue_fast.data import Collator, Example, Source, encode, load_records, padding_token
+from clue_fast.data import Collator, Source, padding_token
 from clue_fast.errors import DataError
 from clue_fast.selection import Selection
+from clue_fast.training.encoding import encode_refusals, encode_set
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective, get_objective
 from clue_fast.training.optimizer import SparseAdamW
@@ -41,12 +41,16 @@ class UnlearnTrainer(Trainer):
         processing_class: the tokenizer; needed for records that are not encoded yet, saved with the model.
         forget_dataset, retain_dataset: records (see ``clue_fast.data.load_records``), or examples already
             encoded with ``input_ids`` and ``labels``.
+        alternate_dataset: other answers to the questions of the forget records, one each and in the same
+            order, for the objectives ``refusal`` and ``dpo``. Default: refusals such as "I don't know".
         selection: the units to train, made for this model.
         objective: its name, or an ``Objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
             ``LayerRate``.
         max_length: longest example in tokens, for records that are not encoded yet.
-        kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``.
+        kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``. A
+            ``data_collator`` makes a batch of a list of examples of one set; heads other than causal language
+            models need one.
 
     Attributes:
         sparse: the ``Sparse`` of the model.
@@ -67,6 +71,7 @@ class UnlearnTrainer(Trainer):
         *,
         forget_dataset: Source | Examples,
         retain_dataset: Source | Examples,
+        alternate_dataset: Source | Examples | None = None,
         selection: Selection,
         objective: str | Objective = "npo",
         layer_lr: LayerRate = 0.2,
@@ -74,12 +79,27 @@ class UnlearnTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = get_objective(objective)
-        forget = _encoded(forget_dataset, "forget", processing_class, max_length)
-        retain = _encoded(retain_dataset, "retain", processing_class, max_length)
-        if forget == retain:
-            raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
         args = _prepared(args)
         seed = args.seed if args.data_seed is None else args.data_seed
+        collate = kwargs.pop("data_collator", None)
+        forget, retain = (
+            encode_set(source, name, processing_class, max_length, collate is not None)
+            for name, source in (("forget", forget_dataset), ("retain", retain_dataset))
+        )
+        if collate is None and forget == retain:
+            raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
+        alternate = None
+        if "alternate" in self.objective.forget_batches:
+            if alternate_dataset is None:
+                alternate = encode_refusals(forget_dataset, processing_class, max_length, seed)
+            else:
+                alternate = encode_set(
+                    alternate_dataset, "alternate", processing_class, max_length, collate is not None
+                )
+            if len(alternate) != len(forget):
+                raise DataError(
+                    f"{len(alternate)} alternate answers to {len(forget)} forget records; give one to each, in order"
+                )
         self._sampler = PairSampler(len(forget), len(retain), seed)
         self._logged: dict[str, list[Tensor]] = {}
         self.layer_lr = layer_lr
@@ -92,8 +112,8 @@ class UnlearnTrainer(Trainer):
                     model=model,
                     args=args,
                     processing_class=processing_class,
-                    train_dataset=PairedRecords(forget, retain),
-                    data_collator=PairCollator(Collator(_padding(model, processing_class))),
+                    train_dataset=PairedRecords(forget, retain, alternate),
+                    data_collator=PairCollator(collate or Collator(_padding(model, processing_class))),
                     **kwargs,
                 )
         except BaseException:
@@ -128,7 +148,7 @@ class UnlearnTrainer(Trainer):
         """Returns the loss of the objective; for plain batches, as in evaluation, that of the model."""
         if "forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        loss, logs = self.objective.loss(model, inputs["forget"], inputs["retain"], self._reference)
+        loss, logs = self.objective.loss(model, inputs, self.sparse)
         for name, value in logs.items():
             self._logged.setdefault(name, []).append(value)
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -143,9 +163,6 @@ class UnlearnTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
         return self._sampler
-
-    def _reference(self) -> AbstractContextManager[nn.Module]:
-        return self.sparse.original()
 
     def _optimizer(self) -> Any:
         """The optimizer without accelerate's wrapping."""
@@ -190,23 +207,6 @@ def _is_reentrant(args: TrainingArguments) -> bool:
     """Whether checkpointing drops all gradients unless the input of a layer needs one, and none here does."""
     chosen = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")]
     return any(kwargs.get("use_reentrant", False) for kwargs in chosen)
-
-
-def _encoded(
-    source: Source | Examples, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
-) -> list[Example]:
-    if not isinstance(source, (str, PathLike, Mapping)):
-        source = list(source)
-        if source and all(_is_example(item) for item in source):
-            return [{key: list(item[key]) for key in ("input_ids", "labels")} for item in source]  # type: ignore[index]
-    records = load_records(source, name)
-    if tokenizer is None:
-        raise DataError(f"the {name} set is text; pass the tokenizer as processing_class, or encode it")
-    return encode(records, tokenizer, max_length)
-
-
-def _is_example(item: Any) -> bool:
-    return isinstance(item, Mapping) and "input_ids" in item and "labels" in item
 
 
 def _padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
