@@ -27,7 +27,9 @@ from clue_fast.training.objectives import (
     get_objective,
 )
 from clue_fast.training.optimizer import SparseAdamW
-from clue_fast.training.sparse import Sparse, SparseLinear, sparsify
+from clue_fast.training.parts import TrainedPart
+from clue_fast.training.sparse import Sparse, sparsify
+from clue_fast.training.stages import Stage
 
 if TYPE_CHECKING:
     from clue_fast.training.trainer import UnlearnTrainer
@@ -49,7 +51,8 @@ __all__ = [
     "SimNPO",
     "Sparse",
     "SparseAdamW",
-    "SparseLinear",
+    "Stage",
+    "TrainedPart",
     "UnlearnTrainer",
     "changed_inside",
     "changed_outside",

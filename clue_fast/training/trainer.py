@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from clue_fast.training.objectives import Objective, get_objective
 from clue_fast.training.optimizer import SparseAdamW
 from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler
 from clue_fast.training.sparse import sparsify
+from clue_fast.training.stages import Stage, get_stages, stage_at
 
 
 class UnlearnTrainer(Trainer):
@@ -47,6 +48,9 @@ class UnlearnTrainer(Trainer):
         objective: its name, or an ``Objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
             ``LayerRate``.
+        stages: which units train on which objective in which epochs, instead of all on one: "clue" for the
+            published schedule, or a sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the
+            schedule of the learning rate spans them all.
         max_length: longest example in tokens, for records that are not encoded yet.
         kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``. A
             ``data_collator`` makes a batch of a list of examples of one set; heads other than causal language
@@ -54,7 +58,7 @@ class UnlearnTrainer(Trainer):
 
     Attributes:
         sparse: the ``Sparse`` of the model.
-        objective: the ``Objective``.
+        objective: the ``Objective`` (of the stage under way).
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
 
     Raises:
@@ -75,11 +79,15 @@ class UnlearnTrainer(Trainer):
         selection: Selection,
         objective: str | Objective = "npo",
         layer_lr: LayerRate = 0.2,
+        stages: str | Sequence[Stage] | None = None,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = get_objective(objective)
+        self.stages = None if stages is None else get_stages(stages, self.objective, selection)
         args = _prepared(args)
+        if self.stages is not None:
+            args.num_train_epochs = sum(stage.epochs for stage in self.stages)
         seed = args.seed if args.data_seed is None else args.data_seed
         collate = kwargs.pop("data_collator", None)
         forget, retain = (
@@ -89,7 +97,8 @@ class UnlearnTrainer(Trainer):
         if collate is None and forget == retain:
             raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
         alternate = None
-        if "alternate" in self.objective.forget_batches:
+        objectives = [self.objective] if self.stages is None else [get_objective(s.objective) for s in self.stages]
+        if any("alternate" in objective.forget_batches for objective in objectives):
             if alternate_dataset is None:
                 alternate = encode_refusals(forget_dataset, processing_class, max_length, seed)
             else:
@@ -158,8 +167,18 @@ class UnlearnTrainer(Trainer):
         if "loss" in logs:
             logs |= {name: torch.stack(values).mean().item() for name, values in self._logged.items()}
             logs["skipped_steps"] = getattr(self._optimizer(), "skipped_steps", 0)
+            if self.stages is not None:
+                logs["stage"] = self._stage + 1
             self._logged.clear()
         super().log(logs, start_time)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._sampler.epoch = epoch
+        if self.stages is not None:
+            self._stage = stage_at(self.stages, epoch)
+            stage = self.stages[self._stage]
+            self.objective = get_objective(stage.objective)
+            self.sparse.train_only(*stage.units)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
         return self._sampler
@@ -170,14 +189,14 @@ class UnlearnTrainer(Trainer):
 
 
 class _Bookkeeping(TrainerCallback):
-    """Tells the sampler the epoch, and counts bytes when gradients and optimizer state are all there."""
+    """Tells the trainer the epoch, and counts bytes when gradients and optimizer state are all there."""
 
     def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         # A whole number at the start of an epoch; in a resumed one, somewhere within it.
-        self.trainer._sampler.epoch = int(state.epoch)
+        self.trainer._begin_epoch(int(state.epoch))
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.memory:

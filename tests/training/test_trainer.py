@@ -22,7 +22,6 @@ from clue_fast.training import (
     OBJECTIVES,
     RMU,
     SparseAdamW,
-    SparseLinear,
     UnlearnTrainer,
     changed_inside,
     changed_outside,
@@ -30,6 +29,7 @@ from clue_fast.training import (
     sparsify,
 )
 from clue_fast.training.pairing import PairCollator, PairedRecords, PairSampler
+from clue_fast.training.parts import trained_parts
 
 
 class Gradients(TrainerCallback):
@@ -77,7 +77,7 @@ def test_trains_the_selection_only_and_logs_its_terms(
     trainer = make_trainer(model, selection, settings, objective=objective, **sets)
     trainer.train()
     assert changed_outside(before, model, selection) == 0
-    reached = [m.selected for m in trainer.sparse.modules.values() if objective_reaches(trainer.objective, m.layer)]
+    reached = [p.selected for p in trainer.sparse.parts if objective_reaches(trainer.objective, p.layer)]
     assert changed_inside(before, model, selection) > 0.9 * sum(p.numel() for p in reached)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 9
@@ -288,7 +288,7 @@ def test_a_refused_trainer_leaves_nothing_behind(make_model, make_selection, mak
     for wrong, error, message in cases:
         with pytest.raises(error, match=message):
             make_trainer(model, **wrong)
-        assert not any(isinstance(module, SparseLinear) for module in model.modules())
+        assert not list(trained_parts(model))
         assert all(p.requires_grad for p in model.parameters())
     assert not (tmp_path / "run").exists()
 
