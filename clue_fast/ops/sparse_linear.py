@@ -41,15 +41,15 @@ backends.register(
 )
 
 
-# Forward and backward, on whichever backend. For rows all of x is kept, for columns only the selected ones.
+# Forward and backward, on whichever backend. For rows all of x is kept, for columns only the selected ones,
+# [tokens, k].
 
 
-def _kept(x: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
-    if dim == ROWS:
-        return x
-    kept = x.new_empty(*x.shape[:-1], index.shape[0])
-    _launch("sparse_linear_gather", x, backend)(_rows(x), index, kept.view(-1, index.shape[0]))
-    return kept
+def _gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
+    flat = _rows(x)
+    out = x.new_empty(flat.shape[0], index.shape[0])
+    _launch("sparse_linear_gather", x, backend)(flat, index, out)
+    return out
 
 
 def _selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
@@ -78,9 +78,12 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _save(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, dim: int, backend: str | None) -> None:
+def _save(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, dim: int, backend: str | None, gather: Any) -> None:
     needs_x, _, _, needs_selected = ctx.needs_input_grad[:4]
-    ctx.save_for_backward(weight if needs_x else None, _kept(x, index, dim, backend) if needs_selected else None, index)
+    kept = None
+    if needs_selected:
+        kept = x if dim == ROWS else gather(x, index, backend)
+    ctx.save_for_backward(weight if needs_x else None, kept, index)
     ctx.dim, ctx.backend = dim, backend
 
 
@@ -114,6 +117,10 @@ def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fake_gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
+    return x.new_empty(x.shape[:-1].numel(), index.shape[0])
+
+
 def _fake_selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
     return grad.new_empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad))
 
@@ -124,6 +131,7 @@ define(
     _op,
     _fake,
 )
+define("sparse_linear_gather(Tensor x, Tensor index, str? backend=None) -> Tensor", _gather, _fake_gather)
 define(
     "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, str? backend=None) -> Tensor",
     _selected_grad,
@@ -133,7 +141,7 @@ define(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, _, index, dim, backend = inputs
-    _save(ctx, x, weight, index, dim, backend)
+    _save(ctx, x, weight, index, dim, backend, torch.ops.clue_fast.sparse_linear_gather)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,7 +166,7 @@ class _Direct(torch.autograd.Function):
         dim: int,
         backend: str | None,
     ) -> Tensor:
-        _save(ctx, x, weight, index, dim, backend)
+        _save(ctx, x, weight, index, dim, backend, _gather)
         return F.linear(x, weight, bias)
 
     @staticmethod
