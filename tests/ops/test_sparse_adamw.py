@@ -52,7 +52,7 @@ def layers(dtype: torch.dtype) -> list[Layer]:
     made = []
     for shape in SHAPES:
         for dim in (0, 1):
-            for count in sorted({1, (shape[dim] + 1) // 3, shape[dim]}):
+            for count in sorted({1, (shape[dim] + 2) // 3, shape[dim]}):
                 number = len(made)
                 made.append(layer(shape, dim, count, dtype, lr=1e-3 * (1 + number), weight_decay=0.02 * number))
     return made
@@ -85,10 +85,10 @@ def arguments(layers: list[Layer], grads: list[Tensor]) -> tuple[list, ...]:
     )
 
 
-def step(layers: list[Layer], backend: str | None, seed: int = 0) -> None:
+def step(layers: list[Layer], backend: str | None, seed: int = 0, **kwargs: Tensor) -> None:
     for one in layers:
         one.step += 1
-    sparse_adamw_(*arguments(layers, gradients(layers, seed)), BETAS, EPS, backend=backend)
+    sparse_adamw_(*arguments(layers, gradients(layers, seed)), BETAS, EPS, **kwargs, backend=backend)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -224,6 +224,161 @@ def test_master_values_collect_what_bfloat16_would_lose(backend: str, device: to
     assert torch.equal(one.selected(), torch.full_like(one.selected(), 0.99))
 
 
+def test_gradient_scale(backend: str, device: torch.device) -> None:
+    plain = to(layers(torch.bfloat16), device)
+    scaled = copy.deepcopy(plain)
+    for t in range(3):
+        step(plain, backend, seed=t)
+        grads = [1024 * grad for grad in gradients(scaled, t)]
+        for one in scaled:
+            one.step += 1
+        scale = torch.tensor([1024.0], device=device)
+        sparse_adamw_(*arguments(scaled, grads), BETAS, EPS, grad_scale=scale, backend=backend)
+    for a, b in zip(plain, scaled, strict=True):
+        assert torch.equal(bits(a.weight), bits(b.weight)) and torch.equal(bits(a.value), bits(b.value))
+
+
+@pytest.mark.parametrize("master", ["fp32", "stochastic"])
+def test_found_inf_changes_nothing(backend: str, device: torch.device, master: str) -> None:
+    mine = to(layers(torch.bfloat16), device)
+    before = copy.deepcopy(mine)
+    for one in mine:
+        one.step += 1
+    given = list(arguments(mine, [grad.fill_(math.nan) for grad in gradients(mine, 0)]))
+    seed = None
+    if master == "stochastic":
+        given[0], seed = None, torch.arange(len(mine))
+    for found in (1.0, 0.0):
+        found_inf = torch.tensor(found, device=device)
+        sparse_adamw_(*given, BETAS, EPS, seed=seed, found_inf=found_inf, backend=backend)
+        for a, b in zip(before, mine, strict=True):
+            unchanged = [torch.equal(bits(getattr(a, name)), bits(getattr(b, name))) for name in ("weight", "exp_avg")]
+            assert unchanged == [found == 1.0] * 2
+
+
+def stochastic_step(layers: list[Layer], backend: str | None, grads: list[Tensor], seed: int = 0) -> None:
+    """One step without master values; weight i has seed + i."""
+    for one in layers:
+        one.step += 1
+    seeds = torch.arange(seed, seed + len(layers))
+    _, *others = arguments(layers, grads)
+    sparse_adamw_(None, *others, BETAS, EPS, seed=seeds, backend=backend)
+
+
+def random_word(seed: int, step: int, row: int, column: int) -> int:
+    """The random bits of one element, with Python's integers: splitmix64 for the keys, lowbias32 for the position."""
+
+    def lowbias32(x: int, key: int = 0) -> int:
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
+        x = (((x ^ (x >> 15)) + key) % 2**32 * 0x846CA68B) % 2**32
+        return x ^ (x >> 16)
+
+    z = (seed + step * 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    z ^= z >> 31
+    first = lowbias32((row + z % 2**32) % 2**32)
+    second = lowbias32((first + z // 2**32) % 2**32)
+    return lowbias32((column + first) % 2**32, second)
+
+
+# From the middle of the normal numbers, and from those in which float16 is subnormal (its smallest is 6e-8).
+@pytest.mark.parametrize(
+    ("dtype", "start", "lr"),
+    [(torch.bfloat16, 1.0, 3e-3), (torch.float16, -1.0, 3e-4), (torch.float16, 1e-5, 2e-8), (torch.float32, 1.0, 1e-3)],
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_stochastic_rounding_element_by_element(
+    backend: str, device: torch.device, dtype: torch.dtype, start: float, lr: float, dim: int
+) -> None:
+    """Up in magnitude where the part that is cut off and the random number reach one unit of the dtype."""
+    one = Layer(torch.full((23, 37), start).to(dtype), torch.tensor([0, 4, 5, 20]), dim, lr=lr, weight_decay=0.0)
+    one.step = 1  # so that the step counts
+    to([one], device)
+    before, at_start = outside(one), one.selected().double().cpu()
+    grads = gradients([one], 0)
+    stochastic_step([one], backend, grads, seed=-5)
+    g = grads[0].double().cpu()
+    m, v = (1 - BETAS[0]) * g, (1 - BETAS[1]) * g**2
+    exact = at_start - lr * m / (1 - BETAS[0] ** 2) / ((v / (1 - BETAS[1] ** 2)).sqrt() + EPS)
+    assert torch.equal(outside(one), before)
+    actual, borderline = one.selected().cpu(), 0
+    if dtype == torch.float32:
+        assert torch.allclose(actual.double(), exact, rtol=2e-7)
+        return
+    for row, column in torch.cartesian_prod(*(torch.arange(n) for n in exact.shape)).tolist():
+        value = exact[row, column].item()
+        mantissa = 7 if dtype == torch.bfloat16 else 10
+        lowest = -126 if dtype == torch.bfloat16 else -14
+        unit = 2.0 ** (max(math.frexp(value)[1] - 1, lowest) - mantissa)
+        threshold = abs(value) / unit % 1 + random_word(-5, 2, row, column) / 2**32
+        if abs(threshold - 1) < 2.0**-12:  # float32 leaves 13 bits and more of the part that is cut off
+            borderline += 1
+            continue
+        expected = math.copysign((math.floor(abs(value) / unit) + (threshold > 1)) * unit, value)
+        assert actual[row, column].item() == expected
+    assert borderline < 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_right_on_average(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """100 steps of a hundredth of a unit: to nearest, none of them would move anything."""
+    unit = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
+    lr = unit / 100
+    one = Layer(torch.full((64, 500), 1.5).to(dtype), torch.arange(0, 64, 2), 0, lr=lr, weight_decay=0.0)
+    to([one], device)
+    for _ in range(100):
+        stochastic_step([one], backend, [-torch.ones_like(one.value)])
+    moved = (one.selected().double() - 1.5) / unit
+    # The number of units moved is binomial: mean 1, variance 0.99.
+    count = moved.numel()
+    assert abs(moved.mean().item() - 1) < 5 * math.sqrt(0.99 / count)
+    assert abs(moved.var().item() - 0.99) < 5 * math.sqrt((2 * 0.99**2 + 1) / count)
+    # Neither rows nor columns move together.
+    centered = moved - moved.mean()
+    for shifted in (centered.roll(1, 0), centered.roll(1, 1), centered.roll(8, 1), centered.roll((1, 1), (0, 1))):
+        assert abs((centered * shifted).mean().item()) < 5 / math.sqrt(count)
+
+
+def test_stochastic_bfloat16_follows_float32(backend: str, device: torch.device) -> None:
+    """200 steps at a rate at which bfloat16 alone would lose nearly all: as far as in float32, within 2 %."""
+    weight = torch.randn(300, 200) * 0.02
+    rounded = Layer(weight.bfloat16(), torch.arange(300), 0, lr=1e-6, weight_decay=0.1)
+    exact = Layer(weight.bfloat16().float(), torch.arange(300), 0, lr=1e-6, weight_decay=0.1)
+    to([rounded, exact], device)
+    direction = torch.randn(300, 200).to(device)
+    for t in range(200):
+        grad = direction + 0.1 * gradients([exact], t)[0]
+        stochastic_step([rounded], backend, [grad.clone()])
+        exact.step += 1
+        sparse_adamw_(*arguments([exact], [grad]), BETAS, EPS, backend=backend)
+    path, truth = (one.selected().double() - weight.bfloat16().to(device).double() for one in (rounded, exact))
+    along = (path * truth).sum() / truth.square().sum()
+    assert abs(along.item() - 1) < 0.02
+
+
+def test_stochastic_rounding_is_the_same_for_every_number_of_threads(
+    backend: str, device: torch.device, two_threads: None
+) -> None:
+    first = to(layers(torch.bfloat16), device)
+    second, other_seed = copy.deepcopy(first), copy.deepcopy(first)
+    for threads, mine, seed in ((2, first, 0), (1, second, 0), (1, other_seed, 1000)):
+        torch.set_num_threads(threads)
+        for t in range(3):
+            stochastic_step(mine, backend, gradients(mine, t), seed)
+    assert all(torch.equal(bits(a.weight), bits(b.weight)) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(bits(a.weight), bits(b.weight)) for a, b in zip(first, other_seed, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_keeps_nan_and_infinity(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    weight = torch.tensor([[math.inf, -math.inf, math.nan, 1.0, -0.0]]).repeat(4, 1).to(dtype)
+    one = to([Layer(weight, torch.arange(4), 0, lr=0.0)], device)[0]
+    stochastic_step([one], backend, gradients([one], 0))
+    assert torch.equal(one.selected().cpu().isnan(), weight.isnan())
+    assert torch.equal(one.selected().cpu()[:, [0, 1, 3, 4]], weight[:, [0, 1, 3, 4]])
+
+
 def test_selected_parts_that_are_empty(backend: str, device: torch.device) -> None:
     empty = [layer((5, 7), dim, 0, torch.float32) for dim in (0, 1)]
     mine = to([*empty, layer((5, 7), 0, 2, torch.float32)], device)
@@ -303,8 +458,10 @@ def test_a_backward_that_needs_the_old_weight_notices(backend: str, device: torc
 
 def test_opcheck(backend: str, device: torch.device) -> None:
     mine = to([layer((8, 9), dim, 3, torch.bfloat16, step=1) for dim in (0, 1)], device)
-    given = (*arguments(mine, gradients(mine, 0)), *BETAS, EPS, backend)
-    torch.library.opcheck(torch.ops.clue_fast.sparse_adamw_.default, given)
+    given = arguments(mine, gradients(mine, 0))
+    one, operator = torch.ones(1, device=device), torch.ops.clue_fast.sparse_adamw_.default
+    torch.library.opcheck(operator, (*given, None, one, 0 * one, *BETAS, EPS, backend))
+    torch.library.opcheck(operator, ([], *given[1:], torch.tensor([3, 4]), None, None, *BETAS, EPS, backend))
 
 
 @pytest.mark.slow
@@ -326,22 +483,27 @@ def test_bad_input() -> None:
     good = list(arguments([one], gradients([one], 0)))
     names = ["values", "grads", "exp_avgs", "exp_avg_sqs", "weights", "indices", "dims", "lr", "weight_decay", "step"]
 
-    def refused(error: type[Exception], message: str, backend: str | None = None, **wrong: object) -> None:
-        changed = [wrong.get(name, argument) for name, argument in zip(names, good, strict=True)]
+    def refused(error: type[Exception], message: str, **wrong: object) -> None:
+        changed = [wrong.pop(name, argument) for name, argument in zip(names, good, strict=True)]
         with pytest.raises(error, match=message):
-            sparse_adamw_(*changed, BETAS, EPS, backend=backend)
+            sparse_adamw_(*changed, BETAS, EPS, **wrong)
 
-    refused(ValueError, "have lengths", grads=[])
-    refused(ValueError, r"contiguous \[2, 5\] float32", grads=[good[1][0].bfloat16()])
-    refused(ValueError, r"contiguous \[2, 5\] float32", values=[torch.zeros(5, 2).t()])
+    refused(ValueError, "1 weights, but 0 grads", grads=[])
+    refused(ValueError, r"must be contiguous \[2, 5\] float32", grads=[good[1][0].bfloat16()])
+    refused(ValueError, r"must be contiguous \[2, 5\] float32", values=[torch.zeros(5, 2).t()])
     refused(ValueError, "weight 0 must be contiguous", weights=[torch.zeros(5, 6).t()])
     refused(ValueError, r"dims\[0\] must be 0 for rows or 1 for columns, not 2", dims=[2])
     refused(ValueError, "int64", indices=[good[5][0].int()])
     refused(ValueError, "lr must be torch.float64", lr=good[7].float())
     refused(ValueError, "weight_decay must be torch.float64", weight_decay=good[8][:0])
     refused(ValueError, "step must be torch.int64", step=good[9].double())
-    refused(UnknownNameError, "unknown backend 'fast'", "fast")
-    refused(BackendError, "has no triton backend", "triton")
+    refused(ValueError, "seed must be torch.int64", values=None, seed=torch.tensor([1.0]))
+    refused(ValueError, "either values, the float32 masters, or a seed", values=None)
+    refused(ValueError, "either values, the float32 masters, or a seed", seed=torch.tensor([1]))
+    refused(ValueError, "grad_scale must be one float32", grad_scale=torch.ones(1, dtype=torch.float64))
+    refused(ValueError, "found_inf must be one float32", found_inf=torch.zeros(2))
+    refused(UnknownNameError, "unknown backend 'fast'", backend="fast")
+    refused(BackendError, "has no triton backend", backend="triton")
 
 
 def test_cpp_refuses_an_index_outside_the_weight() -> None:
