@@ -62,7 +62,7 @@ def _localize(options: argparse.Namespace) -> None:
 def _unlearn(options: argparse.Namespace) -> None:
     from clue_fast.files import check_output
     from clue_fast.selection import Selection
-    from clue_fast.workflow import load_sets, unlearn
+    from clue_fast.workflow import DEFAULT_OBJECTIVE, load_sets, unlearn
 
     check_output(options.output)
     sets = load_sets(options.forget, options.retain, options.held_out)
@@ -80,7 +80,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         criterion=options.criterion,
         fraction=options.fraction,
         scope=options.scope,
-        objective=options.objective,
+        objective=options.objective or DEFAULT_OBJECTIVE,
         learning_rate=options.learning_rate,
         layer_lr=options.layer_lr,
         epochs=options.epochs,
@@ -157,10 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(unlearn)
     unlearn.add_argument("--output", required=True, metavar="DIR", help="folder for checkpoint, results and plots")
     unlearn.add_argument("--selection", metavar="FILE", help="a selection made by localize, instead of a new one")
-    unlearn.add_argument("--objective", default="simnpo", help="loss to minimize (default: simnpo)")
-    unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1e-3)")
+    unlearn.add_argument("--objective", help="loss to minimize (default: simnpo with a margin of 2)")
+    unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1.2 / width)")
     unlearn.add_argument("--layer-lr", type=float, default=0.2, help="rate of the last layer over the first (0.2)")
-    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set")
+    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (30)")
     unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8), with as many to retain")
     unlearn.set_defaults(run=_unlearn)
 
@@ -193,7 +193,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_localization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criterion", default="difference", help="formula of the score (default: difference)")
-    parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.05)")
+    parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.1)")
     parser.add_argument("--scope", default="layer", help="rank within each layer, or global (default: layer)")
 
 

@@ -17,6 +17,7 @@ from clue_fast.sites import Site, find_sites, model_fingerprint
 CATEGORIES = ("irrelevant", "forget", "retain", "conflict")
 IRRELEVANT, FORGET, RETAIN, CONFLICT = range(4)
 SCOPES = ("layer", "global")
+DEFAULT_FRACTION = 0.1
 
 
 class Scores(dict[Site, Tensor]):
@@ -157,7 +158,7 @@ def select(
 ) -> Selection:
     """Selects the top of a ranking as conflict units; all others are irrelevant.
 
-    Give one budget; without any, ``fraction=0.05``.
+    Give one budget; without any, ``fraction=0.1``.
 
     Args:
         scores: from ``score``; ties are broken by the lower site and unit.
@@ -190,9 +191,9 @@ def select(
 def check_budget(
     fraction: float | None, *, count: int | None = None, threshold: float | None = None, scope: str = "layer"
 ) -> tuple[str, float]:
-    """Returns the name and value of the one budget given (default a fraction of 0.05). Raises BudgetError."""
+    """Returns the name and value of the one budget given (default a fraction of 0.1). Raises BudgetError."""
     given = {"fraction": fraction, "count": count, "threshold": threshold}
-    budgets = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
+    budgets = {name: value for name, value in given.items() if value is not None} or {"fraction": DEFAULT_FRACTION}
     if len(budgets) > 1:
         raise BudgetError(f"give one budget, not {' and '.join(budgets)}")
     if scope not in SCOPES:

@@ -51,7 +51,7 @@ def localize(
         forget, retain: data sets, see ``clue_fast.data.load_records``.
         tokenizer: of the model.
         criterion: a key of ``CRITERIA``.
-        fraction, count, threshold, scope: the budget, see ``select``; default the top 5 % of every layer.
+        fraction, count, threshold, scope: the budget, see ``select``; default the top 10 % of every layer.
         seed: of the criterion ``random``.
         max_length, tokens_per_batch, backend, progress: see ``measure``.
 
