@@ -195,7 +195,7 @@ def unlearn(
             "changed_outside": audit.changed_outside(before, model, selection),
         },
         "history": history,
-        "seconds": seconds,
+        "seconds": dict(seconds),
     }
     with _stage("save", seconds), output_folder(output_dir) as folder:
         model.save_pretrained(folder)
@@ -259,7 +259,12 @@ def _train(
             trainer.add_callback(_progress_bar())
         if evaluate_every:
             trainer.add_callback(_recall_callback(tokenizer, sets, evaluate_every, recalls))
-        trainer.train()
+        try:
+            trainer.train()
+        except BaseException:
+            trainer.sparse.revert()
+            trainer.sparse.restore()
+            raise
         history = [entry for entry in trainer.state.log_history if "loss" in entry] + recalls
         return trainer.sparse, sorted(history, key=lambda entry: entry["step"])
 

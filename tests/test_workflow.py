@@ -209,17 +209,25 @@ class TestBadInput:
             clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "out")
 
 
-def test_a_failure_in_training_leaves_a_plain_model_and_no_folder(
+def test_a_failure_in_training_leaves_the_model_as_it_was_and_no_folder(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from clue_fast.training.trainer import UnlearnTrainer
 
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = []
 
-    monkeypatch.setattr(UnlearnTrainer, "training_step", fail)
+    def fail_in_the_third(self: UnlearnTrainer, *arguments: object, **named: object) -> torch.Tensor:
+        steps.append(model.model.layers[0].mlp.gate_proj.weight.clone())
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return super(UnlearnTrainer, self).training_step(*arguments, **named)
+
+    monkeypatch.setattr(UnlearnTrainer, "training_step", fail_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
+    assert not torch.equal(steps[0], steps[2])
     assert type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
