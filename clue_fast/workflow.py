@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import clue_fast
+from clue_fast.budget import check_budget
 from clue_fast.data import Record, Source, check_disjoint, load_records
 from clue_fast.errors import ModelError, NonFiniteError
 from clue_fast.evaluation import Metrics, evaluate
@@ -23,7 +24,7 @@ from clue_fast.files import check_output, output_folder
 from clue_fast.localization import measure, score
 from clue_fast.localization.criteria import get_criterion
 from clue_fast.report import RESULTS, results_table, write_plots
-from clue_fast.selection import Selection, check_budget, select
+from clue_fast.selection import Selection, select
 from clue_fast.statistics import Statistics
 from clue_fast.training import audit
 from clue_fast.training.objectives import Objective, get_objective

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.localization.criteria import score
+from clue_fast.budget import check_budget
+from clue_fast.localization.criteria import importances, score
 from clue_fast.localization.measure import TOKENS_PER_BATCH, measure
-from clue_fast.selection import Selection, check_budget, select
+from clue_fast.selection import Selection, categorize, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,10 +25,12 @@ def localize(
     *,
     tokenizer: PreTrainedTokenizerBase,
     criterion: str = "difference",
-    fraction: float | None = None,
-    count: int | None = None,
+    fraction: float | Mapping[str, float] | None = None,
+    count: int | Mapping[str, int] | None = None,
     threshold: float | None = None,
     scope: str = "layer",
+    normalize: str | None = None,
+    categories: bool = False,
     target: str | None = None,
     seed: int = 0,
     max_length: int = 512,
@@ -41,7 +45,9 @@ def localize(
         forget, retain: data sets, see ``clue_fast.data.load_records``.
         tokenizer: of the model.
         criterion: a key of ``CRITERIA``.
-        fraction, count, threshold, scope: the budget, see ``select``; default the top 5 % of every layer.
+        fraction, count, threshold, scope, normalize: the budget, see ``select``; default the top 5 % of every layer.
+        categories: give every unit one of the four categories, from its importance to each set, instead of ranking
+            units by one score; see ``categorize``.
         seed: of the criterion ``random``.
         target, max_length, tokens_per_batch, backend, progress: see ``measure``.
 
@@ -49,6 +55,7 @@ def localize(
         DataError: a data set is empty, unreadable, or both share records.
         UnknownNameError: no such criterion or target.
         BudgetError: the budget is out of range.
+        SelectionError: categories are wanted of a criterion that only compares.
         SiteError: the model has no sites.
         NonFiniteError: weights or activations are NaN or infinite.
     """
@@ -66,8 +73,11 @@ def localize(
         backend=backend,
         progress=progress,
     )
-    scores = score(statistics, criterion, seed=seed, backend=backend)
-    selection = select(scores, fraction, count=count, threshold=threshold, scope=scope)
+    budget: dict[str, Any] = {"count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
+    if categories:
+        selection = categorize(*importances(statistics, criterion), fraction, **budget)
+    else:
+        selection = select(score(statistics, criterion, seed=seed, backend=backend), fraction, **budget)
     selection.source["seed"] = seed
     if target is not None:
         selection.source["target"] = target

@@ -18,8 +18,9 @@ class WeightInputRecorder:
     """At the end adds ``weighted_input`` to the statistics: sum over the weights w_ij of a unit of |w_ij| rms(z_j).
 
     It is added once for each record, so that its mean over the records is the sum itself, and merged statistics hold
-    the mean of the recordings. rms(z_j) is the root mean square of input j over the counted tokens of a group: the norm of Wanda, made
-    comparable between groups of different sizes. Set ``groups``, int8 [records, tokens], before each forward pass.
+    the mean of the recordings. rms(z_j) is the root mean square of input j over the counted tokens of a group: the
+    norm of Wanda, made comparable between groups of different sizes. Set ``groups``, int8 [records, tokens], before
+    each forward pass.
 
     Args:
         model: its modules are hooked, nothing is replaced.
@@ -79,9 +80,6 @@ class WeightInputRecorder:
             rms = (self._squares[path] / self._tokens[path].clamp_min(1.0)).sqrt()
             weight = matrix(self._model.get_submodule(path)).detach().abs().double()
             for owned in parts:
-                if owned.side == COLUMNS:
-                    values = owned.take(weight.sum(0) * rms)
-                else:
-                    values = owned.take((weight @ rms.T).T)
-                records = self.statistics.records[:, None]
-                sums[:, owned.units] += owned.per_unit(values).to(sums.device) * records
+                weighted = weight.sum(0) * rms if owned.side == COLUMNS else rms @ weight.T
+                values = owned.per_unit(owned.take(weighted)).to(sums.device)
+                sums[:, owned.units] += values * self.statistics.records[:, None]
