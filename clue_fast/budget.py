@@ -12,6 +12,7 @@ from clue_fast.errors import BudgetError
 from clue_fast.sites import Site
 
 SCOPES = ("layer", "kind", "global")
+DEFAULT_FRACTION = 0.1
 Budget = float | Mapping[str, float]
 
 
@@ -22,9 +23,9 @@ def check_budget(
     threshold: float | None = None,
     scope: str = "layer",
 ) -> tuple[str, Any]:
-    """Returns the name and value of the one budget given (default a fraction of 0.05). Raises BudgetError."""
+    """Returns the name and value of the one budget given (default a fraction of 0.1). Raises BudgetError."""
     given = {"fraction": fraction, "count": count, "threshold": threshold}
-    budgets = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
+    budgets = {name: value for name, value in given.items() if value is not None} or {"fraction": DEFAULT_FRACTION}
     if len(budgets) > 1:
         raise BudgetError(f"give one budget, not {' and '.join(budgets)}")
     if scope not in SCOPES:

@@ -33,6 +33,10 @@ class BudgetError(ClueFastError, ValueError):
     """A fraction, count or threshold outside its range."""
 
 
+class SettingError(ClueFastError, ValueError):
+    """A learning rate, number of epochs or batch size outside its range."""
+
+
 class SparseError(ClueFastError, RuntimeError):
     """A model cannot be made sparse, or an optimizer does not fit it."""
 

@@ -45,7 +45,7 @@ def localize(
         forget, retain: data sets, see ``clue_fast.data.load_records``.
         tokenizer: of the model.
         criterion: a key of ``CRITERIA``.
-        fraction, count, threshold, scope, normalize: the budget, see ``select``; default the top 5 % of every layer.
+        fraction, count, threshold, scope, normalize: the budget, see ``select``; default the top 10 % of every layer.
         categories: give every unit one of the four categories, from its importance to each set, instead of ranking
             units by one score; see ``categorize``.
         seed: of the criterion ``random``.

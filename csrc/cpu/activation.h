@@ -58,6 +58,15 @@ CLUE_INLINE Floats<n> sigmoid(Floats<n> x) {
   return 0.5f / (0.5f + exp_minus<n, T, 2>(x));
 }
 
+// The same, and 1 - sigmoid(x) without cancellation.
+template <int n, class T>
+CLUE_INLINE Floats<n> sigmoid(Floats<n> x, Floats<n>& complement) {
+  const Floats<n> half = exp_minus<n, T, 2>(x);
+  const Floats<n> s = 0.5f / (0.5f + half);
+  complement = x > 0.0f ? (half + half) * s : 1.0f - s;
+  return s;
+}
+
 // Each activation gives its value and, for the backward pass, its derivative with it; T is the element type.
 struct Silu {
   template <int n, class T>
@@ -81,9 +90,10 @@ struct GeluTanh {  // (1 + tanh(u)) / 2 is the sigmoid of 2u
   template <int n, class T>
   static CLUE_INLINE Floats<n> value(Floats<n> x, Floats<n>& derivative) {
     const Floats<n> square = x * x;
-    const Floats<n> s = sigmoid<n, T>(x * (1.59576912f + 0.0713548163f * square));
+    Floats<n> complement;
+    const Floats<n> s = sigmoid<n, T>(x * (1.59576912f + 0.0713548163f * square), complement);
     const Floats<n> act = x * s;
-    derivative = s + (act * (1.0f - s)) * (1.59576912f + 0.214064449f * square);
+    derivative = s + (act * complement) * (1.59576912f + 0.214064449f * square);
     return act;
   }
 };

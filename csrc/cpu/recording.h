@@ -32,6 +32,14 @@ struct Accumulators {
   int64_t groups, group_stride, field_stride;
 };
 
+// What a job that records knows beside its own tensors; `runs` is null where nothing is recorded.
+struct Recording {
+  int64_t tokens, channels;
+  const std::vector<Run>* runs;
+  Accumulators sums;
+  float* partial;  // of this thread
+};
+
 inline std::vector<Run> runs_of(const int8_t* group, int64_t tokens, int64_t groups) {
   std::vector<Run> runs;
   for (int64_t start = 0; start < tokens; start += run_length) {
@@ -134,12 +142,13 @@ CLUE_INLINE void fold(const float* partial, double* target, int64_t field_stride
 // Take all tokens of the channels [begin, end) from `source`, which does its own loading and storing and returns
 // the pair of values to record: source(token, channel, channels left in the row).
 template <int n, class T, class Sums, class Source>
-CLUE_INLINE void record(const std::vector<Run>& runs, const Accumulators& sums, int64_t begin, int64_t end,
-                        float* partial, const Source& source) {
+CLUE_INLINE void record(const Recording& recording, int64_t begin, int64_t end, const Source& source) {
+  const Accumulators sums = recording.sums;
+  float* const partial = recording.partial;
   const int64_t group_size = Sums::fields * span_length;
   for (int64_t span = begin; span < end; span += span_length) {
     const int64_t stop = std::min(end, span + span_length);
-    for (const Run& run : runs) {
+    for (const Run& run : *recording.runs) {
       for (int g : run.groups) std::memset(partial + g * group_size, 0, group_size * sizeof(float));
       for (const Tile& tile : run.tiles) {
         const int64_t last = tile.first + tile.count;
