@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.audit import changed_inside, changed_outside, snapshot
 from clue_fast.training.layer_rates import LayerRate, LinearLayerRate
 from clue_fast.training.objectives import (
@@ -26,7 +27,6 @@ from clue_fast.training.objectives import (
     SimNPO,
     get_objective,
 )
-from clue_fast.training.optimizer import SparseAdamW
 from clue_fast.training.parts import TrainedPart
 from clue_fast.training.sparse import Sparse, sparsify
 from clue_fast.training.stages import Stage

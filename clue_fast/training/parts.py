@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from clue_fast.errors import SparseError
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, Selection
@@ -79,6 +79,7 @@ class TrainedPart:
         layer, layers: index of the transformer layer, and how many layers there are.
         reach: which records train units of the category "forget".
         swapped: whether the parameter holds the original values at the moment.
+        rounding_seed: of stochastic rounding, where there are no master values.
     """
 
     module: nn.Module = field(repr=False)
@@ -94,6 +95,8 @@ class TrainedPart:
     layers: int
     reach: Reach = field(repr=False)
     swapped: bool = False
+    rounding_seed: int = 0
+    has_master: bool = True
 
     @property
     def master_name(self) -> str:
@@ -107,6 +110,19 @@ class TrainedPart:
         parameter: Tensor = getattr(self.module, self.name).detach()
         return parameter if self.lead is None else parameter[self.lead]
 
+    def keep_master(self, keep: bool) -> None:
+        """Keeps master values, made from the parameter, or none: then ``selected`` has a shape and no storage.
+
+        DistributedDataParallel cannot do without the storage, so there it stays, unused.
+        """
+        if keep == self.has_master:
+            return
+        self.has_master = keep
+        if keep:
+            self.selected.data = self.read().float()
+        elif not distributed.is_initialized():
+            self.selected.data = torch.zeros((), device=self.selected.device).expand(self.selected.shape)
+
     @torch.no_grad()
     def read(self) -> Tensor:
         """Returns a copy of the slices as they are in the parameter."""
@@ -119,6 +135,16 @@ class TrainedPart:
         self.weight.index_copy_(self.dim, self.index, values.to(parameter.dtype))
         # A forward from before must not be run backward with the weights from after it.
         torch.autograd.graph.increment_version(parameter)
+
+    def set_values(self, values: Tensor) -> None:
+        """Gives the slices these values, in the parameter and in the masters."""
+        self.write(values)
+        self.set_master(values)
+
+    def set_master(self, values: Tensor) -> None:
+        """Gives the masters, if there are any, these values."""
+        if self.has_master:
+            self.selected.detach().copy_(values)
 
 
 @dataclass(frozen=True)

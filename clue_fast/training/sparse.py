@@ -118,8 +118,7 @@ class Sparse:
     def revert(self) -> None:
         """Puts the original values back for good, into weights and masters; optimizer state is left alone."""
         for part in self.parts:
-            part.write(part.original)
-            part.selected.detach().copy_(part.original)
+            part.set_values(part.original)
 
     def bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Counts the bytes that exist right now, tensor by tensor.
@@ -133,7 +132,7 @@ class Sparse:
         state = [] if optimizer is None else [t for entry in optimizer.state.values() for t in entry.values()]
         return {
             "weights": sum(p.nbytes for p in parameters if id(p) not in masters),
-            "trainable": sum(p.nbytes for p in self.trainable_parameters),
+            "trainable": sum(part.selected.nbytes for part in self.parts if part.has_master),
             "original": sum(part.original.nbytes for part in self.parts),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "optimizer_state": sum(t.nbytes for t in state if isinstance(t, Tensor)),
