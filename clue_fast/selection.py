@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, SelectionError
 from clue_fast.files import load_tensors, save_tensors
-from clue_fast.sites import Site, find_sites, model_fingerprint
+from clue_fast.sites import Site, check_sites, model_fingerprint
 
 CATEGORIES = ("irrelevant", "forget", "retain", "conflict")
 IRRELEVANT, FORGET, RETAIN, CONFLICT = range(4)
@@ -54,20 +54,23 @@ class Selection:
         self.fingerprint = fingerprint
         for site in self.sites:
             if self.categories[site].shape != (site.width,) or self.scores[site].shape != (site.width,):
-                raise SelectionError(f"{site.path} has {site.width} units, its categories or scores have not")
+                raise SelectionError(f"{site.name} has {site.width} units, its categories or scores have not")
 
     def units(self, site: Site) -> Tensor:
         """Returns the units of a site that are to be trained (forget and conflict), sorted, int64."""
         category = self.categories[site]
         return torch.nonzero((category == FORGET) | (category == CONFLICT)).flatten()
 
-    def slices(self) -> dict[tuple[str, int], Tensor]:
-        """Returns what is to be trained of each parameter: ``{(parameter, dim): index}``, int64, sorted."""
-        found: dict[tuple[str, int], list[Tensor]] = {}
+    def slices(self) -> dict[tuple[str, int, int | None], Tensor]:
+        """Returns what is to be trained of each parameter: ``{(parameter, dim, lead): index}``, int64, sorted.
+
+        ``dim`` counts in the parameter, or in ``parameter[lead]`` where the parameter stacks those of several sites.
+        """
+        found: dict[tuple[str, int, int | None], list[Tensor]] = {}
         for site in self.sites:
             units = self.units(site)
             for part in site.parts if len(units) else ():
-                found.setdefault((part.parameter, part.dim), []).append(part.index(units))
+                found.setdefault((part.parameter, part.dim, part.lead), []).append(part.index(units))
         return {key: torch.cat(indices).sort().values for key, indices in found.items()}
 
     def __len__(self) -> int:
@@ -83,26 +86,28 @@ class Selection:
         """A hash of the categories alone, equal wherever and on however many devices they were found."""
         digest = hashlib.sha256(self.fingerprint.encode())
         for site in self.sites:
-            digest.update(site.path.encode() + self.categories[site].numpy().tobytes())
+            digest.update(site.name.encode() + self.categories[site].numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def check(self, model: nn.Module) -> None:
         """Raises SelectionError unless this selection was made for the model, and is not empty."""
-        if model_fingerprint(model) != self.fingerprint or tuple(find_sites(model)) != self.sites:
+        fingerprint = model_fingerprint(model)
+        if fingerprint != self.fingerprint:
             raise SelectionError(
-                f"the selection belongs to the model {self.fingerprint}, this one is {model_fingerprint(model)}; "
+                f"the selection belongs to the model {self.fingerprint}, this one is {fingerprint}; "
                 "localize on this model"
             )
+        check_sites(model, self.sites)
         if len(self) == 0:
             raise SelectionError("the selection holds no unit to train; raise the fraction or lower the threshold")
 
     def summary(self) -> str:
         """Returns a table: units and selected units of every site, by category."""
-        width = max((len(site.path) for site in self.sites), default=4)
+        width = max((len(site.name) for site in self.sites), default=4)
         lines = [f"{'site':<{width}}  units  {'  '.join(f'{name:>10}' for name in CATEGORIES)}"]
         for site in self.sites:
             counts = torch.bincount(self.categories[site].long(), minlength=len(CATEGORIES)).tolist()
-            lines.append(f"{site.path:<{width}}  {site.width:>5}  {'  '.join(f'{n:>10}' for n in counts)}")
+            lines.append(f"{site.name:<{width}}  {site.width:>5}  {'  '.join(f'{n:>10}' for n in counts)}")
         lines.append(
             f"{len(self)} of {sum(s.width for s in self.sites)} units to train ({self.fraction:.2%}), {self.hash}"
         )
@@ -132,7 +137,7 @@ class Selection:
         """
         tensors, header = load_tensors(path, "selection")
         try:
-            sites = tuple(Site(**fields) for fields in header["sites"])
+            sites = tuple(Site.from_dict(fields) for fields in header["sites"])
             selection = cls(
                 sites,
                 {site: tensors[f"categories.{i}"] for i, site in enumerate(sites)},
@@ -173,7 +178,7 @@ def select(
     budget, value = check_budget(fraction, count=count, threshold=threshold, scope=scope)
     for site, values in scores.items():
         if torch.isnan(values).any():
-            raise NonFiniteError(f"{site.path} has a score that is not a number; look at its weights and statistics")
+            raise NonFiniteError(f"{site.name} has a score that is not a number; look at its weights and statistics")
     if budget == "threshold":
         chosen = {site: values >= value for site, values in scores.items()}
     elif scope == "layer":

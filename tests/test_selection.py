@@ -16,8 +16,7 @@ from clue_fast.sites import Site
 
 
 def make_site(layer: int, width: int) -> Site:
-    path = f"model.layers.{layer}.mlp"
-    return Site(path, "mlp", width, layer, f"{path}.gate_proj", f"{path}.up_proj", f"{path}.down_proj", "silu")
+    return Site(f"model.layers.{layer}.mlp", "mlp", width, layer)
 
 
 def make_scores(*rows: list[float]) -> Scores:

@@ -38,7 +38,9 @@ def changed_inside(before: dict[str, Tensor], model: nn.Module, selection: Selec
 
 
 def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, inside: bool) -> int:
-    parts = {name: (dim, index) for (name, dim), index in selection.slices().items()}
+    parts: dict[str, list[tuple[int, int | None, Tensor]]] = {}
+    for (name, dim, lead), index in selection.slices().items():
+        parts.setdefault(name, []).append((dim, lead, index))
     now = dict(_tensors(model))
     kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, now)]
     if kinds[0] != kinds[1]:
@@ -46,10 +48,12 @@ def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, 
     changed = 0
     for name, tensor in now.items():
         differs = _bits(before[name]) != _bits(tensor.detach().cpu())
-        selected = torch.zeros((), dtype=torch.int64)
-        if name in parts:
-            selected = differs.index_select(*parts[name]).sum()
-        changed += int(selected if inside else differs.sum() - selected)
+        # Added up over the parts, which do not overlap: each is rows or columns of the parameter, or of one of a stack.
+        selected = sum(
+            int((differs if lead is None else differs[lead]).index_select(dim, index).sum())
+            for dim, lead, index in parts.get(name, ())
+        )
+        changed += selected if inside else int(differs.sum()) - selected
     return changed
 
 

@@ -223,7 +223,7 @@ def sparsify(model: nn.Module, selection: Selection) -> Sparse:
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise SparseError("the model is sparse already; call restore() of the Sparse that made it so")
     selection.check(model)
-    plan = [(name.rpartition(".")[0], dim, index) for (name, dim), index in selection.slices().items()]
+    plan = [(_module_path(name, lead), dim, index) for (name, dim, lead), index in selection.slices().items()]
     shared = _shared_weights(model)
     for path, dim, index in plan:
         _check(path, model.get_submodule(path), dim, index, shared)
@@ -233,6 +233,13 @@ def sparsify(model: nn.Module, selection: Selection) -> Sparse:
         path: _turn_sparse(model, path, dim, index, layer_of[f"{path}.weight"], layers) for path, dim, index in plan
     }
     return Sparse(model, selection, modules)
+
+
+def _module_path(parameter: str, lead: int | None) -> str:
+    path, _, name = parameter.rpartition(".")
+    if lead is not None or name != "weight":
+        raise SparseError(f"{parameter} is no weight of a linear layer; only rows and columns of those train in parts")
+    return path
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
