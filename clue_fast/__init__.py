@@ -19,6 +19,7 @@ _EXPORTS = {
     "SparseAdamW": "training.optimizer",
     "Statistics": "statistics",
     "UnlearnTrainer": "training.trainer",
+    "categorize": "selection",
     "evaluate": "evaluation",
     "find_sites": "sites",
     "load_records": "data",
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.evaluation import evaluate
     from clue_fast.localization import localize, score
     from clue_fast.patching import Patched, patch, unpatch
-    from clue_fast.selection import Scores, Selection, select
+    from clue_fast.selection import Scores, Selection, categorize, select
     from clue_fast.sites import Site, find_sites
     from clue_fast.statistics import Statistics
     from clue_fast.training.optimizer import SparseAdamW

@@ -55,6 +55,9 @@ class Statistics:
         values: [groups, 5, units] float64, the sums of ``ops.FIELDS``.
         gradient_values: [groups, 3, units] float64, the sums of ``ops.GRADIENT_FIELDS``, or None.
         count: [groups, sites] int64, tokens counted.
+        record_sums: further sums over the records of a group, by name, each [groups, units] float64; some criteria
+            need them, see ``clue_fast.localization``.
+        records: [groups] int64, records counted into them.
         offsets: [sites + 1] int64, the range of units of each site.
         fingerprint: of the model, see ``model_fingerprint``.
     """
@@ -75,6 +78,8 @@ class Statistics:
         self.values = torch.zeros(len(self.groups), len(FIELDS), units, dtype=torch.float64, device=device)
         self.gradient_values: Tensor | None = None
         self.count = torch.zeros(len(self.groups), len(self.sites), dtype=torch.int64, device=device)
+        self.record_sums: dict[str, Tensor] = {}
+        self.records = torch.zeros(len(self.groups), dtype=torch.int64, device=device)
 
     def group_index(self, name: str) -> int:
         """Returns the int8 that marks tokens of a group (1 for the first), adding the group if it is new."""
@@ -84,6 +89,8 @@ class Statistics:
             self.groups.append(name)
             self.values = _with_row(self.values)
             self.count = _with_row(self.count)
+            self.records = _with_row(self.records)
+            self.record_sums = {key: _with_row(sums) for key, sums in self.record_sums.items()}
             if self.gradient_values is not None:
                 self.gradient_values = _with_row(self.gradient_values)
         return self.groups.index(name) + 1
@@ -93,6 +100,12 @@ class Statistics:
         if self.gradient_values is None:
             groups, _, units = self.values.shape
             self.gradient_values = self.values.new_zeros(groups, len(GRADIENT_FIELDS), units)
+
+    def allocate_record_sums(self, *names: str) -> None:
+        """Makes room for sums over records, [groups, units] each."""
+        groups, _, units = self.values.shape
+        for name in names:
+            self.record_sums.setdefault(name, self.values.new_zeros(groups, units))
 
     def units(self, site: Site) -> slice:
         """Returns the range of a site's units in the last dimension of the accumulators."""
@@ -141,6 +154,8 @@ class Statistics:
         sums = self.values.sum(dim=(0, 1))
         if self.gradient_values is not None:
             sums = sums + self.gradient_values.sum(dim=(0, 1))
+        for record_sums in self.record_sums.values():
+            sums = sums + record_sums.sum(dim=0)
         if bool(torch.isfinite(sums).all()):
             return
         bad = [site.path for site in self.sites if not bool(torch.isfinite(sums[self.units(site)]).all())]
@@ -155,6 +170,9 @@ class Statistics:
         self.count.zero_()
         if self.gradient_values is not None:
             self.gradient_values.zero_()
+        self.records.zero_()
+        for record_sums in self.record_sums.values():
+            record_sums.zero_()
 
     def merge(self, other: Statistics) -> Statistics:
         """Returns the statistics of both recordings together.
@@ -171,6 +189,7 @@ class Statistics:
         for part in (self, other):
             if part.gradient_values is not None:
                 merged.allocate_gradients()
+            merged.allocate_record_sums(*part.record_sums)
         for part in (self, other):
             for row, name in enumerate(part.groups):
                 target = merged.group_index(name) - 1
@@ -180,11 +199,15 @@ class Statistics:
                 merged.count[target] += part.count[row].to(merged.count)
                 if part.gradient_values is not None and merged.gradient_values is not None:
                     merged.gradient_values[target] += part.gradient_values[row].to(merged.values)
+                merged.records[target] += part.records[row].to(merged.records)
+                for key, sums in part.record_sums.items():
+                    merged.record_sums[key][target] += sums[row].to(merged.values)
         return merged
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the accumulators to a safetensors file, atomically."""
-        tensors = {"values": self.values, "count": self.count}
+        tensors = {"values": self.values, "count": self.count, "records": self.records}
+        tensors |= {f"record_sums.{name}": sums for name, sums in self.record_sums.items()}
         if self.gradient_values is not None:
             tensors["gradient_values"] = self.gradient_values
         header = {
@@ -209,6 +232,9 @@ class Statistics:
                 raise FileFormatError(f"{path} holds statistics of other shapes than its header says; make it again")
             statistics.values, statistics.count = tensors["values"], tensors["count"]
             statistics.gradient_values = tensors.get("gradient_values")
+            statistics.records = tensors["records"]
+            prefix = "record_sums."
+            statistics.record_sums = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"{path} holds no complete statistics (missing {error}); make it again") from error
         return statistics

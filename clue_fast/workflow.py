@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import clue_fast
+from clue_fast.budget import check_budget
 from clue_fast.data import Record, Source, check_disjoint, load_records
 from clue_fast.errors import ModelError, NonFiniteError, SettingError
 from clue_fast.evaluation import Metrics, evaluate
@@ -24,7 +25,7 @@ from clue_fast.localization import measure, score
 from clue_fast.localization.criteria import get_criterion
 from clue_fast.ops import choose
 from clue_fast.report import RESULTS, results_table, write_plots
-from clue_fast.selection import Selection, check_budget, select
+from clue_fast.selection import Selection, select
 from clue_fast.statistics import Statistics
 from clue_fast.training import audit
 from clue_fast.training.objectives import Objective, SimNPO, get_objective

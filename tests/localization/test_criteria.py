@@ -142,7 +142,33 @@ def test_a_selection_belongs_to_its_model(
         Selection.load(tmp_path / "s.safetensors", other)
 
 
+def test_categories_come_from_what_matters_to_each_set(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    selection = clue_fast.localize(
+        model,
+        FORGET,
+        RETAIN,
+        tokenizer=tokenizer,
+        criterion="attribution",
+        categories=True,
+        fraction=0.3,
+        progress=False,
+    )
+    forget, retain = (answer_activations(model, tokenizer, records)["products"] for records in (FORGET, RETAIN))
+    for site in selection.sites:
+        tops = [set(p[site.path].abs().mean(0).topk(36).indices.tolist()) for p in (forget, retain)]
+        found = [
+            set(torch.nonzero(selection.categories[site] == category).flatten().tolist()) for category in (1, 2, 3)
+        ]
+        assert found == [tops[0] - tops[1], tops[1] - tops[0], tops[0] & tops[1]]
+
+
 class TestBadInput:
+    def test_categories_of_a_comparison(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(SelectionError, match="has no categories"):
+            clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, categories=True, progress=False)
+
     def test_unknown_criterion(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(UnknownNameError, match=r"'astrology'; choose one of: attribution"):
             clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, criterion="astrology")
