@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -215,18 +216,26 @@ def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
     optimizer.step()
 
 
+@pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(reentrant, make_model, make_selection, make_batch):
-    model, batch = make_model(), make_batch()
-    sparse = sparsify(model, make_selection(model))
+def test_gradient_checkpointing_changes_nothing(reentrant, limited, make_model, make_selection, make_batch):
+    """And reaches no layer below the lowest selected one, if it is told not to."""
+    model, batch = make_model(layers=4), make_batch()
+    sparse = sparsify(model, make_selection(model, layers=[2, 3]))
     model.train()
     model(**batch).loss.backward()
     expected = [p.grad.clone() for p in sparse.trainable_parameters]
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    model(**batch).loss.backward()
+    if limited:
+        sparse.limit_checkpointing()
+    inputs: list[bool] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].requires_grad))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch).loss.backward()
+    assert inputs[:4] == ([False, False, False, True] if limited else [True] * 4)
     for gradient, p in zip(expected, sparse.trainable_parameters, strict=True):
         assert torch.equal(gradient, p.grad)
 
