@@ -47,7 +47,7 @@ def test_masters_are_the_selected_weights(dtype, make_model, make_selection):
     sparse = sparsify(model, selection)
     for site in selection.sites:
         units = selection.units(site)
-        for path, dim in ((site.gate, 0), (site.up, 0), (site.down, 1)):
+        for path, dim in ((site.inputs[0], 0), (site.inputs[1], 0), (site.output, 1)):
             (part,) = [part for part in sparse.parts if part.path == f"{path}.weight"]
             weight = model.get_submodule(path).weight.double()
             expected = torch.stack([weight.select(dim, int(u)) for u in units], dim)
@@ -301,8 +301,8 @@ def test_names_the_weight_that_is_not_finite(value, make_model, make_selection):
     selection = make_selection(model)
     site = selection.sites[1]
     with torch.no_grad():
-        model.get_submodule(site.down).weight[3, selection.units(site)[0]] = value
-    with pytest.raises(NonFiniteError, match=rf"{site.down}\.weight"):
+        model.get_submodule(site.output).weight[3, selection.units(site)[0]] = value
+    with pytest.raises(NonFiniteError, match=rf"{site.output}\.weight"):
         sparsify(model, selection)
 
 
