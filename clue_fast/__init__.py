@@ -21,6 +21,7 @@ _EXPORTS = {
     "UnlearnTrainer": "training.trainer",
     "attach": "training.attaching",
     "categorize": "selection",
+    "estimate_memory": "training.memory",
     "evaluate": "evaluation",
     "find_sites": "sites",
     "load_records": "data",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.statistics import Statistics
     from clue_fast.training.adamw import SparseAdamW
     from clue_fast.training.attaching import attach
+    from clue_fast.training.memory import estimate_memory
     from clue_fast.training.sparse import sparsify
     from clue_fast.training.trainer import UnlearnTrainer
     from clue_fast.workflow import unlearn

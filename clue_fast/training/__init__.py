@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.audit import changed_inside, changed_outside, snapshot
 from clue_fast.training.layer_rates import LayerRate, LinearLayerRate
+from clue_fast.training.memory import MemoryEstimate, estimate_memory
 from clue_fast.training.objectives import (
     DPO,
     KL,
@@ -47,6 +48,7 @@ __all__ = [
     "GradientDifference",
     "LayerRate",
     "LinearLayerRate",
+    "MemoryEstimate",
     "Objective",
     "Refusal",
     "SimNPO",
@@ -58,6 +60,7 @@ __all__ = [
     "attach",
     "changed_inside",
     "changed_outside",
+    "estimate_memory",
     "get_objective",
     "snapshot",
     "sparsify",

@@ -155,13 +155,14 @@ class Slices:
         part: says which parameter, and along which dimension.
         index: the slices, int64, sorted.
         category: of their units.
-        layer: index of the transformer layer.
+        layer, layers: index of the transformer layer, and how many layers there are.
     """
 
     part: Part
     index: Tensor
     category: str
     layer: int
+    layers: int
 
 
 def plan(selection: Selection) -> list[Slices]:
@@ -177,8 +178,9 @@ def plan(selection: Selection) -> list[Slices]:
             for part in site.parts if len(units) else ():
                 key = (part.parameter, part.lead, part.dim, category)
                 found.setdefault(key, (part, site.layer, []))[2].append(part.index(units))
+    layers = 1 + max((site.layer for site in selection.sites), default=0)
     plans = [
-        Slices(part, torch.cat(indices).sort().values, CATEGORIES[key[3]], layer)
+        Slices(part, torch.cat(indices).sort().values, CATEGORIES[key[3]], layer, layers)
         for key, (part, layer, indices) in found.items()
     ]
     _check_disjoint(plans)
