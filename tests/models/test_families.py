@@ -20,6 +20,7 @@ from families import FAMILIES, IMAGE, IMAGES, SEQ2SEQ, make_batch, make_model
 from reference import counts, statistics_of, watching
 
 ALL = sorted(FAMILIES)
+COMPILED = ("bert", "gpt2", "llama", "mixtral", "opt", "phi3", "t5")  # one of each structure; the others are slow
 HEADS = [name for name in ALL if name != "qwen2_vl"]  # token ids do not reach the heads of its vision tower
 
 
@@ -129,7 +130,7 @@ def test_checkpointing(name: str, reentrant: bool) -> None:
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_compile(name: str) -> None:
     """Compiled into one graph, recording gives the same."""
     model, batch = make_model(name), compiled_batch(name)
