@@ -32,9 +32,14 @@ def masters(model: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def plant_negative_zeros(model: Any, selection: Selection) -> None:
-    """A step that adds 0 to what it should leave alone turns -0.0 into 0.0."""
+def plant_delicate_bits(model: Any, selection: Selection, batch: dict[str, Tensor]) -> None:
+    """A step that adds 0 to what it should leave alone turns -0.0 into 0.0, and a NaN into another."""
+    unused = min(set(range(64)) - set(batch["input_ids"].flatten().tolist()))
     with torch.no_grad():
+        row = model.model.embed_tokens.weight[unused]
+        integer = {2: torch.int16, 4: torch.int32}[row.element_size()]
+        row.view(integer).copy_(torch.full_like(row, torch.inf).view(integer) + torch.arange(1, len(row) + 1))
+        assert row.isnan().all()
         for site in selection.sites:
             outside = [unit for unit in range(site.width) if unit not in selection.units(site)]
             model.get_submodule(site.inputs[0]).weight[outside[0]] = -0.0
@@ -47,8 +52,8 @@ def plant_negative_zeros(model: Any, selection: Selection) -> None:
 def test_every_bit_outside_stays_and_inside_moves(dtype, master, make_model, make_selection, make_batch, tmp_path):
     """200 steps with weight decay, interrupted in the middle and resumed from files."""
     model, batch = make_model(dtype), make_batch()
+    plant_delicate_bits(model, make_selection(model), batch)
     selection = make_selection(model)
-    plant_negative_zeros(model, selection)
     before = snapshot(model)
     straight, broken = copy.deepcopy(model), copy.deepcopy(model)
 
@@ -75,7 +80,8 @@ def test_every_bit_outside_stays_and_inside_moves(dtype, master, make_model, mak
     assert changed_inside(before, straight, selection) > 0.98 * trained
     assert torch.equal(masters(straight), masters(resumed))
     assert master == "fp32" or not masters(straight).any()
-    assert all(torch.equal(now, snapshot(resumed)[name]) for name, now in snapshot(straight).items())
+    assert changed_outside(snapshot(straight), resumed, selection) == 0
+    assert changed_inside(snapshot(straight), resumed, selection) == 0
 
 
 def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_batch):
@@ -104,14 +110,14 @@ def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_bat
 
 def test_bf16_loses_no_update(make_model, make_selection, make_batch):
     """Masters equal fp32 AdamW fed the same gradients; plain AdamW in bf16 hardly moves a weight at this rate."""
-    model, batch = make_model(torch.bfloat16), make_batch()
+    model, batch = make_model(torch.bfloat16, initializer_range=0.02), make_batch()
     plain, selection = copy.deepcopy(model), make_selection(model)
     before = snapshot(model)
     sparse = sparsify(model, selection)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in sparse.trainable_parameters]
     optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1)
     reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
-    for _ in range(200):
+    for _ in range(60):
         backward(model, batch)
         for copied, p in zip(copies, sparse.trainable_parameters, strict=True):
             copied.grad = p.grad.clone()
@@ -123,8 +129,8 @@ def test_bf16_loses_no_update(make_model, make_selection, make_batch):
         assert torch.equal(part.read(), part.selected.detach().to(torch.bfloat16))
     own = changed_inside(before, model, selection)
     torch_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6, weight_decay=0.1)
-    steps(plain, torch_optimizer, batch, 200)
-    # Weights of about 0.1 lie 5e-4 apart in bf16: half of them round elsewhere after 200 steps of 1e-6.
+    steps(plain, torch_optimizer, batch, 60)
+    # Weights of about 0.02 lie 1e-4 apart in bf16: half of them round elsewhere after 60 steps of 1e-6.
     assert own > 0.4 * len(expected)
     assert changed_inside(before, plain, selection) < 0.01 * len(expected)
 
@@ -139,7 +145,7 @@ def test_bf16_follows_the_fp32_trajectory(make_model, make_selection, make_batch
     for one in (model, full):
         sparsify(one, make_selection(one))
         start = masters(one)
-        steps(one, SparseAdamW(one, lr=1e-6, weight_decay=0.1), batch, 100)
+        steps(one, SparseAdamW(one, lr=1e-6, weight_decay=0.1), batch, 50)
         moved.append(masters(one) - start)
     assert abs(moved[0].norm() / moved[1].norm() - 1) < 0.02
     assert torch.cosine_similarity(*moved, dim=0) > 0.99
