@@ -33,8 +33,16 @@ class BudgetError(ClueFastError, ValueError):
     """A fraction, count or threshold outside its range."""
 
 
+class SettingError(ClueFastError, ValueError):
+    """A learning rate, number of epochs or batch size outside its range."""
+
+
 class SparseError(ClueFastError, RuntimeError):
     """A model cannot be made sparse, or an optimizer does not fit it."""
+
+
+class ObjectiveError(ClueFastError, ValueError):
+    """An objective makes no sense for a model, or lacks the records it needs."""
 
 
 class BackendError(ClueFastError, RuntimeError):
