@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from clue_fast.errors import SelectionError, SiteError, UnknownNameError
-from clue_fast.sites.attention import head_size
+from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
 from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp
 from clue_fast.sites.site import Site
@@ -51,11 +52,13 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
             raise UnknownNameError("kind of site", kind, KINDS)
     sites: list[Site] = []
     unmatched: list[Unmatched] = []
+    heads = find_heads(model) if any(kind.startswith("attention") for kind in wanted) else {}
     for path, module in model.named_modules():
-        for found in _search(module, path, wanted):
+        attention = heads.get(path, [])
+        for found in (*_search(module, path, wanted), *(attention if isinstance(attention, list) else [attention])):
             if isinstance(found, Unmatched):
                 unmatched.append(found)
-            elif found is not None:
+            elif any(found.kind == kind or found.kind.startswith(f"{kind}_") for kind in wanted):
                 sites.append(found)
     return Survey(tuple(sites), tuple(unmatched))
 
@@ -91,7 +94,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
                     f"{site.name} is part of {part.parameter}, which {type(model).__name__} does not have"
                 )
             shape = parameter.shape if part.lead is None else parameter.shape[1:]
-            end = part.offset + (site.width - 1) * part.stride + part.size
+            end = int(part.index(torch.tensor([site.width - 1])).max()) + 1
             if part.dim >= len(shape) or end > shape[part.dim] or (part.lead or 0) >= parameter.shape[0]:
                 raise SelectionError(
                     f"{site.name} has {site.width} units, {part.parameter} is {list(parameter.shape)}; "

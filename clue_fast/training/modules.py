@@ -40,7 +40,7 @@ class SparseModule(_Base):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for part, master in zip(self.trained_parts, masters, strict=True):
             # `.to(bfloat16)` casts every parameter; the masters exist to keep what bfloat16 would drop.
-            if part.selected.dtype != torch.float32:
+            if part.selected.dtype != torch.float32 or not part.has_master:
                 part.selected.data = master.to(part.weight.device)
                 part.selected.grad = None
             part.index = part.index.to(part.weight.device)
@@ -69,7 +69,7 @@ class SparseModule(_Base):
             if prefix + part.master_name in missing_keys:
                 missing_keys.remove(prefix + part.master_name)
             if prefix + part.name in state_dict:
-                part.selected.detach().copy_(part.read())
+                part.set_master(part.read())
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
