@@ -104,7 +104,7 @@ def test_random_is_a_function_of_the_seed_and_needs_no_data(
         )
 
     assert found(1).hash == found(1).hash != found(2).hash
-    assert [len(found(1).units(site)) for site in found(1).sites] == [6, 6]
+    assert [len(found(1).units(site)) for site in found(1).sites] == [12, 12]
 
 
 def test_the_batch_budget_does_not_change_the_selection(
