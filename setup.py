@@ -88,6 +88,7 @@ class BuildExtension(build_ext):
             compiled = pool.map(lambda source: self.compiler.compile([source], **options), ext.sources)
             ext.extra_objects += [target for group in compiled for target in group]
         ext.sources = []
+        ext.depends += ext.extra_objects  # or the linking step would not see what changed
 
 
 def cuda_library_folders(nvcc: str) -> list[str]:

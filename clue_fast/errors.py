@@ -45,6 +45,10 @@ class SparseError(ClueFastError, RuntimeError):
     """A model cannot be made sparse, or an optimizer does not fit it."""
 
 
+class ObjectiveError(ClueFastError, ValueError):
+    """An objective makes no sense for a model, or lacks the records it needs."""
+
+
 class BackendError(ClueFastError, RuntimeError):
     """A backend was asked for that cannot run here."""
 

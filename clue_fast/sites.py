@@ -35,10 +35,11 @@ class Part:
 
     Attributes:
         parameter: path of the parameter in the model, such as ``model.layers.3.mlp.gate_proj.weight``.
-        dim: the dimension of the parameter along which the units lie.
+        dim: the dimension along which the units lie, of the parameter or, where it is stacked, of ``parameter[lead]``.
         offset: where the first unit begins along it.
         stride: from one unit to the next.
         size: slices of a unit.
+        lead: index into the first dimension of a parameter that stacks those of several sites, such as experts.
     """
 
     parameter: str
@@ -46,6 +47,7 @@ class Part:
     offset: int = 0
     stride: int = 1
     size: int = 1
+    lead: int | None = None
 
     def index(self, units: Tensor) -> Tensor:
         """Returns the slices that belong to units, int64 [len(units) * size], in the order of the units."""

@@ -23,6 +23,7 @@ from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import measure, score
 from clue_fast.localization.criteria import get_criterion
+from clue_fast.ops import choose
 from clue_fast.report import RESULTS, results_table, write_plots
 from clue_fast.selection import Selection, select
 from clue_fast.statistics import Statistics
@@ -128,6 +129,9 @@ def unlearn(
     _check_training(training)
     sets = load_sets(forget, retain, held_out)
     check_weights(model)
+    choose("gated_activation", model.device, backend)
+    if selection is not None:
+        selection.check(model)
     seconds: dict[str, float] = {}
     evaluation: dict[str, Mapping[str, Metrics]] = {}
 
@@ -149,7 +153,6 @@ def unlearn(
             scores = score(statistics, criterion, seed=seed, backend=backend)
             selection = select(scores, fraction, scope=scope)
             selection.source["seed"] = seed
-        selection.check(model)
     with _stage("train", seconds):
         before = audit.snapshot(model)
         sparse, history = _train(
@@ -196,7 +199,7 @@ def unlearn(
             "changed_outside": audit.changed_outside(before, model, selection),
         },
         "history": history,
-        "seconds": seconds,
+        "seconds": dict(seconds),
     }
     with _stage("save", seconds), output_folder(output_dir) as folder:
         model.save_pretrained(folder)
@@ -260,7 +263,12 @@ def _train(
             trainer.add_callback(_progress_bar())
         if evaluate_every:
             trainer.add_callback(_recall_callback(tokenizer, sets, evaluate_every, recalls))
-        trainer.train()
+        try:
+            trainer.train()
+        except BaseException:
+            trainer.sparse.revert()
+            trainer.sparse.restore()
+            raise
         history = [entry for entry in trainer.state.log_history if "loss" in entry] + recalls
         return trainer.sparse, sorted(history, key=lambda entry: entry["step"])
 

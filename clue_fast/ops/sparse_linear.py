@@ -16,40 +16,53 @@ ROWS, COLUMNS = 0, 1
 RUN = 1024  # tokens widened to float32 at a time: as fast as all at once, in bounded memory
 
 
-# The definition: the launch function in plain PyTorch. Its bfloat16 product takes 6.5 ms on CPU (205 rows,
+# The definition: launch functions in plain PyTorch. Its bfloat16 product takes 6.5 ms on CPU (205 rows,
 # 2048 tokens, 1024 features, 2 threads); PyTorch's own takes 3.7 ms, but rounds the gradient to bfloat16.
 
 
-def reference_backward(grad: Tensor, x: Tensor, index: Tensor, dim: int, out: Tensor) -> None:
-    """Out = grad[:, index]^T x for rows, grad^T x[:, index] for columns."""
-    if dim == ROWS:
+def reference_gather(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Out = x[:, index]."""
+    torch.index_select(x, 1, index, out=out)
+
+
+def reference_backward(grad: Tensor, x: Tensor, index: Tensor | None, out: Tensor) -> None:
+    """Out = grad[:, index]^T x, accumulated in the dtype of out; all columns of grad without an index."""
+    if index is not None:
         grad = grad.index_select(1, index)
-    else:
-        x = x.index_select(1, index)
     out.zero_()
     for grad_run, x_run in zip(torch.split(grad, RUN), torch.split(x, RUN), strict=True):
         out.addmm_(grad_run.to(out.dtype).t(), x_run.to(out.dtype))
 
 
-backends.register("sparse_linear", ("reference", "cpp"), {"sparse_linear_backward": reference_backward})
+backends.register(
+    "sparse_linear",
+    ("reference", "cpp"),
+    {"sparse_linear_gather": reference_gather, "sparse_linear_backward": reference_backward},
+)
 
 
-# Forward and backward, on whichever backend. For rows all of x is kept, for columns only the selected ones.
+# Forward and backward, on whichever backend. For rows all of x is kept, for columns only the selected ones,
+# [tokens, k].
 
 
-def _kept(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    return x if dim == ROWS else x.index_select(-1, index)
+def _gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
+    flat = _rows(x)
+    out = x.new_empty(flat.shape[0], index.shape[0])
+    _launch("sparse_linear_gather", x, backend)(flat, index, out)
+    return out
 
 
 def _selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
     out = torch.empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad), device=grad.device)
-    if out.dtype == torch.float64:
-        backend = "reference"
-    if dim == COLUMNS:
-        index = torch.arange(index.numel(), device=index.device)  # they are gathered already
-    launch = backends.launch("sparse_linear", "sparse_linear_backward", grad.device, backend)
-    launch(_rows(grad), _rows(kept), index, dim, out)
+    launch = _launch("sparse_linear_backward", grad, backend)
+    launch(_rows(grad), _rows(kept), index if dim == ROWS else None, out)
     return out
+
+
+def _launch(name: str, x: Tensor, backend: str | None) -> backends.Launch:
+    if x.dtype == torch.float64:
+        backend = "reference"
+    return backends.launch("sparse_linear", name, x.device, backend)
 
 
 def _selected_shape(grad: Tensor, kept: Tensor, index: Tensor, dim: int) -> tuple[int, int]:
@@ -65,9 +78,12 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _save(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, dim: int, backend: str | None) -> None:
+def _save(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, dim: int, backend: str | None, gather: Any) -> None:
     needs_x, _, _, needs_selected = ctx.needs_input_grad[:4]
-    ctx.save_for_backward(weight if needs_x else None, _kept(x, index, dim) if needs_selected else None, index)
+    kept = None
+    if needs_selected:
+        kept = x if dim == ROWS else gather(x, index, backend)
+    ctx.save_for_backward(weight if needs_x else None, kept, index)
     ctx.dim, ctx.backend = dim, backend
 
 
@@ -101,6 +117,10 @@ def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fake_gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
+    return x.new_empty(x.shape[:-1].numel(), index.shape[0])
+
+
 def _fake_selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
     return grad.new_empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad))
 
@@ -111,6 +131,7 @@ define(
     _op,
     _fake,
 )
+define("sparse_linear_gather(Tensor x, Tensor index, str? backend=None) -> Tensor", _gather, _fake_gather)
 define(
     "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, str? backend=None) -> Tensor",
     _selected_grad,
@@ -120,7 +141,7 @@ define(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, _, index, dim, backend = inputs
-    _save(ctx, x, weight, index, dim, backend)
+    _save(ctx, x, weight, index, dim, backend, torch.ops.clue_fast.sparse_linear_gather)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,7 +166,7 @@ class _Direct(torch.autograd.Function):
         dim: int,
         backend: str | None,
     ) -> Tensor:
-        _save(ctx, x, weight, index, dim, backend)
+        _save(ctx, x, weight, index, dim, backend, _gather)
         return F.linear(x, weight, bias)
 
     @staticmethod

@@ -10,31 +10,49 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.training.audit import changed_inside, changed_outside, snapshot
+from clue_fast.training.layer_rates import LayerRate, LinearLayerRate
 from clue_fast.training.objectives import (
+    DPO,
+    KL,
     NPO,
     OBJECTIVES,
+    RMU,
+    UNDIAL,
+    WGA,
     GradientAscent,
     GradientDifference,
     Objective,
+    Refusal,
     SimNPO,
     get_objective,
 )
 from clue_fast.training.optimizer import SparseAdamW
-from clue_fast.training.sparse import Sparse, SparseLinear, sparsify
+from clue_fast.training.parts import TrainedPart
+from clue_fast.training.sparse import Sparse, sparsify
+from clue_fast.training.stages import Stage
 
 if TYPE_CHECKING:
     from clue_fast.training.trainer import UnlearnTrainer
 
 __all__ = [
+    "DPO",
+    "KL",
     "NPO",
     "OBJECTIVES",
+    "RMU",
+    "UNDIAL",
+    "WGA",
     "GradientAscent",
     "GradientDifference",
+    "LayerRate",
+    "LinearLayerRate",
     "Objective",
+    "Refusal",
     "SimNPO",
     "Sparse",
     "SparseAdamW",
-    "SparseLinear",
+    "Stage",
+    "TrainedPart",
     "UnlearnTrainer",
     "changed_inside",
     "changed_outside",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from clue_fast import ops
 from clue_fast.errors import SparseError
-from clue_fast.training.sparse import SparseLinear
+from clue_fast.training.layer_rates import LayerRate, layer_scale
+from clue_fast.training.parts import TrainedPart, trained_parts
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ class SparseAdamW(torch.optim.Optimizer):
         lr: learning rate of the first layer of the model.
         betas, eps: as in Adam.
         weight_decay: decoupled, applied to selected weights only.
-        layer_lr: learning rate of the last layer over that of the first, geometric in between: layer l of L
-            has ``lr * layer_lr ** (l / (L - 1))``.
+        layer_lr: learning rate of the last layer over that of the first, geometric in between, or another
+            rate by layer, see ``LayerRate``.
 
     Raises:
         SparseError: the model is not sparse.
@@ -47,21 +48,20 @@ class SparseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        layer_lr: float = 1.0,
+        layer_lr: LayerRate = 1.0,
     ) -> None:
-        _check_arguments(lr, betas, eps, weight_decay, layer_lr)
-        by_layer: dict[int, list[SparseLinear]] = defaultdict(list)
-        for module in model.modules():
-            if isinstance(module, SparseLinear):
-                by_layer[module.layer].append(module)
+        _check_arguments(lr, betas, eps, weight_decay)
+        by_layer: dict[int, list[TrainedPart]] = defaultdict(list)
+        for part in trained_parts(model):
+            by_layer[part.layer].append(part)
         if not by_layer:
             raise SparseError("the model trains no selected weights; call clue_fast.sparsify(model, selection) first")
         self.skipped_steps = 0
-        self._module_of = {m.selected: m for modules in by_layer.values() for m in modules}
+        self._part_of = {part.selected: part for parts in by_layer.values() for part in parts}
         groups = []
-        for layer, modules in sorted(by_layer.items()):
-            scale = layer_lr ** (layer / max(1, modules[0].layers - 1))
-            parameters = [module.selected for module in modules]
+        for layer, parts in sorted(by_layer.items()):
+            scale = layer_scale(layer_lr, layer, parts[0].layers)
+            parameters = [part.selected for part in parts]
             groups.append({"params": parameters, "lr": lr * scale, "layer": layer, "layer_scale": scale})
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -91,17 +91,16 @@ class SparseAdamW(torch.optim.Optimizer):
     def _launch(
         self, entries: list[tuple[nn.Parameter, dict[str, Any]]], betas: tuple[float, float], eps: float
     ) -> None:
-        modules = [self._module_of[p] for p, _ in entries]
+        parts = [self._part_of[p] for p, _ in entries]
         states = [self._advance(p) for p, _ in entries]
-        weights = [module.weight.detach() for module in modules]
         ops.sparse_adamw_(
-            [p.detach() for p, _ in entries],
-            _gradients([p for p, _ in entries]),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            weights,
-            [module.index for module in modules],
-            [module.dim for module in modules],
+            _matrices([p.detach() for p, _ in entries]),
+            _matrices(_gradients([p for p, _ in entries])),
+            _matrices([state["exp_avg"] for state in states]),
+            _matrices([state["exp_avg_sq"] for state in states]),
+            _matrices([part.weight for part in parts]),
+            [part.index for part in parts],
+            [part.dim for part in parts],
             torch.tensor([float(group["lr"]) for _, group in entries], dtype=torch.float64),
             torch.tensor([float(group["weight_decay"]) for _, group in entries], dtype=torch.float64),
             torch.tensor([state["step"] for state in states], dtype=torch.int64),
@@ -109,7 +108,7 @@ class SparseAdamW(torch.optim.Optimizer):
             eps,
         )
         # A forward from before this step must not be run backward with the weights from after it.
-        torch.autograd.graph.increment_version(weights)
+        torch.autograd.graph.increment_version([getattr(part.module, part.name) for part in parts])
 
     def _advance(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
@@ -127,25 +126,25 @@ class SparseAdamW(torch.optim.Optimizer):
                 "drops them: set use_reentrant=False, or call model.enable_input_require_grads())"
             )
         for parameter in parameters:
-            module = self._module_of[parameter]
-            if module.swapped:
-                raise SparseError(f"{module.path} holds its original weights; step outside Sparse.original()")
+            part = self._part_of[parameter]
+            if part.swapped:
+                raise SparseError(f"{part.path} holds its original weights; step outside Sparse.original()")
             if parameter.dtype != torch.float32:
                 raise SparseError(
-                    f"{module.path}.selected is {parameter.dtype}, master values must stay float32; "
+                    f"the master values of {part.path} are {parameter.dtype}, they must stay float32; "
                     "cast the model before sparsify, not its parameters after"
                 )
 
     def _has_finite_gradients(self, parameters: list[nn.Parameter]) -> bool:
         largest = torch._foreach_norm(_gradients(parameters), float("inf"))
         finite = torch.stack([value.to(largest[0].device) for value in largest]).isfinite().tolist()
-        bad = [self._module_of[p].path for p, ok in zip(parameters, finite, strict=True) if not ok]
+        bad = [self._part_of[p].path for p, ok in zip(parameters, finite, strict=True) if not ok]
         if bad:
             self.skipped_steps += 1
             # Clipping by a norm that is not finite spoils every gradient; then the first name says little.
-            where = "all modules" if len(bad) == len(parameters) else ", ".join(bad[:4])
+            where = "all of them" if len(bad) == len(parameters) else ", ".join(bad[:4])
             logger.warning(
-                "skipped a step, the %d. so far: gradient not finite in %s (%d of %d modules)",
+                "skipped a step, the %d. so far: gradient not finite in %s (%d of %d weights)",
                 self.skipped_steps, where, len(bad), len(parameters),
             )  # fmt: skip
         return not bad
@@ -157,7 +156,7 @@ class SparseAdamW(torch.optim.Optimizer):
             number: {
                 **saved["state"].get(number, {}),
                 "master": p.detach(),
-                "index": self._module_of[p].index,
+                "index": self._part_of[p].index,
             }
             for number, p in enumerate(self._parameters())
         }
@@ -173,18 +172,16 @@ class SparseAdamW(torch.optim.Optimizer):
         parameters = self._parameters()
         state = state_dict["state"]
         for number, parameter in enumerate(parameters):
-            module, saved = self._module_of[parameter], state.get(number, {})
+            part, saved = self._part_of[parameter], state.get(number, {})
             if "master" not in saved or saved["master"].shape != parameter.shape:
-                raise SparseError(
-                    f"the optimizer state does not fit {module.path}; it is of another model or optimizer"
-                )
-            if not torch.equal(saved["index"].cpu(), module.index.cpu()):
-                raise SparseError(f"the optimizer state has other units of {module.path}; load its own selection")
+                raise SparseError(f"the optimizer state does not fit {part.path}; it is of another model or optimizer")
+            if not torch.equal(saved["index"].cpu(), part.index.cpu()):
+                raise SparseError(f"the optimizer state has other units of {part.path}; load its own selection")
         moments = {number: _moments(saved) for number, saved in state.items() if "step" in saved}
         super().load_state_dict({**state_dict, "state": moments})
         for number, parameter in enumerate(parameters):
             parameter.copy_(state[number]["master"])
-            self._module_of[parameter].write_weight(parameter)
+            self._part_of[parameter].write(parameter)
         self.skipped_steps = state_dict.get("skipped_steps", 0)
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -196,11 +193,16 @@ def _moments(saved: dict[str, Any]) -> dict[str, Any]:
     return {"step": saved["step"], **{name: saved[name].clone() for name in ("exp_avg", "exp_avg_sq")}}
 
 
+def _matrices(tensors: list[Tensor]) -> list[Tensor]:
+    """Biases as matrices of one column, which the operator takes."""
+    return [tensor[:, None] if tensor.dim() == 1 else tensor for tensor in tensors]
+
+
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _check_arguments(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, layer_lr: float) -> None:
+def _check_arguments(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     if not lr >= 0.0:
         raise ValueError(f"lr {lr} is below 0")
     if not all(0.0 <= beta < 1.0 for beta in betas):
@@ -209,5 +211,3 @@ def _check_arguments(lr: float, betas: tuple[float, float], eps: float, weight_d
         raise ValueError(f"eps {eps} is below 0")
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay {weight_decay} is below 0")
-    if not layer_lr > 0.0:
-        raise ValueError(f"layer_lr {layer_lr} is not above 0")

@@ -137,6 +137,53 @@ CLUE_INLINE Pair<n> store(Half* target, Pair<n> x) {
   return {half_to_float<n>(even), half_to_float<n>(odd)};
 }
 
+// n neighboring values in their order, for those whose companions have another element type.
+template <int n>
+using Shorts = typename VectorOf<n>::shorts;
+
+template <int n>
+CLUE_INLINE Floats<n> widen(const float* source) {
+  return read<Floats<n>>(source);
+}
+template <int n>
+CLUE_INLINE Floats<n> widen(const BFloat16* source) {
+  return (Floats<n>)(__builtin_convertvector(read<Shorts<n>>(source), Words<n>) << 16);
+}
+template <int n>
+CLUE_INLINE Floats<n> widen(const Half* source) {
+  return half_to_float<n>(__builtin_convertvector(read<Shorts<n>>(source), Words<n>));
+}
+
+template <int n>
+CLUE_INLINE void narrow(float* target, Floats<n> x) {
+  write(target, x);
+}
+template <int n>
+CLUE_INLINE void narrow(BFloat16* target, Floats<n> x) {
+  const Words<n> bits = choose<n>(x == x, round_to_bfloat16<n>(x) >> 16, Words<n>{} + 0x7fc0u);
+  write(target, __builtin_convertvector(bits, Shorts<n>));
+}
+template <int n>
+CLUE_INLINE void narrow(Half* target, Floats<n> x) {
+  write(target, __builtin_convertvector(float_to_half<n>(x), Shorts<n>));
+}
+
+// The first `count` of them; the rest reads as zero and is not written.
+template <int n, class T>
+CLUE_INLINE Floats<n> widen(const T* source, int64_t count) {
+  if (count >= n) return widen<n>(source);
+  alignas(64) T buffer[n] = {};
+  std::memcpy(buffer, source, count * sizeof(T));
+  return widen<n>(buffer);
+}
+template <int n, class T>
+CLUE_INLINE void narrow(T* target, Floats<n> x, int64_t count) {
+  if (count >= n) return narrow<n>(target, x);
+  alignas(64) T buffer[n];
+  narrow<n>(buffer, x);
+  std::memcpy(target, buffer, count * sizeof(T));
+}
+
 // The first `count` values of a pair, at the end of a row; the rest reads as zero and is not written.
 template <int n, class T>
 CLUE_INLINE Pair<n> load(const T* source, int64_t count) {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clue_fast.selection import CONFLICT, Selection
+from clue_fast.selection import CONFLICT, FORGET, Selection
 from clue_fast.sites import find_sites, model_fingerprint
 
 VOCABULARY = 64
@@ -56,9 +56,14 @@ def make_model() -> Callable[..., Any]:
 
 @pytest.fixture
 def make_selection() -> Callable[..., Selection]:
-    """make_selection(model, units=5, layers=None, seed=0) -> that many random units in each of the layers (all)."""
+    """make_selection(model, units=5, layers=None, seed=0, forget=0) -> random units in each of the layers (all).
 
-    def make(model: nn.Module, units: int = 5, layers: list[int] | None = None, seed: int = 0) -> Selection:
+    So many conflict units, and so many forget units.
+    """
+
+    def make(
+        model: nn.Module, units: int = 5, layers: list[int] | None = None, seed: int = 0, forget: int = 0
+    ) -> Selection:
         sites = tuple(find_sites(model))
         generator = torch.Generator().manual_seed(seed)
         categories, scores = {}, {}
@@ -66,7 +71,9 @@ def make_selection() -> Callable[..., Selection]:
             categories[site] = torch.zeros(site.width, dtype=torch.int8)
             scores[site] = torch.rand(site.width, generator=generator)
             if layers is None or site.layer in layers:
-                categories[site][torch.randperm(site.width, generator=generator)[:units]] = CONFLICT
+                order = torch.randperm(site.width, generator=generator)
+                categories[site][order[:units]] = CONFLICT
+                categories[site][order[units : units + forget]] = FORGET
         return Selection(sites, categories, scores, {"criterion": "random"}, model_fingerprint(model))
 
     return make

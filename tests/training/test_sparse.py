@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from clue_fast.errors import NonFiniteError, SelectionError, SparseError
-from clue_fast.training import SparseAdamW, SparseLinear, snapshot, sparsify
+from clue_fast.training import SparseAdamW, snapshot, sparsify
+from clue_fast.training.parts import trained_parts
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -46,11 +47,11 @@ def test_masters_are_the_selected_weights(dtype, make_model, make_selection):
     for site in selection.sites:
         units = selection.units(site)
         for path, dim in ((site.gate, 0), (site.up, 0), (site.down, 1)):
-            module = sparse.modules[path]
-            weight = module.weight.double()
+            (part,) = [part for part in sparse.parts if part.path == f"{path}.weight"]
+            weight = model.get_submodule(path).weight.double()
             expected = torch.stack([weight.select(dim, int(u)) for u in units], dim)
-            assert module.selected.dtype == torch.float32
-            assert torch.equal(module.selected.double(), expected)
+            assert part.selected.dtype == torch.float32
+            assert torch.equal(part.selected.double(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,13 +63,12 @@ def test_gradient_is_that_of_the_dense_weight(dtype, make_model, make_selection,
         other(**batch).loss.backward()
     sparse = sparsify(model, make_selection(model))
     model(**batch).loss.backward()
-    for path, module in sparse.modules.items():
+    for part in sparse.parts:
         true, own = (
-            other.get_submodule(path).weight.grad.double().index_select(module.dim, module.index)
-            for other in (exact, dense)
+            other.get_parameter(part.path).grad.double().index_select(part.dim, part.index) for other in (exact, dense)
         )
         allowed = 2 * (own - true).norm() + 1e-7 * true.norm()
-        assert (module.selected.grad.double() - true).norm() <= allowed, path
+        assert (part.selected.grad.double() - true).norm() <= allowed, part.path
 
 
 def test_only_masters_train_and_nothing_runs_below_the_lowest_layer(make_model, make_selection, make_batch):
@@ -80,7 +80,7 @@ def test_only_masters_train_and_nothing_runs_below_the_lowest_layer(make_model, 
     model(**batch).loss.backward()
     assert reached == [False, False, True, True]
     assert [name for name, p in model.named_parameters() if p.grad is not None] == [
-        f"model.layers.2.mlp.{name}_proj.selected" for name in ("gate", "up", "down")
+        f"model.layers.2.mlp.{name}_proj.selected_weight_conflict" for name in ("gate", "up", "down")
     ]
     assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in sparse.trainable_parameters]
 
@@ -114,7 +114,7 @@ def test_checkpoint_is_plain(dtype, make_model, make_selection, make_batch, tmp_
     loaded, report = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(bits(model.eval()(**batch).logits), bits(loaded(**batch).logits))
-    assert not any(isinstance(module, SparseLinear) for module in loaded.modules())
+    assert not list(trained_parts(loaded))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -123,8 +123,8 @@ def test_load_state_dict_refreshes_the_masters(strict, make_model, make_selectio
     sparse = sparsify(model, make_selection(model))
     result = model.load_state_dict(other.state_dict(), strict=strict)
     assert not result.missing_keys and not result.unexpected_keys
-    for module in sparse.modules.values():
-        assert torch.equal(module.selected, module.weight.index_select(module.dim, module.index).float())
+    for part in sparse.parts:
+        assert torch.equal(part.selected, part.read().float())
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({}, strict=True)
 
@@ -198,8 +198,8 @@ def test_revert_undoes_the_training(make_model, make_selection, make_batch):
     train(model, batch, 5)
     sparse.revert()
     assert all(torch.equal(before[name], now) for name, now in snapshot(model).items())
-    for module in sparse.modules.values():
-        assert torch.equal(module.selected, module.original.float())
+    for part in sparse.parts:
+        assert torch.equal(part.selected, part.original.float())
 
 
 def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
@@ -208,9 +208,9 @@ def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
     optimizer = train(model, batch, 2)
     masters = [p.clone() for p in sparse.trainable_parameters]
     model.to(torch.bfloat16)
-    for module, master in zip(sparse.modules.values(), masters, strict=True):
-        assert module.weight.dtype == module.original.dtype == torch.bfloat16
-        assert torch.equal(module.selected, master)
+    for part, master in zip(sparse.parts, masters, strict=True):
+        assert part.weight.dtype == part.original.dtype == torch.bfloat16
+        assert torch.equal(part.selected, master)
     model(**batch).loss.backward()
     optimizer.step()
 
@@ -242,10 +242,10 @@ def test_autocast(make_model, make_selection, make_batch):
             losses.append(one(**batch).loss)
         losses[-1].backward()
     assert torch.equal(*losses)
-    for path, module in sparse.modules.items():
-        expected = dense.get_submodule(path).weight.grad.index_select(module.dim, module.index)
+    for part in sparse.parts:
+        expected = dense.get_parameter(part.path).grad.index_select(part.dim, part.index)
         # The dense gradient is rounded to bfloat16, by half a unit in its last place: 2 ** -9.
-        torch.testing.assert_close(module.selected.grad, expected, rtol=2**-8, atol=float(expected.abs().max()) * 2**-9)
+        torch.testing.assert_close(part.selected.grad, expected, rtol=2**-8, atol=float(expected.abs().max()) * 2**-9)
 
 
 class Doubled(nn.Linear):
@@ -307,4 +307,4 @@ def test_refuses_a_wrong_selection(make_model, make_selection):
     with pytest.raises(SparseError, match="sparse already"):
         sparsify(model, make_selection(model))
     assert "15 units in 9 modules" in repr(sparse)
-    assert "trained: 5 of 48 columns" in repr(model.model.layers[0].mlp.down_proj)
+    assert "trained: 5 of 48 along 1 of weight (conflict)" in repr(model.model.layers[0].mlp.down_proj)

@@ -19,8 +19,9 @@ from clue_fast.data import Collator
 from clue_fast.errors import DataError, SelectionError, UnknownNameError
 from clue_fast.training import (
     NPO,
+    OBJECTIVES,
+    RMU,
     SparseAdamW,
-    SparseLinear,
     UnlearnTrainer,
     changed_inside,
     changed_outside,
@@ -28,6 +29,7 @@ from clue_fast.training import (
     sparsify,
 )
 from clue_fast.training.pairing import PairCollator, PairedRecords, PairSampler
+from clue_fast.training.parts import trained_parts
 
 
 class Gradients(TrainerCallback):
@@ -57,16 +59,26 @@ def make_trainer(make_model, make_selection, make_arguments, make_examples):
     return make
 
 
+def objective_reaches(objective: Any, layer: int) -> bool:
+    return not isinstance(objective, RMU) or layer <= objective.layer
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("objective", ["gradient_ascent", "gradient_difference", "npo", "simnpo"])
-def test_trains_the_selection_only_and_logs_its_terms(dtype, objective, make_model, make_selection, make_trainer):
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_trains_the_selection_only_and_logs_its_terms(
+    dtype, objective, make_model, make_selection, make_trainer, make_examples
+):
     model = make_model(dtype)
     selection, before = make_selection(model), snapshot(model)
     settings = {"num_train_epochs": 9, "per_device_train_batch_size": 10, "weight_decay": 0.1}
-    trainer = make_trainer(model, selection, settings, objective=objective)
+    if objective == "rmu":
+        objective = RMU(layer=1, retain_weight=10.0)
+    sets = {"retain": make_examples(10, seed=2), "alternate_dataset": make_examples(10, seed=3)}
+    trainer = make_trainer(model, selection, settings, objective=objective, **sets)
     trainer.train()
     assert changed_outside(before, model, selection) == 0
-    assert changed_inside(before, model, selection) > 0.9 * sum(p.numel() for p in trainer.sparse.trainable_parameters)
+    reached = [p.selected for p in trainer.sparse.parts if objective_reaches(trainer.objective, p.layer)]
+    assert changed_inside(before, model, selection) > 0.9 * sum(p.numel() for p in reached)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 9
     weight = trainer.objective.retain_weight
@@ -75,8 +87,10 @@ def test_trains_the_selection_only_and_logs_its_terms(dtype, objective, make_mod
         expected = entry["forget_loss"] + weight * entry.get("retain_loss", 0.0)
         assert entry["loss"] == pytest.approx(expected, rel=1e-3)
         assert entry["skipped_steps"] == 0
-    if objective != "simnpo":  # which has nothing to forget in a model that knows nothing
-        assert logs[-1]["forget_nll"] > logs[0]["forget_nll"]
+    if trainer.objective.name in ("gradient_ascent", "gradient_difference", "npo", "kl"):
+        assert logs[-1]["forget_nll"] > logs[0]["forget_nll"]  # the others have little to forget in a random model
+    else:
+        assert logs[-1]["loss"] < logs[0]["loss"]
 
 
 def test_resume_gives_the_same_bits(make_model, make_selection, make_trainer):
@@ -261,17 +275,20 @@ def test_a_refused_trainer_leaves_nothing_behind(make_model, make_selection, mak
     model = make_model()
     same = make_examples(3)
     cases = [
-        ({"objective": "dpo"}, UnknownNameError, "unknown objective"),
+        ({"objective": "ga"}, UnknownNameError, "unknown objective"),
         ({"forget": same, "retain": list(same)}, DataError, "equals the retain set"),
         ({"forget": []}, DataError, "forget set is empty"),
         ({"retain": [{"prompt": "a", "completion": "b"}]}, DataError, "processing_class"),
+        ({"objective": "dpo"}, DataError, "encoded already"),
+        ({"objective": "dpo", "alternate_dataset": same}, DataError, "3 alternate answers to 10 forget records"),
+        ({"retain": [{**same[0], "token_type_ids": [0]}]}, DataError, "retain set holds input_ids.*data_collator"),
         ({"selection": make_selection(make_model(seed=1))}, SelectionError, "belongs to the model"),
         ({"no_such_argument": 1}, TypeError, "no_such_argument"),
     ]
     for wrong, error, message in cases:
         with pytest.raises(error, match=message):
             make_trainer(model, **wrong)
-        assert not any(isinstance(module, SparseLinear) for module in model.modules())
+        assert not list(trained_parts(model))
         assert all(p.requires_grad for p in model.parameters())
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,178 @@
+"""Trained parts: the slices of one parameter that train, with their float32 master values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clue_fast.errors import SparseError
+from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, Selection
+from clue_fast.sites import Part
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRAINED = (FORGET, CONFLICT)
+
+
+class Pass(NamedTuple):
+    """What a forward pass runs over: the first ``forget`` of ``records`` are to be forgotten, of ``tokens`` each."""
+
+    forget: int
+    records: int
+    tokens: int
+
+
+@dataclass(eq=False)
+class Reach:
+    """Which records train the units that matter to the forget set only: the forget records of a pass.
+
+    Announced for one pass, and kept until the next, since gradient checkpointing runs layers again in backward.
+
+    Attributes:
+        announced: what the next pass of the model runs over; None if nobody said.
+        current: what the pass under way runs over; None if all records train all units.
+    """
+
+    announced: Pass | None = None
+    current: Pass | None = None
+
+    def begin(self) -> None:
+        """Starts a pass."""
+        self.announced, self.current = None, self.announced
+
+    def rows(self, x: Tensor, path: str) -> int:
+        """Returns how many leading rows of [rows, features] or [records, tokens, features] are to be forgotten.
+
+        Raises:
+            SparseError: the rows are not the records of the pass.
+        """
+        if self.current is None:
+            return len(x)
+        forget, records, tokens = self.current
+        if x.dim() > 2 and len(x) == records:
+            return forget
+        if x.dim() == 2 and len(x) == records * tokens:
+            return forget * tokens
+        raise SparseError(
+            f"the input of {path} is {list(x.shape)} in a batch of {records} records of {tokens} tokens, so forget and "
+            "retain records cannot be told apart in it; select its units as conflict units"
+        )
+
+
+@dataclass(eq=False)
+class TrainedPart:
+    """Slices of one parameter that train.
+
+    Attributes:
+        module: owns the parameter.
+        name: of the parameter in it, such as "weight".
+        path: of the parameter in the model.
+        lead: index into the first dimension of a parameter that stacks those of several experts, or None.
+        dim: dimension along which the slices lie, of the parameter or of ``parameter[lead]``.
+        index: the slices, int64 [k], sorted.
+        category: of their units, "forget" or "conflict".
+        selected: master values, float32, shaped as the slices; the only thing that trains.
+        original: the slices as they were before training, in the dtype of the parameter.
+        layer, layers: index of the transformer layer, and how many layers there are.
+        reach: which records train units of the category "forget".
+        swapped: whether the parameter holds the original values at the moment.
+    """
+
+    module: nn.Module = field(repr=False)
+    name: str
+    path: str
+    lead: int | None
+    dim: int
+    index: Tensor = field(repr=False)
+    category: str
+    selected: nn.Parameter = field(repr=False)
+    original: Tensor = field(repr=False)
+    layer: int
+    layers: int
+    reach: Reach = field(repr=False)
+    swapped: bool = False
+
+    @property
+    def master_name(self) -> str:
+        """Name of the master values in the module."""
+        lead = "" if self.lead is None else f"_{self.lead}"
+        return f"selected_{self.name}{lead}_{self.category}"
+
+    @property
+    def weight(self) -> Tensor:
+        """What ``dim`` counts in: the parameter, or the part of it that belongs to one expert, as a view."""
+        parameter: Tensor = getattr(self.module, self.name).detach()
+        return parameter if self.lead is None else parameter[self.lead]
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """Returns a copy of the slices as they are in the parameter."""
+        return self.weight.index_select(self.dim, self.index)
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Writes values of the slices into the parameter, rounded to nearest even."""
+        parameter = getattr(self.module, self.name)
+        self.weight.index_copy_(self.dim, self.index, values.to(parameter.dtype))
+        # A forward from before must not be run backward with the weights from after it.
+        torch.autograd.graph.increment_version(parameter)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Which slices of a parameter are to be trained: the plan of a ``TrainedPart``.
+
+    Attributes:
+        part: says which parameter, and along which dimension.
+        index: the slices, int64, sorted.
+        category: of their units.
+        layer: index of the transformer layer.
+    """
+
+    part: Part
+    index: Tensor
+    category: str
+    layer: int
+
+
+def plan(selection: Selection) -> list[Slices]:
+    """Returns what is to be trained of each parameter, in the order of the sites.
+
+    Raises:
+        SparseError: two units own the same slice of a parameter.
+    """
+    found: dict[tuple[str, int | None, int, int], tuple[Part, int, list[Tensor]]] = {}
+    for site in selection.sites:
+        for category in TRAINED:
+            units = torch.nonzero(selection.categories[site] == category).flatten()
+            for part in site.parts if len(units) else ():
+                key = (part.parameter, part.lead, part.dim, category)
+                found.setdefault(key, (part, site.layer, []))[2].append(part.index(units))
+    plans = [
+        Slices(part, torch.cat(indices).sort().values, CATEGORIES[key[3]], layer)
+        for key, (part, layer, indices) in found.items()
+    ]
+    _check_disjoint(plans)
+    return plans
+
+
+def trained_parts(model: nn.Module) -> Iterator[TrainedPart]:
+    """Yields the trained parts of all modules of a model, in the order of the modules."""
+    for module in model.modules():
+        yield from getattr(module, "trained_parts", ())
+
+
+def _check_disjoint(plans: list[Slices]) -> None:
+    seen: dict[tuple[str, int | None], tuple[int, Tensor]] = {}
+    for slices in plans:
+        part = slices.part
+        dim, before = seen.get((part.parameter, part.lead), (part.dim, slices.index[:0]))
+        if dim != part.dim:
+            raise SparseError(f"units own both rows and columns of {part.parameter}; select in one of their sites only")
+        joined = torch.cat([before, slices.index]).sort().values
+        if bool((joined[1:] == joined[:-1]).any()):
+            raise SparseError(f"two selected units own the same slice of {part.parameter}; select one of them")
+        seen[part.parameter, part.lead] = (dim, joined)
