@@ -269,8 +269,8 @@ def _projections(model: nn.Module, inside: str, names: list[str], output: str) -
         return [Projection(path, index) for path, index in zip(paths, rows, strict=True)]
     packed = matrix(model.get_submodule(paths[0])).shape[0]
     kv_heads = (packed // head_dim - heads) // 2
-    rows = _packed_rows(model, paths[0], output, heads, kv_heads, head_dim)
-    return [Projection(paths[0], index) for index in rows]
+    layout = _packed_rows(model, paths[0], output, heads, kv_heads, head_dim)
+    return [Projection(paths[0], index) for index in layout]
 
 
 def _packed_rows(

@@ -34,8 +34,9 @@ class Streams:
         """
         parts = [run.stream[tokens].float()[None]]
         for layer, own in zip(self.graph.architecture.layers, run.layers, strict=True):
-            found = own.heads[tokens].float().unflatten(-1, (layer.heads, layer.head_dim))
-            weight = matrix(self.model.get_submodule(layer.output)).float().unflatten(1, (layer.heads, layer.head_dim))
+            found = own.heads[tokens].float().reshape(-1, layer.heads, layer.head_dim)
+            weight = matrix(self.model.get_submodule(layer.output)).float()
+            weight = weight.reshape(len(weight), layer.heads, layer.head_dim)
             heads = torch.einsum("thd,whd->htw", found, weight)
             parts += [self._behind_norm(layer, own, tokens)(heads), own.mlp_added[tokens].float()[None]]
         return torch.cat(parts)

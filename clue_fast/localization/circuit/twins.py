@@ -66,8 +66,8 @@ def make_twins(
         last = max(i for i, label in enumerate(example["labels"]) if label != IGNORED_LABEL)
         if corrupted[:last] == example["input_ids"][:last]:
             raise DataError(
-                f"record {index + 1} of the {name} set and its corrupted twin ({corruption}) have the same tokens before "
-                "the last one of the answer; give the record a corrupted_prompt, or choose another corruption"
+                f"record {index + 1} of the {name} set and its corrupted twin ({corruption}) have the same tokens "
+                "before the last one of the answer; give it a corrupted_prompt, or choose another corruption"
             )
         twins.append(Twin(example["input_ids"], corrupted, example["labels"]))
     return twins
@@ -99,8 +99,8 @@ def _most_similar(records: Sequence[Record], prompts: Sequence[list[int]], index
             best, donor = similarity, other
     if donor is None:
         raise DataError(
-            f"no corrupted twin can be made of record {index + 1} of the {name} set: no other record has another prompt "
-            "and answer; give it a corrupted_prompt"
+            f"no corrupted twin can be made of record {index + 1} of the {name} set: no other record has another "
+            "prompt and answer; give it a corrupted_prompt"
         )
     return donor
 
