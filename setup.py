@@ -50,7 +50,7 @@ class BuildExtension(build_ext):
         files = sources("cuda", ".cu")
         if nvcc is None or not files:
             return
-        objects = [str(Path(self.build_temp, file).with_suffix(".o")) for file in files]
+        objects = [str(Path(self.build_temp, f"{file}.o")) for file in files]
         try:
             for file, target in zip(files, objects, strict=True):
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +62,7 @@ class BuildExtension(build_ext):
                     target,
                     "-O3",
                     "-std=c++17",
+                    "-Icsrc",
                     "-arch=all-major",
                     "-Xcompiler",
                     "-fPIC",
@@ -71,6 +72,7 @@ class BuildExtension(build_ext):
             print(f"clue_fast: CUDA sources left out, nvcc failed: {error.stderr[-2000:]}", file=sys.stderr)
             return
         ext.extra_objects += objects
+        ext.sources += sources("cuda", ".cpp")
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
         ext.library_dirs += cuda_library_folders(nvcc)
         ext.define_macros += [("CLUE_FAST_CUDA", "1")]
@@ -102,7 +104,7 @@ extension = Extension(
     "clue_fast._C",
     sources=[*sources("", ".cpp"), *sources("cpu", ".cpp")],
     include_dirs=["csrc"],
-    depends=sources("", ".h") + sources("cpu", ".h"),
+    depends=sources("", ".h") + sources("cpu", ".h") + sources("cuda", ".h"),
     extra_compile_args=COMPILE_FLAGS,
     language="c++",
     optional=True,

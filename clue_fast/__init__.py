@@ -19,6 +19,7 @@ _EXPORTS = {
     "SparseAdamW": "training.optimizer",
     "Statistics": "statistics",
     "UnlearnTrainer": "training.trainer",
+    "attach": "training.attaching",
     "categorize": "selection",
     "evaluate": "evaluation",
     "find_sites": "sites",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.selection import Scores, Selection, categorize, select
     from clue_fast.sites import Site, find_sites
     from clue_fast.statistics import Statistics
+    from clue_fast.training.attaching import attach
     from clue_fast.training.optimizer import SparseAdamW
     from clue_fast.training.sparse import sparsify
     from clue_fast.training.trainer import UnlearnTrainer

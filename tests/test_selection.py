@@ -23,8 +23,7 @@ from clue_fast.sites import Site
 
 
 def make_site(layer: int, width: int, kind: str = "mlp") -> Site:
-    path = f"model.layers.{layer}.{kind}"
-    return Site(path, kind, width, layer, f"{path}.gate_proj", f"{path}.up_proj", f"{path}.down_proj", "silu")
+    return Site(f"model.layers.{layer}.{kind}", kind, width, layer)
 
 
 def make_scores(*rows: list[float]) -> Scores:

@@ -32,6 +32,7 @@ from clue_fast.training.sparse import Sparse, sparsify
 from clue_fast.training.stages import Stage
 
 if TYPE_CHECKING:
+    from clue_fast.training.attaching import attach
     from clue_fast.training.trainer import UnlearnTrainer
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Stage",
     "TrainedPart",
     "UnlearnTrainer",
+    "attach",
     "changed_inside",
     "changed_outside",
     "get_objective",
@@ -63,8 +65,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "UnlearnTrainer":  # its base class needs transformers, which takes seconds to import
+    # These need transformers, which takes seconds to import.
+    if name == "UnlearnTrainer":
         from clue_fast.training.trainer import UnlearnTrainer
 
         return UnlearnTrainer
+    if name == "attach":
+        from clue_fast.training.attaching import attach
+
+        return attach
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,9 +13,11 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
+from clue_fast.training.checkpointing import limit_checkpointing
 from clue_fast.training.modules import SparseModule, sparse_class
 from clue_fast.training.parts import DTYPES, Pass, Reach, Slices, TrainedPart, plan, trained_parts
 
@@ -29,6 +31,7 @@ class Sparse:
         model: the model, changed in place.
         selection: what trains in it.
         parts: the trained parts, in the order of the sites.
+        hooks: on the model, to be removed with ``restore``.
     """
 
     def __init__(self, model: nn.Module, selection: Selection, parts: list[TrainedPart], reach: Reach) -> None:
@@ -36,9 +39,9 @@ class Sparse:
         self.selection = selection
         self.parts = parts
         self._reach = reach
-        self._hook = None
+        self.hooks: list[RemovableHandle] = []
         if any(part.category == "forget" for part in parts):
-            self._hook = model.register_forward_pre_hook(lambda *_: reach.begin())
+            self.hooks.append(model.register_forward_pre_hook(lambda *_: reach.begin()))
         masters = {id(part.selected) for part in parts}
         self._flags = [(p, p.requires_grad) for p in model.parameters() if id(p) not in masters]
         for parameter, _ in self._flags:
@@ -56,9 +59,9 @@ class Sparse:
             _turn_back(module)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        if self._hook is not None:
-            self._hook.remove()
-        self.parts, self._flags, self._hook = [], [], None
+        for hook in self.hooks:
+            hook.remove()
+        self.parts, self._flags, self.hooks = [], [], []
 
     def train_only(self, *categories: str) -> None:
         """Trains the units of these categories, of "forget" and "conflict", and freezes the others."""
@@ -78,6 +81,13 @@ class Sparse:
             tokens: how many tokens each of them has in the batch.
         """
         self._reach.announced = Pass(forget, records, tokens)
+
+    def limit_checkpointing(self) -> None:
+        """Keeps the backward above the lowest selected layer; call it after gradient checkpointing is turned on.
+
+        Trainers of this package do. Without it checkpointing is as correct, and runs a backward through all layers.
+        """
+        limit_checkpointing(self.model, self.parts)
 
     @contextmanager
     def original(self) -> Iterator[nn.Module]:

@@ -45,7 +45,7 @@ template <int n, class T, class Rule>
 CLUE_INLINE void update_row(const Part<Rule>& part, float inverse_scale, int64_t row, T* target) {
   const int64_t offset = row * part.columns;
   float* value = part.value ? part.value + offset : nullptr;
-  const RandomKey key = key_of_row(part.key, row);
+  const RandomKey key = key_of_row(part.key, static_cast<uint32_t>(row));
   for (int64_t c = 0; c < part.columns; c += n) {
     const int64_t left = part.columns - c;
     Floats<n> moments[Rule::moments + 1];

@@ -1,46 +1,18 @@
 // Stochastic rounding to 16 bits: up with the probability of the part that is cut off, so that the mean is exact.
-//
-// The random bits are a hash of (seed, step, row, column): the same for every instruction set, number of threads and
-// backend. clue_fast/ops/selected_update.py holds the definition.
 #pragma once
+#include "random_bits.h"
 #include "vector.h"
 
 namespace clue {
 
-struct RandomKey {
-  uint32_t first, second;
-};
-
-// A bijection of 32 bits in which every bit of the input flips half of the output (Wellons 2018, lowbias32).
-CLUE_INLINE uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
-// Of one weight in one step (splitmix64: Steele, Lea & Flood 2014).
-inline RandomKey key_of(int64_t seed, int64_t step) {
-  uint64_t z = static_cast<uint64_t>(seed) + static_cast<uint64_t>(step) * 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  z ^= z >> 31;
-  return {static_cast<uint32_t>(z), static_cast<uint32_t>(z >> 32)};
-}
-
-CLUE_INLINE RandomKey key_of_row(RandomKey key, int64_t row) {
-  const uint32_t first = mix(static_cast<uint32_t>(row) + key.first);
-  return {first, mix(first + key.second)};
-}
-
-// 32 random bits for each of the columns [column, column + n) of a row. The second key, half way, keeps the rows from
-// being shifted copies of one another.
+// Random bits for each of the columns [column, column + n) of a row.
 template <int n>
 CLUE_INLINE Words<n> random_bits(RandomKey row, int64_t column) {
   Words<n> x;
   for (int lane = 0; lane < n; ++lane) x[lane] = static_cast<uint32_t>(column) + lane;
   x += row.first;
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = ((x ^ (x >> 15)) + row.second) * 0x846ca68bu;
+  x = (x ^ (x >> 16)) * mix_first;
+  x = ((x ^ (x >> 15)) + row.second) * mix_second;
   return x ^ (x >> 16);
 }
 

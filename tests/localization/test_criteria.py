@@ -51,7 +51,7 @@ def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
         inputs, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
         seen: dict[str, torch.Tensor] = {}
         handles = [
-            model.get_submodule(site.down).register_forward_pre_hook(
+            model.get_submodule(site.output).register_forward_pre_hook(
                 lambda _, args, path=site.path, seen=seen: (args[0].retain_grad(), seen.__setitem__(path, args[0]))[1]
             )
             for site in clue_fast.find_sites(model)

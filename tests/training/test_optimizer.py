@@ -37,8 +37,8 @@ def plant_negative_zeros(model: Any, selection: Selection) -> None:
     with torch.no_grad():
         for site in selection.sites:
             outside = [unit for unit in range(site.width) if unit not in selection.units(site)]
-            model.get_submodule(site.gate).weight[outside[0]] = -0.0
-            model.get_submodule(site.down).weight[:, outside[1]] = -0.0
+            model.get_submodule(site.inputs[0]).weight[outside[0]] = -0.0
+            model.get_submodule(site.output).weight[:, outside[1]] = -0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

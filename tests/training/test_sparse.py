@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_masters_are_the_selected_weights(dtype, make_model, make_selection):
     sparse = sparsify(model, selection)
     for site in selection.sites:
         units = selection.units(site)
-        for path, dim in ((site.gate, 0), (site.up, 0), (site.down, 1)):
+        for path, dim in ((site.inputs[0], 0), (site.inputs[1], 0), (site.output, 1)):
             (part,) = [part for part in sparse.parts if part.path == f"{path}.weight"]
             weight = model.get_submodule(path).weight.double()
             expected = torch.stack([weight.select(dim, int(u)) for u in units], dim)
@@ -215,18 +216,26 @@ def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
     optimizer.step()
 
 
+@pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(reentrant, make_model, make_selection, make_batch):
-    model, batch = make_model(), make_batch()
-    sparse = sparsify(model, make_selection(model))
+def test_gradient_checkpointing_changes_nothing(reentrant, limited, make_model, make_selection, make_batch):
+    """And reaches no layer below the lowest selected one, if it is told not to."""
+    model, batch = make_model(layers=4), make_batch()
+    sparse = sparsify(model, make_selection(model, layers=[2, 3]))
     model.train()
     model(**batch).loss.backward()
     expected = [p.grad.clone() for p in sparse.trainable_parameters]
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    model(**batch).loss.backward()
+    if limited:
+        sparse.limit_checkpointing()
+    inputs: list[bool] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].requires_grad))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch).loss.backward()
+    assert inputs[:4] == ([False, False, False, True] if limited else [True] * 4)
     for gradient, p in zip(expected, sparse.trainable_parameters, strict=True):
         assert torch.equal(gradient, p.grad)
 
@@ -292,8 +301,8 @@ def test_names_the_weight_that_is_not_finite(value, make_model, make_selection):
     selection = make_selection(model)
     site = selection.sites[1]
     with torch.no_grad():
-        model.get_submodule(site.down).weight[3, selection.units(site)[0]] = value
-    with pytest.raises(NonFiniteError, match=rf"{site.down}\.weight"):
+        model.get_submodule(site.output).weight[3, selection.units(site)[0]] = value
+    with pytest.raises(NonFiniteError, match=rf"{site.output}\.weight"):
         sparsify(model, selection)
 
 

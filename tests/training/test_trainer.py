@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from clue_fast.data import Collator
-from clue_fast.errors import DataError, SelectionError, UnknownNameError
+from clue_fast.errors import DataError, SelectionError, SparseError, UnknownNameError
 from clue_fast.training import (
     NPO,
     OBJECTIVES,
@@ -162,18 +162,64 @@ def test_last_accumulation_of_an_epoch_may_be_short(make_trainer):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant, make_trainer):
+def test_gradient_checkpointing(reentrant, make_model, make_selection, make_trainer):
+    """The same gradients, and still no backward below the lowest selected layer."""
     found = []
     for checkpointing in (False, True):
-        callback = Gradients()
+        callback, model = Gradients(), make_model(layers=4)
         settings = {
             "max_steps": 1,
             "gradient_checkpointing": checkpointing,
             "gradient_checkpointing_kwargs": {"use_reentrant": reentrant} if checkpointing else None,
         }
-        make_trainer(settings=settings, callbacks=[callback]).train()
+        reached: list[bool] = []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda _, __, out, reached=reached: reached.append(out.requires_grad))
+        make_trainer(model, make_selection(model, layers=[2, 3]), settings, callbacks=[callback]).train()
+        assert reached[-4:] == [False, False, True, True]
         found.append(callback.vector)
     assert torch.equal(*found)
+
+
+def test_tied_embeddings_stay_tied(make_model, make_selection, make_trainer, make_batch, tmp_path):
+    model, batch = make_model(tie_word_embeddings=True), make_batch()
+    selection, before = make_selection(model), snapshot(model)
+    trainer = make_trainer(model, selection)
+    trainer.train()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert changed_outside(before, model, selection) == 0 < changed_inside(before, model, selection)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"fsdp_plugin": object()}, "FSDP shards the weights .* use DistributedDataParallel"),
+        ({"deepspeed_plugin": object()}, "DeepSpeed ZeRO shards the weights .* use DistributedDataParallel"),
+        ({"n_gpu": 2}, "DataParallel copies the model .*torchrun or accelerate launch"),
+    ],
+)
+def test_refuses_what_shards_or_copies_the_weights(
+    state, message, make_model, make_selection, make_trainer, monkeypatch
+):
+    """By name, with what to do instead, and the model is as it was."""
+
+    def create_accelerator(self: Any) -> None:
+        create(self)
+        self.is_fsdp_enabled, self.is_deepspeed_enabled = "fsdp_plugin" in state, "deepspeed_plugin" in state
+
+    create = Trainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_accelerator)
+    model = make_model()
+    selection = make_selection(model)
+    if "n_gpu" in state:
+        monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda _: 2))
+    with pytest.raises(SparseError, match=message):
+        make_trainer(model, selection)
+    assert not list(trained_parts(model)) and all(p.requires_grad for p in model.parameters())
 
 
 def test_memory_is_counted_at_the_first_step(make_trainer):
