@@ -32,23 +32,23 @@ class Streams:
         A norm between attention and the stream acts on the sum of the heads; its scale is that of the run, so that
         what the heads add still sums to what attention adds.
         """
-        parts = [run.stream[tokens].float()[None]]
+        parts = [_wide(run.stream[tokens])[None]]
         for layer, own in zip(self.graph.architecture.layers, run.layers, strict=True):
-            found = own.heads[tokens].float().reshape(-1, layer.heads, layer.head_dim)
-            weight = matrix(self.model.get_submodule(layer.output)).float()
+            found = _wide(own.heads[tokens]).reshape(-1, layer.heads, layer.head_dim)
+            weight = _wide(matrix(self.model.get_submodule(layer.output)))
             weight = weight.reshape(len(weight), layer.heads, layer.head_dim)
             heads = torch.einsum("thd,whd->htw", found, weight)
-            parts += [self._behind_norm(layer, own, tokens)(heads), own.mlp_added[tokens].float()[None]]
+            parts += [self._behind_norm(layer, own, tokens)(heads), _wide(own.mlp_added[tokens])[None]]
         return torch.cat(parts)
 
     @torch.no_grad()
     def constant(self, run: Run, tokens: slice) -> Tensor:
         """What biases behind the heads add to the stream, [tokens, width] float32; no writer's."""
-        total = torch.zeros_like(run.stream[tokens], dtype=torch.float32)
+        total = torch.zeros_like(_wide(run.stream[tokens]))
         for layer, own in zip(self.graph.architecture.layers, run.layers, strict=True):
             bias = output_bias(self.model.get_submodule(layer.output))
             if bias is not None:
-                total += self._behind_norm(layer, own, tokens)(bias.float().expand(1, len(total), -1))[0]
+                total += self._behind_norm(layer, own, tokens)(_wide(bias).expand(1, len(total), -1))[0]
             if layer.attention_post_norm is not None:
                 total += _shift(self.model.get_submodule(layer.attention_post_norm), total)
         return total
@@ -64,13 +64,13 @@ class Streams:
         if layer == len(run.layers):
             if run.final_gradient is None:
                 raise CircuitError("no gradient reached the final norm; run backward from the target")
-            return run.final_gradient[tokens].float()[None]
+            return _wide(run.final_gradient[tokens])[None]
         architecture, own = self.graph.architecture.layers[layer], run.layers[layer]
         projected = torch.cat(
             [self._through(projection, own, tokens) for projection in (architecture.q, architecture.k, architecture.v)]
         )
         attention = self._before_norm(architecture.attention_norm, own.attention_read[tokens], projected)
-        mlp = own.gradients["mlp"][tokens].float()[None]
+        mlp = _wide(own.gradients["mlp"][tokens])[None]
         return torch.cat([attention, self._before_norm(architecture.mlp_norm, own.mlp_read[tokens], mlp)])
 
     @torch.no_grad()
@@ -78,16 +78,16 @@ class Streams:
         """Gradient with respect to the input of a projection, of each head alone, [heads, tokens, width]."""
         weight = matrix(self.model.get_submodule(projection.path))
         rows = projection.rows.to(weight.device)
-        gradient = own.gradients[projection.path][tokens][:, rows].float()
-        return torch.einsum("thd,hdw->htw", gradient, weight[rows].float())
+        gradient = _wide(own.gradients[projection.path][tokens][:, rows])
+        return torch.einsum("thd,hdw->htw", gradient, _wide(weight[rows]))
 
     def _before_norm(self, norm: str | None, read: Tensor, gradient: Tensor) -> Tensor:
         """Gradient with respect to the input of a norm, given that with respect to its output."""
         if norm is None:
             return gradient
         with torch.enable_grad():
-            x = read.float().expand_as(gradient).clone().requires_grad_()
-            y = self.model.get_submodule(norm)(x)
+            x = _wide(read).expand_as(gradient).clone().requires_grad_()
+            y = _apply(self.model.get_submodule(norm), x)
             (before,) = torch.autograd.grad(y, x, gradient.to(y.dtype))
         return before
 
@@ -96,7 +96,7 @@ class Streams:
         if layer.attention_post_norm is None:
             return lambda x: x
         norm = self.model.get_submodule(layer.attention_post_norm)
-        return frozen_norm(norm, own.attention_written[tokens].float())
+        return frozen_norm(norm, _wide(own.attention_written[tokens]))
 
 
 @torch.no_grad()
@@ -106,8 +106,9 @@ def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     Raises:
         CircuitError: the norm is neither.
     """
-    y = norm(x).float() - _shift(norm, x)
-    centered = bool(torch.allclose(norm(x + 1.0), norm(x), rtol=1e-2, atol=1e-3))
+    y = _apply(norm, x)
+    centered = bool(torch.allclose(_apply(norm, x + 1.0), y, rtol=1e-2, atol=1e-3))
+    y = y - _shift(norm, x)
 
     def center(part: Tensor) -> Tensor:
         return part - part.mean(-1, keepdim=True) if centered else part
@@ -120,16 +121,25 @@ def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda part: scale * weight * center(part)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _apply(norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm of x, with its weights in the precision of x."""
+    weights = {name: weight.detach().to(x.dtype) for name, weight in norm.named_parameters()}
+    normed: Tensor = torch.func.functional_call(norm, weights, (x,))
+    return normed
+
+
 def _shift(norm: nn.Module, like: Tensor) -> Tensor:
     """What a norm adds whatever it is given, [width]."""
-    shift: Tensor = norm(torch.zeros(1, like.shape[-1], device=like.device))[0].float()
-    return shift
+    return _apply(norm, torch.zeros_like(like[:1]))[0]
 
 
 def _weight(norm: nn.Module, like: Tensor, centered: bool) -> Tensor:
     """The weights of a norm, up to a factor that the scale takes up, [width]."""
-    alternating = torch.ones(1, like.shape[-1], device=like.device)
+    alternating = torch.ones_like(like[:1])
     if centered:
         alternating[:, ::2] = -1.0
-    weight: Tensor = (norm(alternating)[0].float() - _shift(norm, like)) / alternating[0]
-    return weight
+    return (_apply(norm, alternating)[0] - _shift(norm, like)) / alternating[0]
