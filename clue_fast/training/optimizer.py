@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -136,8 +136,10 @@ class SparseAdamW(torch.optim.Optimizer):
                 )
 
     def _has_finite_gradients(self, parameters: list[nn.Parameter]) -> bool:
-        largest = torch._foreach_norm(_gradients(parameters), float("inf"))
-        finite = torch.stack([value.to(largest[0].device) for value in largest]).isfinite().tolist()
+        # The maximum norm takes 18 times as long on a CPU; only the other overflows for finite gradients.
+        finite = _are_finite(torch._foreach_norm(_gradients(parameters)))
+        if not all(finite):
+            finite = _are_finite(torch._foreach_norm(_gradients(parameters), float("inf")))
         bad = [self._part_of[p].path for p, ok in zip(parameters, finite, strict=True) if not ok]
         if bad:
             self.skipped_steps += 1
@@ -196,6 +198,11 @@ def _moments(saved: dict[str, Any]) -> dict[str, Any]:
 def _matrices(tensors: list[Tensor]) -> list[Tensor]:
     """Biases as matrices of one column, which the operator takes."""
     return [tensor[:, None] if tensor.dim() == 1 else tensor for tensor in tensors]
+
+
+def _are_finite(values: Sequence[Tensor]) -> list[bool]:
+    finite: list[bool] = torch.stack([value.to(values[0].device) for value in values]).isfinite().tolist()
+    return finite
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
