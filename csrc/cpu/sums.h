@@ -96,12 +96,12 @@ struct PackedActivationSums {
   static constexpr int fields = 5;
   static constexpr int maximum_field = 3;
   Moments<n> moments;
-  Shorts<n> largest, active;
+  Packed<n> largest, active;
 
   CLUE_INLINE void load(const float* rest) {
     moments = {read_pair<n>(rest), read_pair<n>(rest + 2 * n), read_pair<n>(rest + 4 * n)};
-    largest = read<Shorts<n>>(rest + 6 * n);
-    active = read<Shorts<n>>(rest + 8 * n);
+    largest = read<Packed<n>>(rest + 6 * n);
+    active = read<Packed<n>>(rest + 8 * n);
   }
   CLUE_INLINE void store(float* rest) const {
     write_pair<n>(rest, moments.sum);
@@ -112,7 +112,7 @@ struct PackedActivationSums {
   }
   CLUE_INLINE void add(const Stored<n, T>& a) {
     moments.add(a);
-    const Shorts<n> size = (Shorts<n>)((Words<n>)a.bits & constant<n>(0x7fff7fffu));
+    const Packed<n> size = (Packed<n>)((Words<n>)a.bits & constant<n>(0x7fff7fffu));
     largest = size > largest ? size : largest;
     count<n>(active, a.bits > 0);
   }
