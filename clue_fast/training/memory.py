@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +76,8 @@ def estimate_memory(
         master: "fp32" or "stochastic", see ``SparseAdamW``.
 
     Raises:
-        SparseError: the model is sparse already, or a selected layer cannot train in parts.
+        SparseError: the model is sparse already, a selected layer cannot train in parts, or what is allocated
+            depends on the data, as with experts.
     """
     if next(trained_parts(model), None) is not None:
         raise SparseError("the model is sparse already; estimate before sparsify, or restore() it first")
@@ -85,7 +90,13 @@ def estimate_memory(
         inputs: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in joined.items()}
         kept = [*shadow.parameters(), *shadow.buffers(), *(t for p in parts for t in (p.original, p.index))]
         with _Allocations([*kept, *inputs.values(), counted]) as allocations:
-            loss = _loss(shadow, inputs, counted)
+            try:
+                loss = _loss(shadow, inputs, counted)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise SparseError(
+                    f"what {type(model).__name__} allocates depends on the data ({error.func}), as with experts chosen "
+                    "for each token; train a step and look at trainer.memory"
+                ) from None
             activations = allocations.live()
             loss.backward()
             del loss

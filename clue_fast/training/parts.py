@@ -72,6 +72,7 @@ class TrainedPart:
         path: of the parameter in the model.
         lead: index into the first dimension of a parameter that stacks those of several experts, or None.
         dim: dimension along which the slices lie, of the parameter or of ``parameter[lead]``.
+        output_dim: dimension that counts the outputs of the layer: 0 as in ``nn.Linear``, 1 as in Conv1D.
         index: the slices, int64 [k], sorted.
         category: of their units, "forget" or "conflict".
         selected: master values, float32, shaped as the slices; the only thing that trains.
@@ -87,6 +88,7 @@ class TrainedPart:
     path: str
     lead: int | None
     dim: int
+    output_dim: int
     index: Tensor = field(repr=False)
     category: str
     selected: nn.Parameter = field(repr=False)

@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.training.checkpointing import limit_checkpointing
-from clue_fast.training.modules import SparseModule, sparse_class
+from clue_fast.training.kinds import is_linear, original_class, output_dim, sparse_class
+from clue_fast.training.modules import SparseModule, SparseProjection
 from clue_fast.training.parts import DTYPES, Pass, Reach, Slices, TrainedPart, plan, trained_parts
 
 
@@ -202,9 +203,10 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
 def _check_layer(model: nn.Module, slices: Slices) -> None:
     path = slices.part.parameter.rpartition(".")[0]
     module = model.get_submodule(path)
-    if not isinstance(module, SparseModule) and sparse_class(type(module)) is None:
-        kind = type(module).__name__
-        raise SparseError(f"{path} is a {kind}, which cannot train in parts; merge adapters or dequantize first")
+    if "base_layer" in path.split("."):
+        raise SparseError(f"{path} is wrapped by an adapter; merge it into the model first (merge_and_unload)")
+    if not isinstance(module, SparseModule) and sparse_class(module) is None:
+        raise SparseError(f"{path} is a {type(module).__name__}, which cannot train in parts; dequantize it first")
 
 
 def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]) -> None:
@@ -227,13 +229,19 @@ def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]
         )
     if not bool(weight.index_select(slices.part.dim, index).isfinite().all()):
         raise NonFiniteError(f"{name} holds NaN or infinite values; load the model again")
+    module = model.get_submodule(name.rpartition(".")[0])
+    cls = sparse_class(module)
+    if cls is not None and issubclass(cls, SparseProjection) and not is_linear(module):
+        raise SparseError(
+            f"{name} is that of a {type(module).__name__}, which does more than multiply by it; merge or dequantize it"
+        )
 
 
 def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
     path, _, name = slices.part.parameter.rpartition(".")
     module = model.get_submodule(path)
     if not isinstance(module, SparseModule):
-        cls = sparse_class(type(module))
+        cls = sparse_class(module)
         assert cls is not None
         module.__class__ = cls
         module.trained_parts = []  # type: ignore[assignment]
@@ -244,6 +252,7 @@ def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
         path=slices.part.parameter,
         lead=slices.part.lead,
         dim=slices.part.dim,
+        output_dim=output_dim(module),
         index=slices.index.to(getattr(module, name).device),
         category=slices.category,
         selected=nn.Parameter(torch.empty(0)),
@@ -264,4 +273,5 @@ def _turn_back(module: nn.Module) -> None:
     for part in module.trained_parts:
         delattr(module, part.master_name)
     del module.trained_parts
-    module.__class__ = type(module).__mro__[2]
+    before = original_class(module)
+    module.__class__ = before  # type: ignore[assignment]

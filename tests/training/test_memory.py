@@ -15,6 +15,9 @@ from clue_fast.data import Collator
 from clue_fast.errors import SparseError
 from clue_fast.training import SimNPO, SparseAdamW, estimate_memory, snapshot, sparsify
 from clue_fast.training.parts import trained_parts
+from tests.models.families import make_batch as make_family_batch
+from tests.models.families import make_model as make_family
+from tests.training.test_families import some_units
 
 
 def measure(run: Any) -> tuple[int, int]:
@@ -101,6 +104,12 @@ def test_refuses_a_sparse_model(make_model, make_selection, make_batch):
     with sparsify(model, selection), pytest.raises(SparseError, match="estimate before sparsify"):
         estimate_memory(model, selection, make_batch())
     estimate_memory(model, selection, make_batch())
+
+
+def test_refuses_experts():
+    model = make_family("mixtral").train()
+    with pytest.raises(SparseError, match=r"MixtralForCausalLM allocates depends on the data .*experts"):
+        estimate_memory(model, some_units(model), make_family_batch("mixtral"))
 
 
 @pytest.mark.gpu
