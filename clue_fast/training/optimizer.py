@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -131,8 +131,11 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
 
     def _has_finite_gradients(self, parts: list[TrainedPart]) -> bool:
-        largest = torch._foreach_norm([gradient(part) for part in parts], float("inf"))
-        finite = torch.stack([value.to(largest[0].device) for value in largest]).isfinite().tolist()
+        gradients = [gradient(part) for part in parts]
+        # The maximum norm takes 18 times as long on a CPU; only the other overflows for finite gradients.
+        finite = _are_finite(torch._foreach_norm(gradients))
+        if not all(finite):
+            finite = _are_finite(torch._foreach_norm(gradients, float("inf")))
         bad = [part.path for part, ok in zip(parts, finite, strict=True) if not ok]
         if bad:
             self.skipped_steps += 1
@@ -218,6 +221,11 @@ def gradient(part: TrainedPart) -> Tensor:
 def matrices(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Returns biases as matrices of one column, which the operators take, and matrices as they are."""
     return [tensor[:, None] if tensor.dim() == 1 else tensor for tensor in tensors]
+
+
+def _are_finite(values: Sequence[Tensor]) -> list[bool]:
+    finite: list[bool] = torch.stack([value.to(values[0].device) for value in values]).isfinite().tolist()
+    return finite
 
 
 def check_not_below_zero(values: dict[str, Any], names: Iterable[str]) -> None:

@@ -232,6 +232,20 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
     assert optimizer.skipped_steps == 1
 
 
+def test_a_large_finite_gradient_is_no_reason_to_skip(make_model, make_selection, make_batch):
+    """Its square overflows float32, it does not."""
+    model = make_model()
+    sparse = sparsify(model, make_selection(model))
+    optimizer = SparseAdamW(model, lr=1e-3)
+    model(**make_batch()).loss.backward()
+    parameter = sparse.trainable_parameters[0]
+    parameter.grad[1] = 3e38
+    before = parameter.detach().clone()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert not torch.equal(parameter[0], before[0])
+
+
 def test_tensors_without_gradient_are_skipped(make_model, make_selection, make_batch):
     model, batch = make_model(), make_batch()
     sparse = sparsify(model, make_selection(model))
