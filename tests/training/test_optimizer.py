@@ -132,7 +132,7 @@ def test_bf16_loses_no_update(make_model, make_selection, make_batch):
     steps(plain, torch_optimizer, batch, 60)
     # Weights of about 0.02 lie 1e-4 apart in bf16: half of them round elsewhere after 60 steps of 1e-6.
     assert own > 0.4 * len(expected)
-    assert changed_inside(before, plain, selection) < 0.01 * len(expected)
+    assert changed_inside(before, plain, selection) < 0.03 * len(expected)
 
 
 def test_bf16_follows_the_fp32_trajectory(make_model, make_selection, make_batch):
