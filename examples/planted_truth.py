@@ -60,7 +60,7 @@ def main() -> None:
             for criterion, pair in areas.items():
                 figures[planting].setdefault(criterion, []).append(pair)
             seconds = time.process_time() - started
-            print(f"seed {seed}, {planting}: loss {loss:.3f} after {steps} steps, {seconds:.0f} s of CPU time", flush=True)
+            print(f"seed {seed}, {planting}: loss {loss:.3f} after {steps} steps, {seconds:.0f} s", flush=True)
     print(table(figures))
     if options.output is not None:
         options.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
