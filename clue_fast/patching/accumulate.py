@@ -118,7 +118,12 @@ class _Attribution(torch.autograd.Function):
 
 
 def _watched(
-    h: Tensor, group: Tensor, statistics: Tensor, channels: int, bounds: Tensor | None, backend: str | None = None
+    h: Tensor,
+    group: Tensor,
+    statistics: Tensor,
+    channels: int = 1,
+    bounds: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     out: Tensor = _Attribution.apply(h, group, statistics, channels, bounds, backend, True)  # type: ignore[no-untyped-call]
     return out

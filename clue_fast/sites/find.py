@@ -13,6 +13,7 @@ from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
 from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp
 from clue_fast.sites.site import Site
+from clue_fast.sites.wrapping import unwrap
 
 KINDS = ("mlp", "expert", "attention", "attention_head", "attention_query", "attention_key_value")
 DEFAULT_KINDS = ("mlp", "expert")
@@ -30,7 +31,7 @@ def find_sites(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> list[S
     """Returns the sites of a model in the order of its modules.
 
     Args:
-        model: stays as it is.
+        model: stays as it is; paths are those in the model inside of torch.compile and DistributedDataParallel.
         kinds: which families of units to look for, of ``KINDS``: ``mlp``, ``expert``, and on request ``attention``,
             which stands for all kinds of heads.
 
@@ -50,6 +51,7 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
     for kind in wanted:
         if kind not in KINDS:
             raise UnknownNameError("kind of site", kind, KINDS)
+    model = unwrap(model)
     sites: list[Site] = []
     unmatched: list[Unmatched] = []
     heads = find_heads(model) if any(kind.startswith("attention") for kind in wanted) else {}
@@ -85,7 +87,7 @@ def no_sites(model: nn.Module, kinds: Iterable[str], found: Survey) -> str:
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """Raises SelectionError unless the parts of every site are parts of a model's parameters."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
     for site in sites:
         for part in site.parts:
             parameter = parameters.get(part.parameter)

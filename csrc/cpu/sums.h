@@ -31,9 +31,9 @@ CLUE_INLINE void add_squares(Pair<n>& sum, const Pair<n>& x) {
 }
 // Adds one where the mask is set. With 16 floats a register a mask is one bit a lane, and a masked sum is quickest.
 template <int n, class Integers, class Mask>
-CLUE_INLINE void count(Integers& sum, Mask mask) {
+CLUE_INLINE void count(Integers& sum, Mask mask, Words<n> one) {
   if (n == 16)
-    sum = mask ? sum + 1 : sum;
+    sum = mask ? sum + (Integers)one : sum;
   else
     sum -= (Integers)mask;
 }
@@ -78,8 +78,8 @@ struct ActivationSums {
     const Pair<n> size = magnitudes<n>(a);
     largest.first = size.first > largest.first ? size.first : largest.first;
     largest.second = size.second > largest.second ? size.second : largest.second;
-    count<n>(first_active, a.first > 0.0f);
-    count<n>(second_active, a.second > 0.0f);
+    count<n>(first_active, a.first > 0.0f, constant<n>(1u));
+    count<n>(second_active, a.second > 0.0f, constant<n>(1u));
   }
   static CLUE_INLINE Pair<n> field(int index, const float* rest) {
     const float* here = rest + index * 2 * n;
@@ -114,7 +114,7 @@ struct PackedActivationSums {
     moments.add(a);
     const Packed<n> size = (Packed<n>)((Words<n>)a.bits & constant<n>(0x7fff7fffu));
     largest = size > largest ? size : largest;
-    count<n>(active, a.bits > 0);
+    count<n>(active, a.bits > 0, constant<n>(0x00010001u));
   }
   static CLUE_INLINE Pair<n> field(int index, const float* rest) {
     const float* here = rest + index * 2 * n;
