@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from clue_fast.errors import NonFiniteError, SelectionError, SiteError, SparseError
+from clue_fast.errors import NonFiniteError, SelectionError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.training import SparseAdamW, snapshot, sparsify
 from clue_fast.training.parts import trained_parts
@@ -334,15 +334,15 @@ def test_refuses_a_wrong_selection(make_model, make_selection):
 
 def test_refuses_units_that_overlap_or_do_not_exist(make_model, make_selection):
     """Sites as a file might hold them that somebody has edited."""
-    model = make_model()
+    model = make_model(intermediate_size=32)
     selection = make_selection(model)
     site, other = selection.sites[0], selection.sites[1]
     selection.categories[other] = selection.categories[site]
     cases = [
         (replace(other, parts=site.parts), SparseError, "two selected units own the same slice of model.layers.0"),
         (replace(other, parts=(replace(site.parts[0], dim=1), *other.parts[1:])), SparseError, "both rows and columns"),
-        (replace(other, parts=(replace(other.parts[0], offset=44),)), SiteError, "belong to different models"),
-        (replace(other, parts=(replace(other.parts[0], parameter="no.weight"),)), SiteError, "does not have"),
+        (replace(other, parts=(replace(other.parts[0], offset=30),)), SelectionError, "belong to different models"),
+        (replace(other, parts=(replace(other.parts[0], parameter="no.weight"),)), SelectionError, "does not have"),
     ]
     for wrong, error, message in cases:
         sites = (site, wrong, *selection.sites[2:])
