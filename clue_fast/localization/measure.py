@@ -72,17 +72,17 @@ def measure_batches(
         criterion, target, backend: see ``measure``.
     """
     chosen = get_criterion(criterion)
-    statistics = Statistics(find_sites(model), model_fingerprint(model), device=_device(model))
     differentiated = check_target(target or chosen.target or "log_odds")
+    if chosen.needs in ("activations", "gradients"):
+        with patch(model, backend=backend) as patched:
+            return _record_activations(patched, batches, differentiated if chosen.needs == "gradients" else None)
+    statistics = Statistics(find_sites(model), model_fingerprint(model), device=_device(model))
     if chosen.needs == "weight_inputs":
         _record_weight_inputs(model, statistics, batches)
     elif chosen.needs == "weight_gradients":
         _record_weight_gradients(model, statistics, batches, differentiated)
     elif chosen.needs == "integrated_gradients":
         _record_integrated_gradients(model, statistics, batches, differentiated)
-    elif chosen.needs in ("activations", "gradients"):
-        with patch(model, backend=backend) as patched:
-            return _record_activations(patched, batches, differentiated if chosen.needs == "gradients" else None)
     statistics.check_finite()
     return statistics
 
