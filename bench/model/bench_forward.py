@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
 from bench.interleaved import Case, Comparison, Target
+from bench.ops.bench_gated_activation import collect
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,9 @@ class Hooks:
         for name, module in model.named_modules():
             if name.endswith("down_proj"):
                 self.sums[name] = torch.zeros(5, module.in_features, dtype=torch.float64)
-                module.register_forward_pre_hook(lambda _, inputs, sums=self.sums[name]: self.collect(inputs[0], sums))
-
-    @staticmethod
-    def collect(activation: Tensor, sums: Tensor) -> None:
-        h = activation.reshape(-1, activation.shape[-1]).float()
-        magnitude = h.abs()
-        sums[0] += h.sum(0)
-        sums[1] += h.square().sum(0)
-        sums[2] += magnitude.sum(0)
-        torch.maximum(sums[3], magnitude.amax(0), out=sums[3])
-        sums[4] += (h > 0).sum(0)
+                module.register_forward_pre_hook(
+                    lambda _, inputs, sums=self.sums[name]: collect(inputs[0].flatten(0, -2), sums)
+                )
 
 
 @contextmanager
