@@ -51,6 +51,14 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tenso
     return torch.where(x.isfinite(), signed.view(dtype), x.to(dtype))
 
 
+def write(weight: Tensor, dim: int, index: Tensor, value: Tensor, seed: int | None, step: int) -> None:
+    """Puts the new values of a selected part into its weight: to nearest even, or stochastically if there is a seed."""
+    rounded = value.to(weight.dtype)
+    if seed is not None:
+        rounded = round_stochastically(value, weight.dtype, random_bits(value.shape, seed, step, value.device))
+    weight.index_copy_(dim, index, rounded)
+
+
 # The arguments. An operator takes one list for each of these, with one entry a weight.
 
 
@@ -83,11 +91,30 @@ def check(
                 )
 
 
-def check_numbers(
-    device: torch.device, count: int, numbers: dict[str, tuple[Tensor, torch.dtype]], seed: Tensor | None
+def check_settings(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
+    lr: Tensor,
+    weight_decay: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Raise ValueError unless numbers and scales fit, and no update of a 16-bit weight is lost."""
+    device = weights[0].device
+    _check_numbers(device, len(weights), lr, weight_decay, step, seed)
+    _check_scale(device, grad_scale, found_inf)
+    _check_masters(weights, values, seed)
+
+
+def _check_numbers(
+    device: torch.device, count: int, lr: Tensor, weight_decay: Tensor, step: Tensor, seed: Tensor | None
 ) -> None:
     """Raise ValueError unless there is one number a weight, on CPU or on the device of the weights."""
-    wanted = {**numbers, **({} if seed is None else {"seed": (seed, torch.int64)})}
+    wanted = {"lr": (lr, torch.float64), "weight_decay": (weight_decay, torch.float64), "step": (step, torch.int64)}
+    if seed is not None:
+        wanted["seed"] = (seed, torch.int64)
     for name, (tensor, dtype) in wanted.items():
         if tensor.shape != (count,) or tensor.dtype != dtype or tensor.device.type not in ("cpu", device.type):
             raise ValueError(
@@ -96,7 +123,7 @@ def check_numbers(
             )
 
 
-def check_scale(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def _check_scale(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Raise ValueError unless these are single float32 numbers where the weights are."""
     for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if tensor is None:
@@ -108,7 +135,7 @@ def check_scale(device: torch.device, grad_scale: Tensor | None, found_inf: Tens
             )
 
 
-def check_masters(weights: Iterable[Tensor], values: Sequence[Tensor] | None, seed: Tensor | None) -> None:
+def _check_masters(weights: Iterable[Tensor], values: Sequence[Tensor] | None, seed: Tensor | None) -> None:
     """Raise ValueError unless no update is lost: by master values or stochastic rounding, or in float32."""
     if values is not None and seed is not None:
         raise ValueError("give either values, the float32 masters, or a seed to round stochastically, not both")

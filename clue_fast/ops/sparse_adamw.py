@@ -46,11 +46,7 @@ def reference(
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (exp_avg_sq.sqrt() / math.sqrt(correction2)).add_(eps)
         value.mul_(1 - rates[i] * decays[i]).addcdiv_(exp_avg, denominator, value=-rates[i] / correction1)
-        rounded = value.to(weight.dtype)
-        if seed is not None:
-            random = selected.random_bits(value.shape, int(seed[i]), steps[i], value.device)
-            rounded = selected.round_stochastically(value, weight.dtype, random)
-        weight.index_copy_(dims[i], indices[i], rounded)
+        selected.write(weight, dims[i], indices[i], value, None if seed is None else int(seed[i]), steps[i])
 
 
 backends.register("sparse_adamw", ("reference", "cpp", "cuda"), {"sparse_adamw": reference})
@@ -152,13 +148,9 @@ def sparse_adamw_(
     """
     if not weights:
         return
-    device = weights[0].device
     moments = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     selected.check(weights, indices, dims, values, moments)
-    numbers = {"lr": (lr, torch.float64), "weight_decay": (weight_decay, torch.float64), "step": (step, torch.int64)}
-    selected.check_numbers(device, len(weights), numbers, seed)
-    selected.check_scale(device, grad_scale, found_inf)
-    selected.check_masters(weights, values, seed)
+    selected.check_settings(weights, values, lr, weight_decay, step, seed, grad_scale, found_inf)
     run = torch.ops.clue_fast.sparse_adamw_ if torch.compiler.is_compiling() else _step
     lists = (values or [], grads, exp_avgs, exp_avg_sqs, weights, indices, dims)
     run(*lists, lr, weight_decay, step, seed, grad_scale, found_inf, *betas, eps, backend)

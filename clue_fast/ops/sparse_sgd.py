@@ -41,11 +41,7 @@ def reference(
         if momentum:
             direction = momenta[i].mul_(momentum).add_(direction)
         value.add_(direction, alpha=-rates[i])
-        rounded = value.to(weight.dtype)
-        if seed is not None:
-            random = selected.random_bits(value.shape, int(seed[i]), steps[i], value.device)
-            rounded = selected.round_stochastically(value, weight.dtype, random)
-        weight.index_copy_(dims[i], indices[i], rounded)
+        selected.write(weight, dims[i], indices[i], value, None if seed is None else int(seed[i]), steps[i])
 
 
 backends.register("sparse_sgd", ("reference", "cpp", "cuda"), {"sparse_sgd": reference})
@@ -136,13 +132,9 @@ def sparse_sgd_(
         return
     if (momenta is None) != (momentum == 0.0):
         raise ValueError("momenta go with a momentum above 0; give both or neither")
-    device = weights[0].device
     others = {"grads": grads, **({} if momenta is None else {"momenta": momenta})}
     selected.check(weights, indices, dims, values, others)
-    numbers = {"lr": (lr, torch.float64), "weight_decay": (weight_decay, torch.float64), "step": (step, torch.int64)}
-    selected.check_numbers(device, len(weights), numbers, seed)
-    selected.check_scale(device, grad_scale, found_inf)
-    selected.check_masters(weights, values, seed)
+    selected.check_settings(weights, values, lr, weight_decay, step, seed, grad_scale, found_inf)
     run = torch.ops.clue_fast.sparse_sgd_ if torch.compiler.is_compiling() else _step
     lists = (values or [], grads, momenta or [], weights, indices, dims)
     run(*lists, lr, weight_decay, step, seed, grad_scale, found_inf, momentum, backend)
