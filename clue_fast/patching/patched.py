@@ -25,6 +25,8 @@ from clue_fast.statistics import Statistics
 
 _PATCHED = "_clue_fast_patched"
 TOKENS = (ANSWERS, ATTENDED)
+# What a pass is given when it reads only new tokens, under the names of transformers from 5.24 on and before.
+CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class Patched:
@@ -218,7 +220,7 @@ class Patched:
     def _seen(self, tower: str, inputs: dict[str, Any]) -> int:
         """How many positions ``generate`` has fed to a tower before, where it feeds all of them again."""
         recorder = self._recorder
-        if recorder.generating is None or inputs.get("past_key_values") is not None:
+        if recorder.generating is None or any(inputs.get(name) is not None for name in CACHES):
             return 0
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
