@@ -257,7 +257,7 @@ def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
         lead=slices.part.lead,
         dim=slices.part.dim,
         output_dim=output_dim(module),
-        index=slices.index.to(getattr(module, name).device),
+        index=_shared_index(module, slices.index.to(getattr(module, name).device)),
         category=slices.category,
         selected=nn.Parameter(torch.empty(0)),
         original=torch.empty(0),
@@ -270,6 +270,11 @@ def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
     module.register_parameter(part.master_name, part.selected)
     module.trained_parts.append(part)
     return part
+
+
+def _shared_index(module: SparseModule, index: Tensor) -> Tensor:
+    """The index of another part of the module if it is the same, as those of a weight and its bias are."""
+    return next((part.index for part in module.trained_parts if torch.equal(part.index, index)), index)
 
 
 def _turn_back(module: nn.Module) -> None:

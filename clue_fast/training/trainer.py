@@ -37,8 +37,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
     Args:
         model: a causal language model; made sparse in place.
         args: as of any Trainer; a copy is kept. Learning rate, betas, eps and weight decay go to
-            ``SparseAdamW``. ``args.optim`` has no effect. Default: nothing is saved on the way, nothing is
-            reported.
+            ``SparseAdamW``, or to ``SparseSGD`` with ``optim="sgd"`` (``optim_args="momentum=0.9"``). Default:
+            nothing is saved on the way, nothing is reported.
         processing_class: the tokenizer; needed for records that are not encoded yet, saved with the model.
         forget_dataset, retain_dataset: records (see ``clue_fast.data.load_records``), or examples already
             encoded with ``input_ids`` and ``labels``.
