@@ -189,7 +189,8 @@ def make_parts(model: nn.Module, plans: list[Slices]) -> list[TrainedPart]:
     for slices in plans:
         _check_layer(model, slices)
     reach = Reach()
-    return [_turn_sparse(model, slices, reach) for slices in plans]
+    indices: dict[int, Tensor] = {}  # on the device of the model, one for all parts of a layer that have the same
+    return [_turn_sparse(model, slices, reach, indices) for slices in plans]
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -241,7 +242,7 @@ def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]
         )
 
 
-def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
+def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach, indices: dict[int, Tensor]) -> TrainedPart:
     path, _, name = slices.part.parameter.rpartition(".")
     module = model.get_submodule(path)
     if not isinstance(module, SparseModule):
@@ -257,7 +258,7 @@ def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
         lead=slices.part.lead,
         dim=slices.part.dim,
         output_dim=output_dim(module),
-        index=_shared_index(module, slices.index.to(getattr(module, name).device)),
+        index=indices.setdefault(id(slices.index), slices.index.to(getattr(module, name).device)),
         category=slices.category,
         selected=nn.Parameter(torch.empty(0)),
         original=torch.empty(0),
@@ -270,11 +271,6 @@ def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
     module.register_parameter(part.master_name, part.selected)
     module.trained_parts.append(part)
     return part
-
-
-def _shared_index(module: SparseModule, index: Tensor) -> Tensor:
-    """The index of another part of the module if it is the same, as those of a weight and its bias are."""
-    return next((part.index for part in module.trained_parts if torch.equal(part.index, index)), index)
 
 
 def _turn_back(module: nn.Module) -> None:
