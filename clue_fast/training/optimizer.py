@@ -128,9 +128,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             if part.swapped:
                 raise SparseError(f"{part.path} holds its original weights; step outside Sparse.original()")
             if getattr(part.module, part.master_name, None) is not part.selected:
-                raise SparseError(
-                    f"the master values of {part.path} were replaced, as FSDP does; leave them alone, {DDP}"
-                )
+                raise SparseError(f"the master values of {part.path} were replaced, as FSDP does; leave it out, {DDP}")
             if part.selected.dtype != torch.float32:
                 raise SparseError(
                     f"the master values of {part.path} are {part.selected.dtype}, they must stay float32; "

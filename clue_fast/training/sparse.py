@@ -214,9 +214,7 @@ def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]
     name = slices.part.parameter
     parameter = model.get_parameter(name)
     if is_sharded(parameter):
-        raise SparseError(
-            f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); make the model sparse unsharded, {DDP}"
-        )
+        raise SparseError(f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); load the model whole, {DDP}")
     if parameter.device.type == "meta":
         raise SparseError(f"{name} is on the meta device; load the weights first")
     if parameter.dtype not in DTYPES:
