@@ -17,6 +17,7 @@ _EXPORTS = {
     "Selection": "selection",
     "Site": "sites",
     "SparseAdamW": "training.adamw",
+    "SparseSGD": "training.sgd",
     "Statistics": "statistics",
     "UnlearnTrainer": "training.trainer",
     "attach": "training.attaching",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.training.adamw import SparseAdamW
     from clue_fast.training.attaching import attach
     from clue_fast.training.memory import estimate_memory
+    from clue_fast.training.sgd import SparseSGD
     from clue_fast.training.sparse import sparsify
     from clue_fast.training.trainer import UnlearnTrainer
     from clue_fast.workflow import unlearn

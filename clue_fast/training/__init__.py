@@ -29,6 +29,7 @@ from clue_fast.training.objectives import (
     get_objective,
 )
 from clue_fast.training.parts import TrainedPart
+from clue_fast.training.sgd import SparseSGD
 from clue_fast.training.sparse import Sparse, sparsify
 from clue_fast.training.stages import Stage
 
@@ -54,6 +55,7 @@ __all__ = [
     "SimNPO",
     "Sparse",
     "SparseAdamW",
+    "SparseSGD",
     "Stage",
     "TrainedPart",
     "UnlearnTrainer",

@@ -10,8 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from clue_fast.training.parts import TrainedPart
 
-ROWS, COLUMNS = 0, 1
-
 
 def graft(out: Tensor, x: Tensor, part: TrainedPart, rows: slice | Tensor | None = None) -> Tensor:
     """Returns the output of a linear layer, through which the slices of its weight or bias get their gradient.
@@ -32,10 +30,9 @@ def graft(out: Tensor, x: Tensor, part: TrainedPart, rows: slice | Tensor | None
     if part.selected.dim() == 1:
         grafted: Tensor = _Bias.apply(out, part.selected, part.index, rows)  # type: ignore[no-untyped-call]
     else:
-        dim = ROWS if part.dim == part.output_dim else COLUMNS
         transposed = part.output_dim == 1
         grafted = _Weight.apply(  # type: ignore[no-untyped-call]
-            out, kept, rows, part.selected, part.index, dim, transposed
+            out, kept, rows, part.selected, part.index, part.dim, transposed
         )
     return grafted
 
@@ -45,7 +42,7 @@ class _Weight(torch.autograd.Function):
     def forward(
         ctx: Any, out: Tensor, x: Tensor, rows: Any, selected: Tensor, index: Tensor, dim: int, transposed: bool
     ) -> Tensor:
-        kept = x if dim == ROWS else x.index_select(-1, index)
+        kept = x if dim == int(transposed) else x.index_select(-1, index)
         ctx.save_for_backward(kept.to(out.dtype), index)
         ctx.rows, ctx.dim, ctx.transposed = rows, dim, transposed
         return _same(ctx, out)
@@ -54,8 +51,8 @@ class _Weight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, index = ctx.saved_tensors
-        found = torch.ops.clue_fast.sparse_linear_backward(grad[ctx.rows], kept, index, ctx.dim, None)
-        return grad, None, None, found.t().contiguous() if ctx.transposed else found, None, None, None
+        found = torch.ops.clue_fast.sparse_linear_backward(grad[ctx.rows], kept, index, ctx.dim, ctx.transposed, None)
+        return grad, None, None, found, None, None, None
 
 
 class _Bias(torch.autograd.Function):

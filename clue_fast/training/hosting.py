@@ -14,6 +14,7 @@ from clue_fast.training.checkpoints import WholeCheckpoints
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.optimizer import SparseOptimizer
 from clue_fast.training.parts import DDP, trained_parts
+from clue_fast.training.sgd import SparseSGD
 from clue_fast.training.sparse import Sparse
 from clue_fast.training.stages import UNITS
 
@@ -41,10 +42,12 @@ class SparseTraining(WholeCheckpoints, _Base):
         """Takes charge of a sparse model.
 
         Raises:
-            SparseError: the training is distributed in a way that shards the weights.
+            SparseError: the training is distributed in a way that shards the weights, or ``args.optim`` is an
+                optimizer that cannot train selected weights.
         """
         self.sparse, self.layer_lr, self.master, self.memory = sparse, layer_lr, master, {}
         _check_distribution(self)
+        _optimizer_name(self.args)
         self.add_callback(_Bookkeeping(self))
 
     @property
@@ -53,18 +56,20 @@ class SparseTraining(WholeCheckpoints, _Base):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the ``SparseAdamW``, unless an optimizer was given."""
+        """Makes the ``SparseAdamW`` or ``SparseSGD`` that ``args`` ask for, unless an optimizer was given."""
         if self.optimizer is None:
-            self.optimizer = SparseAdamW(
-                self.sparse.model,
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-                layer_lr=self.layer_lr,
-                master=self.master,
-                seed=self.args.seed,
-            )
+            common: dict[str, Any] = {
+                "lr": self.args.learning_rate,
+                "weight_decay": self.args.weight_decay,
+                "layer_lr": self.layer_lr,
+                "master": self.master,
+                "seed": self.args.seed,
+            }
+            if _optimizer_name(self.args) == "sgd":
+                self.optimizer = SparseSGD(self.sparse.model, momentum=_momentum(self.args), **common)
+            else:
+                betas = self.args.adam_beta1, self.args.adam_beta2
+                self.optimizer = SparseAdamW(self.sparse.model, betas=betas, eps=self.args.adam_epsilon, **common)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -105,6 +110,23 @@ def _check_distribution(trainer: Any) -> None:
     else:
         return
     raise SparseError(f"{system} shards the weights that the optimizer writes selected units into; leave it out, {DDP}")
+
+
+def _optimizer_name(args: TrainingArguments) -> str:
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in ("adamw_torch", "adamw_torch_fused", "sgd"):
+        raise SparseError(
+            f"optim={name!r} cannot train selected weights; use adamw_torch or sgd, which run in one launch"
+        )
+    return name
+
+
+def _momentum(args: TrainingArguments) -> float:
+    """The momentum in ``args.optim_args``, such as "momentum=0.9"."""
+    given = dict(item.split("=", 1) for item in (args.optim_args or "").replace(" ", "").split(",") if item)
+    if unknown := sorted(set(given) - {"momentum"}):
+        raise SparseError(f"optim_args sets {', '.join(unknown)}, SparseSGD knows momentum only")
+    return float(given.get("momentum", 0.0))
 
 
 def _check_optimizer(trainer: SparseTraining) -> None:

@@ -37,12 +37,13 @@ class SparseModule(_Base):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         masters = [part.selected.detach() for part in self.trained_parts]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved: dict[int, Tensor] = {}  # parts that share an index still do
         for part, master in zip(self.trained_parts, masters, strict=True):
             # `.to(bfloat16)` casts every parameter; the masters exist to keep what bfloat16 would drop.
             if part.selected.dtype != torch.float32 or not part.has_master:
                 part.selected.data = master.to(part.weight.device)
                 part.selected.grad = None
-            part.index = part.index.to(part.weight.device)
+            part.index = moved.setdefault(id(part.index), part.index.to(part.weight.device))
             part.original = part.original.to(part.weight)
         return self
 
@@ -84,15 +85,24 @@ class SparseLinear(SparseModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Exactly ``F.linear(input, self.weight, self.bias)``; the gradient goes to the trained parts."""
-        direct = next((p for p in self.trained_parts if p.name == "weight" and p.category == "conflict"), None)
-        if direct is None:
+        weight, bias = self._always_trained()
+        if weight is None:
             out = super().forward(input)
         else:
-            out = ops.sparse_linear(input, self.weight, self.bias, direct.selected, direct.index, direct.dim)
+            selected_bias = None if bias is None else bias.selected
+            slices = (weight.selected, weight.index, weight.dim)
+            out = ops.sparse_linear(input, self.weight, self.bias, *slices, selected_bias=selected_bias)
         for part in self.trained_parts:
-            if part is not direct:
+            if part is not weight and part is not bias:
                 out = graft(out, input, part)
         return out
+
+    def _always_trained(self) -> tuple[TrainedPart | None, TrainedPart | None]:
+        """The parts that all records train, which the operator takes: of the weight, and of the bias to its rows."""
+        conflict = {part.name: part for part in self.trained_parts if part.category == "conflict"}
+        weight, bias = conflict.get("weight"), conflict.get("bias")
+        same = weight is not None and bias is not None and weight.dim == 0 and weight.index is bias.index
+        return weight, bias if same else None
 
 
 class SparseProjection(SparseModule):

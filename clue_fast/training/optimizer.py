@@ -99,7 +99,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if self._has_finite_gradients([part for part, _ in updates]):
             launches: dict[Any, list[tuple[TrainedPart, dict[str, Any]]]] = defaultdict(list)
             for part, group in updates:
-                self._advance(part)
+                self._advance(part, group)
                 launches[self._settings(group), part.selected.device].append((part, group))
             for entries in launches.values():
                 self._launch(entries)
@@ -107,13 +107,16 @@ class SparseOptimizer(torch.optim.Optimizer):
             torch.autograd.graph.increment_version([getattr(part.module, part.name) for part, _ in updates])
         return loss
 
-    def _advance(self, part: TrainedPart) -> None:
+    def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Which of the moments a group needs."""
+        return self.moments
+
+    def _advance(self, part: TrainedPart, group: dict[str, Any]) -> None:
         state = self.state[part.selected]
-        if not state:
-            state["step"] = 0
-            for name in self.moments:
+        for name in self._kept(group):
+            if name not in state:
                 state[name] = torch.zeros(part.selected.shape, device=part.selected.device)
-        state["step"] += 1
+        state["step"] = state.get("step", 0) + 1
 
     def _check_updates(self, parts: list[TrainedPart]) -> None:
         if not parts:
@@ -125,9 +128,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             if part.swapped:
                 raise SparseError(f"{part.path} holds its original weights; step outside Sparse.original()")
             if getattr(part.module, part.master_name, None) is not part.selected:
-                raise SparseError(
-                    f"the master values of {part.path} were replaced, as FSDP does; leave them alone, {DDP}"
-                )
+                raise SparseError(f"the master values of {part.path} were replaced, as FSDP does; leave it out, {DDP}")
             if part.selected.dtype != torch.float32:
                 raise SparseError(
                     f"the master values of {part.path} are {part.selected.dtype}, they must stay float32; "
@@ -190,15 +191,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         parts = self._parts()
         state = state_dict["state"]
+        groups = {number: group for group in state_dict["param_groups"] for number in group["params"]}
         for number, part in enumerate(parts):
             saved = state.get(number, {})
-            if "master" not in saved or saved["master"].shape != part.selected.shape or not self._fits(saved):
+            fits = "master" in saved and saved["master"].shape == part.selected.shape
+            if not fits or ("step" in saved and set(saved) != {"master", "index", "step", *self._kept(groups[number])}):
                 raise SparseError(f"the optimizer state does not fit {part.path}; it is of another model or optimizer")
             if not torch.equal(saved["index"].cpu(), part.index.cpu()):
                 raise SparseError(f"the optimizer state has other units of {part.path}; load its own selection")
         # Copies, since torch would go on with the very tensors it is given.
         moments = {
-            number: {"step": saved["step"], **{name: saved[name].clone() for name in self.moments}}
+            number: {"step": saved["step"], **{name: saved[name].clone() for name in self.moments if name in saved}}
             for number, saved in state.items()
             if "step" in saved
         }
@@ -208,9 +211,6 @@ class SparseOptimizer(torch.optim.Optimizer):
             part.set_values(state[number]["master"].to(part.selected.device))
             part.rounding_seed = (self.seed << 32) + number
         self.skipped_steps = state_dict.get("skipped_steps", 0)
-
-    def _fits(self, saved: dict[str, Any]) -> bool:
-        return "step" not in saved or set(saved) == {"master", "index", "step", *self.moments}
 
     def _parts(self) -> list[TrainedPart]:
         return [self._part_of[p] for group in self.param_groups for p in group["params"]]

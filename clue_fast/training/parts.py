@@ -175,6 +175,8 @@ class Slices:
 def plan(selection: Selection) -> list[Slices]:
     """Returns what is to be trained of each parameter, in the order of the sites.
 
+    Parameters of one layer with the same slices, such as a weight and its bias, share one index.
+
     Raises:
         SparseError: two units own the same slice of a parameter.
     """
@@ -186,10 +188,13 @@ def plan(selection: Selection) -> list[Slices]:
                 key = (part.parameter, part.lead, part.dim, category)
                 found.setdefault(key, (part, site.layer, []))[2].append(part.index(units))
     layers = 1 + max((site.layer for site in selection.sites), default=0)
-    plans = [
-        Slices(part, torch.cat(indices).sort().values, CATEGORIES[key[3]], layer, layers)
-        for key, (part, layer, indices) in found.items()
-    ]
+    plans: list[Slices] = []
+    shared: dict[tuple[str, int], list[Tensor]] = {}
+    for (parameter, _, _, category), (part, layer, indices) in found.items():
+        index = torch.cat(indices).sort().values
+        known = shared.setdefault((parameter.rpartition(".")[0], category), [])
+        known.append(next((other for other in known if torch.equal(other, index)), index))
+        plans.append(Slices(part, known[-1], CATEGORIES[category], layer, layers))
     _check_disjoint(plans)
     return plans
 

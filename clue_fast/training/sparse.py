@@ -189,7 +189,8 @@ def make_parts(model: nn.Module, plans: list[Slices]) -> list[TrainedPart]:
     for slices in plans:
         _check_layer(model, slices)
     reach = Reach()
-    return [_turn_sparse(model, slices, reach) for slices in plans]
+    indices: dict[int, Tensor] = {}  # on the device of the model, one for all parts of a layer that have the same
+    return [_turn_sparse(model, slices, reach, indices) for slices in plans]
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -213,9 +214,7 @@ def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]
     name = slices.part.parameter
     parameter = model.get_parameter(name)
     if is_sharded(parameter):
-        raise SparseError(
-            f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); make the model sparse unsharded, {DDP}"
-        )
+        raise SparseError(f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); load the model whole, {DDP}")
     if parameter.device.type == "meta":
         raise SparseError(f"{name} is on the meta device; load the weights first")
     if parameter.dtype not in DTYPES:
@@ -241,7 +240,7 @@ def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]
         )
 
 
-def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
+def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach, indices: dict[int, Tensor]) -> TrainedPart:
     path, _, name = slices.part.parameter.rpartition(".")
     module = model.get_submodule(path)
     if not isinstance(module, SparseModule):
@@ -257,7 +256,7 @@ def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
         lead=slices.part.lead,
         dim=slices.part.dim,
         output_dim=output_dim(module),
-        index=slices.index.to(getattr(module, name).device),
+        index=indices.setdefault(id(slices.index), slices.index.to(getattr(module, name).device)),
         category=slices.category,
         selected=nn.Parameter(torch.empty(0)),
         original=torch.empty(0),

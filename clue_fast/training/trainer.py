@@ -35,10 +35,11 @@ class UnlearnTrainer(SparseTraining, Trainer):
     To resume, build the trainer on the model as it was before unlearning: it is the reference of NPO.
 
     Args:
-        model: a causal language model; made sparse in place.
+        model: a causal language model, or another with a head that the objective makes sense for; made sparse in
+            place.
         args: as of any Trainer; a copy is kept. Learning rate, betas, eps and weight decay go to
-            ``SparseAdamW``. ``args.optim`` has no effect. Default: nothing is saved on the way, nothing is
-            reported.
+            ``SparseAdamW``, or to ``SparseSGD`` with ``optim="sgd"`` (``optim_args="momentum=0.9"``). Default:
+            nothing is saved on the way, nothing is reported.
         processing_class: the tokenizer; needed for records that are not encoded yet, saved with the model.
         forget_dataset, retain_dataset: records (see ``clue_fast.data.load_records``), or examples already
             encoded with ``input_ids`` and ``labels``.
@@ -64,8 +65,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
 
     Raises:
         DataError: a data set is empty or unreadable, both are equal, or there is no tokenizer to encode it.
-        SelectionError, SparseError, NonFiniteError: see ``sparsify``.
-        UnknownNameError: no objective has that name.
+        SelectionError, SparseError, NonFiniteError: see ``sparsify``, ``SparseTraining.host`` and ``get_stages``.
+        UnknownNameError: no objective or schedule has that name.
     """
 
     def __init__(

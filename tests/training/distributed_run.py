@@ -69,12 +69,13 @@ def main(folder: Path, kind: str) -> None:
         selection=random_selection(model, units=5, forget=4),
         objective="npo",
         stages="clue" if kind == "stages" else None,
+        master="stochastic" if kind == "stochastic" else "fp32",
         callbacks=[traffic],
     )
     traffic.trainer = trainer
     trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if kind == "resume" else None)
     rank = trainer.args.process_index
-    masters = {part.master_name + part.path: part.selected.detach() for part in trainer.sparse.parts}
+    masters = {p.master_name + p.path: p.selected.detach() for p in trainer.sparse.parts if p.has_master}
     own = {id(p): p.nbytes for p in trainer.sparse.trainable_parameters}
     torch.save(
         {

@@ -182,7 +182,7 @@ def test_the_published_schedule(make_model, make_staged):
     assert changed_inside(before, model, trainer.sparse.selection) > 0
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 3])
 def test_resume_in_any_stage_gives_the_same_bits(step, make_model, make_staged):
     stages = [Stage(("forget",), "gradient_ascent", 1), Stage(("forget", "conflict"), NPO(), 1)]
     models = [make_model() for _ in range(2)]

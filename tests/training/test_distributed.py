@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
+
+from clue_fast.errors import SparseError
+from clue_fast.training import SparseAdamW, sparsify
 
 pytestmark = pytest.mark.distributed
 
@@ -39,9 +43,12 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointing", "stages"])
+@pytest.mark.parametrize("kind", ["plain", "checkpointing", "stages", "stochastic"])
 def test_two_train_as_one(kind, tmp_path):
-    """To the rounding of float32 sums that are taken in another order, after Adam, which divides by small numbers."""
+    """To the rounding of float32 sums that are taken in another order, after Adam, which divides by small numbers.
+
+    Where there are no masters, the weights are in float32, so that nothing is rounded at random.
+    """
     (alone,) = launch(tmp_path / "one", kind, 1)
     first, second = launch(tmp_path / "two", kind, 2)
     assert alone["steps"] == first["steps"] == (12 if kind == "stages" else 4)
@@ -61,3 +68,30 @@ def test_two_resume_to_the_same_bits(tmp_path):
     straight = launch(tmp_path / "two", "plain", 2)
     resumed = launch(tmp_path / "two", "resume", 2)
     assert all(same(one, other) for one, other in zip(straight, resumed, strict=True))
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_fsdp_is_refused_whenever_it_comes(mesh, make_model, make_selection, make_batch):
+    from torch.distributed.fsdp import fully_shard
+
+    model, sharded = make_model(), make_model()
+    selection = make_selection(model)
+    fully_shard(sharded, mesh=mesh)
+    with pytest.raises(SparseError, match=r"gate_proj.weight is sharded .* train with DistributedDataParallel"):
+        sparsify(sharded, selection)
+    sparsify(model, selection)
+    optimizer = SparseAdamW(model)
+    fully_shard(model, mesh=mesh)
+    model(**make_batch()).loss.backward()
+    with pytest.raises(SparseError, match=r"were replaced, as FSDP does; .* train with DistributedDataParallel"):
+        optimizer.step()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clue_fast.errors import SparseError, UnknownNameError
 from clue_fast.selection import Selection
-from clue_fast.training import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.training import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -47,15 +47,19 @@ def plant_delicate_bits(model: Any, selection: Selection, batch: dict[str, Tenso
 
 
 @pytest.mark.parametrize(
-    ("dtype", "master"),
+    ("dtype", "make", "settings"),
     [
-        pytest.param(torch.float32, "fp32", marks=pytest.mark.slow),
-        (torch.bfloat16, "fp32"),
-        pytest.param(torch.bfloat16, "stochastic", marks=pytest.mark.slow),
+        pytest.param(torch.float32, SparseAdamW, {}, marks=pytest.mark.slow),
+        (torch.bfloat16, SparseAdamW, {}),
+        pytest.param(torch.bfloat16, SparseAdamW, {"master": "stochastic"}, marks=pytest.mark.slow),
+        pytest.param(torch.float32, SparseSGD, {"momentum": 0.9, "lr": 1e-2}, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, SparseSGD, {"momentum": 0.9, "lr": 1e-2}, marks=pytest.mark.slow),
     ],
 )
-def test_every_bit_outside_stays_and_inside_moves(dtype, master, make_model, make_selection, make_batch, tmp_path):
-    """200 steps with weight decay, interrupted in the middle and resumed from files."""
+def test_every_bit_outside_stays_and_inside_moves(
+    dtype, make, settings, make_model, make_selection, make_batch, tmp_path
+):
+    """200 steps with weight decay and momentum, interrupted in the middle and resumed from files."""
     model, batch = make_model(dtype), make_batch()
     plant_delicate_bits(model, make_selection(model), batch)
     selection = make_selection(model)
@@ -63,19 +67,19 @@ def test_every_bit_outside_stays_and_inside_moves(dtype, master, make_model, mak
     straight, broken = copy.deepcopy(model), copy.deepcopy(model)
 
     sparsify(straight, selection)
-    settings = {"lr": 1e-3, "weight_decay": 0.1, "layer_lr": 0.3, "master": master}
-    optimizer = SparseAdamW(straight, **settings, seed=3)
+    settings = {"lr": 1e-3, "weight_decay": 0.1, "layer_lr": 0.3, **settings}
+    optimizer = make(straight, **settings, seed=3)
     steps(straight, optimizer, batch, 200)
 
     sparsify(broken, selection)
-    first = SparseAdamW(broken, **settings, seed=3)
+    first = make(broken, **settings, seed=3)
     steps(broken, first, batch, 100)
     torch.save(broken.state_dict(), tmp_path / "model.pt")
     torch.save(first.state_dict(), tmp_path / "optimizer.pt")
     resumed = copy.deepcopy(model)
     sparsify(resumed, selection)
     resumed.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    second = SparseAdamW(resumed, lr=1.0, master=master)  # rates, decay and seed come from the file
+    second = make(resumed, **settings | {"lr": 1.0, "weight_decay": 0.0})  # these and the seed come from the file
     second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     steps(resumed, second, batch, 100)
 
@@ -84,7 +88,7 @@ def test_every_bit_outside_stays_and_inside_moves(dtype, master, make_model, mak
     assert changed_outside(before, resumed, selection) == 0
     assert changed_inside(before, straight, selection) > 0.98 * trained
     assert torch.equal(masters(straight), masters(resumed))
-    assert master == "fp32" or not masters(straight).any()
+    assert bool(masters(straight).any()) == ("master" not in settings)
     assert changed_outside(snapshot(straight), resumed, selection) == 0
     assert changed_inside(snapshot(straight), resumed, selection) == 0
 
@@ -111,6 +115,36 @@ def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_bat
         error = (model.get_parameter(path) - expected).norm() / expected.norm()
         assert error < 1e-6, path
         assert not torch.equal(model.get_parameter(path), start[path])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_equals_torch_sgd_through_a_model(momentum, make_model, make_selection, make_batch):
+    """As above, with the state of SGD: nothing without momentum."""
+    model, batch = make_model(), make_batch()
+    dense = copy.deepcopy(model)
+    sparse = sparsify(model, make_selection(model))
+    optimizer = SparseSGD(model, lr=0.1, momentum=momentum, weight_decay=0.1)
+    weights = {part.path: dense.get_parameter(part.path) for part in sparse.parts}
+    start = {path: weight.detach().clone() for path, weight in weights.items()}
+    reference = torch.optim.SGD(weights.values(), lr=0.1, momentum=momentum, weight_decay=0.1)
+    for _ in range(10):
+        for one, chosen in ((dense, reference), (model, optimizer)):
+            backward(one, batch)
+            chosen.step()
+        with torch.no_grad():
+            for part in sparse.parts:
+                kept = weights[part.path].index_select(part.dim, part.index)
+                weights[part.path].copy_(start[part.path]).index_copy_(part.dim, part.index, kept)
+    for path, expected in weights.items():
+        assert (model.get_parameter(path) - expected).norm() < 1e-6 * expected.norm(), path
+        assert not torch.equal(model.get_parameter(path), start[path])
+    trained = sum(p.nbytes for p in sparse.trainable_parameters)
+    assert sparse.bytes(optimizer)["optimizer_state"] == (trained if momentum else 0)
+    adamw = SparseAdamW(model)
+    steps(model, adamw, batch, 1)
+    for one, other in ((optimizer, adamw), (adamw, optimizer)):
+        with pytest.raises(SparseError, match="does not fit"):
+            one.load_state_dict(other.state_dict())
 
 
 def test_bf16_loses_no_update(make_model, make_selection, make_batch):

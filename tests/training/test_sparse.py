@@ -354,3 +354,24 @@ def test_refuses_units_that_overlap_or_do_not_exist(make_model, make_selection):
         with pytest.raises(error, match=message):
             sparsify(model, bad)
         assert not list(trained_parts(model)) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_weight_and_its_bias_go_through_one_operator(make_model, make_selection, make_batch):
+    """They share their index, wherever the model is moved to."""
+    model, batch = make_model(mlp_bias=True), make_batch()
+    dense = copy.deepcopy(model)
+    dense(**batch).loss.backward()
+    sparse = sparsify(model, make_selection(model))
+    model.to(torch.bfloat16).to(torch.float32)
+    nodes: set[str] = set()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda _, __, out: nodes.add(type(out.grad_fn).__name__))
+    model(**batch).loss.backward()
+    assert nodes == {"_DirectBackward"}
+    biases = [part for part in sparse.parts if part.name == "bias"]
+    assert len(biases) == 6
+    for part in biases:
+        weight = next(p for p in part.module.trained_parts if p.name == "weight")
+        assert part.index is weight.index
+        expected = dense.get_parameter(part.path).grad[part.index]
+        assert (part.selected.grad - expected).norm() < 0.05 * expected.norm()  # the weights were rounded on the way

@@ -20,6 +20,7 @@ from clue_fast.training import (
     OBJECTIVES,
     RMU,
     SparseAdamW,
+    SparseSGD,
     UnlearnTrainer,
     changed_inside,
     changed_outside,
@@ -240,6 +241,22 @@ def test_optimizer_has_the_arguments_of_the_trainer(make_trainer):
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-4, 3e-4 * 0.5**0.5, 1.5e-4])
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.98), 1e-7, 0.2)
+
+
+def test_sgd_and_what_there_is_not(make_model, make_selection, make_trainer):
+    model = make_model()
+    selection, before = make_selection(model), snapshot(model)
+    trainer = make_trainer(model, selection, {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.1})
+    trainer.train()
+    assert isinstance(trainer.inner_optimizer, SparseSGD)
+    assert all((g["momentum"], g["weight_decay"]) == (0.9, 0.1) for g in trainer.inner_optimizer.param_groups)
+    assert changed_outside(before, model, selection) == 0 < changed_inside(before, model, selection)
+    for settings, message in (
+        ({"optim": "adafactor"}, "optim='adafactor' cannot train selected weights; use adamw_torch or sgd"),
+        ({"optim": "sgd", "optim_args": "nesterov=1"}, "optim_args sets nesterov, SparseSGD knows momentum only"),
+    ):
+        with pytest.raises(SparseError, match=message):
+            make_trainer(make_model(), settings=settings).create_optimizer()
 
 
 def test_clips_by_the_norm_of_the_selected_part(make_trainer):
