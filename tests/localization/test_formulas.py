@@ -152,6 +152,10 @@ def slow_attribution(loop: SlowLoop, target: str = "log_odds") -> list[Tensor]:
     return [f.abs().mean(0) - r.abs().mean(0) for f, r in pairs]
 
 
+def slow_forget_attribution(loop: SlowLoop) -> list[Tensor]:
+    return [p.abs().mean(0) for p in loop.products(loop.forget, TARGETS["log_odds"])]
+
+
 def slow_fisher(loop: SlowLoop) -> list[Tensor]:
     def diagonal(data: list) -> list[Tensor]:
         gradients = loop.weight_gradients(data)
