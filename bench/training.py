@@ -166,7 +166,7 @@ def make_selection(model: nn.Module, point: Point) -> Selection:
     generator = torch.Generator().manual_seed(0)
     categories = {site: torch.zeros(site.width, dtype=torch.int8) for site in sites}
     for site in sites:
-        if site.layer in point.layers:
+        if site.kind == "mlp" and site.layer in point.layers:
             chosen = torch.randperm(site.width, generator=generator)[: round(point.fraction * site.width)]
             categories[site][chosen] = CONFLICT
     scores = {site: torch.zeros(site.width) for site in sites}
@@ -183,8 +183,10 @@ def full(model: LlamaForCausalLM, point: Point) -> Method:
 
 def full_with_mask(model: LlamaForCausalLM, point: Point) -> Method:
     masks = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    for (name, dim), index in make_selection(model, point).slices().items():
-        masks[name].index_fill_(dim, index, 1.0)
+    selection = make_selection(model, point)
+    for site in selection.sites:
+        for part in site.parts:
+            masks[part.parameter].index_fill_(part.dim, part.index(selection.units(site)), 1.0)
     pairs = [(parameter, masks[name]) for name, parameter in model.named_parameters()]
 
     def mask() -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_OBJECTIVE = SimNPO(gamma=2.0)
+DEFAULT_OBJECTIVE = SimNPO(gamma=1.0)
 """Forgets no further than it must: a record whose answer has become improbable stops pulling."""
 
 WIDTH_RATE = 1.2
@@ -99,7 +99,7 @@ def unlearn(
         reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
         criterion, fraction, scope: see ``localize``.
-        objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 2.
+        objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
         learning_rate: of the first layer; default see ``default_learning_rate``.
         layer_lr: rate of the last layer over that of the first, geometric in between.
         epochs: passes over the forget set; default 30.

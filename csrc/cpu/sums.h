@@ -31,9 +31,9 @@ CLUE_INLINE void add_squares(Pair<n>& sum, const Pair<n>& x) {
 }
 // Adds one where the mask is set. With 16 floats a register a mask is one bit a lane, and a masked sum is quickest.
 template <int n, class Integers, class Mask>
-CLUE_INLINE void count(Integers& sum, Mask mask) {
+CLUE_INLINE void count(Integers& sum, Mask mask, Words<n> one) {
   if (n == 16)
-    sum = mask ? sum + 1 : sum;
+    sum = mask ? sum + (Integers)one : sum;
   else
     sum -= (Integers)mask;
 }
@@ -78,8 +78,8 @@ struct ActivationSums {
     const Pair<n> size = magnitudes<n>(a);
     largest.first = size.first > largest.first ? size.first : largest.first;
     largest.second = size.second > largest.second ? size.second : largest.second;
-    count<n>(first_active, a.first > 0.0f);
-    count<n>(second_active, a.second > 0.0f);
+    count<n>(first_active, a.first > 0.0f, constant<n>(1u));
+    count<n>(second_active, a.second > 0.0f, constant<n>(1u));
   }
   static CLUE_INLINE Pair<n> field(int index, const float* rest) {
     const float* here = rest + index * 2 * n;
@@ -96,12 +96,12 @@ struct PackedActivationSums {
   static constexpr int fields = 5;
   static constexpr int maximum_field = 3;
   Moments<n> moments;
-  Shorts<n> largest, active;
+  Packed<n> largest, active;
 
   CLUE_INLINE void load(const float* rest) {
     moments = {read_pair<n>(rest), read_pair<n>(rest + 2 * n), read_pair<n>(rest + 4 * n)};
-    largest = read<Shorts<n>>(rest + 6 * n);
-    active = read<Shorts<n>>(rest + 8 * n);
+    largest = read<Packed<n>>(rest + 6 * n);
+    active = read<Packed<n>>(rest + 8 * n);
   }
   CLUE_INLINE void store(float* rest) const {
     write_pair<n>(rest, moments.sum);
@@ -112,9 +112,9 @@ struct PackedActivationSums {
   }
   CLUE_INLINE void add(const Stored<n, T>& a) {
     moments.add(a);
-    const Shorts<n> size = (Shorts<n>)((Words<n>)a.bits & constant<n>(0x7fff7fffu));
+    const Packed<n> size = (Packed<n>)((Words<n>)a.bits & constant<n>(0x7fff7fffu));
     largest = size > largest ? size : largest;
-    count<n>(active, a.bits > 0);
+    count<n>(active, a.bits > 0, constant<n>(0x00010001u));
   }
   static CLUE_INLINE Pair<n> field(int index, const float* rest) {
     const float* here = rest + index * 2 * n;

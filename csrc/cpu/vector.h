@@ -16,7 +16,8 @@ struct VectorOf {
   typedef float floats __attribute__((vector_size(4 * n)));
   typedef int32_t ints __attribute__((vector_size(4 * n)));
   typedef uint32_t words __attribute__((vector_size(4 * n)));
-  typedef int16_t shorts __attribute__((vector_size(4 * n)));
+  typedef uint16_t shorts __attribute__((vector_size(2 * n)));
+  typedef int16_t packed __attribute__((vector_size(4 * n)));
   typedef uint64_t longs __attribute__((vector_size(8 * n)));
 };
 template <int n>
@@ -26,7 +27,7 @@ using Ints = typename VectorOf<n>::ints;
 template <int n>
 using Words = typename VectorOf<n>::words;
 template <int n>
-using Shorts = typename VectorOf<n>::shorts;  // 2n of them
+using Packed = typename VectorOf<n>::packed;  // the bits of a pair of 16-bit values
 
 template <int n>
 struct Pair {
@@ -43,7 +44,7 @@ struct Half {
 // A pair as read from memory or written to it; 16-bit values with their bits, in the order of the channels.
 template <int n, class T>
 struct Stored : Pair<n> {
-  Shorts<n> bits;
+  Packed<n> bits;
 };
 template <int n>
 struct Stored<n, float> : Pair<n> {};
@@ -145,12 +146,12 @@ CLUE_INLINE Stored<n, float> load(const float* source) {
 template <int n>
 CLUE_INLINE Stored<n, BFloat16> load(const BFloat16* source) {
   const Words<n> packed = read<Words<n>>(source);
-  return {{(Floats<n>)(packed << 16), (Floats<n>)(packed & constant<n>(0xffff0000u))}, (Shorts<n>)packed};
+  return {{(Floats<n>)(packed << 16), (Floats<n>)(packed & constant<n>(0xffff0000u))}, (Packed<n>)packed};
 }
 template <int n>
 CLUE_INLINE Stored<n, Half> load(const Half* source) {
   const Words<n> packed = read<Words<n>>(source);
-  return {{half_to_float<n>(packed & 0xffffu), half_to_float<n>(packed >> 16)}, (Shorts<n>)packed};
+  return {{half_to_float<n>(packed & 0xffffu), half_to_float<n>(packed >> 16)}, (Packed<n>)packed};
 }
 
 // A pair as a reader of its memory sees it, rounded to the nearest even.
@@ -163,13 +164,13 @@ CLUE_INLINE Stored<n, BFloat16> rounded_to(const BFloat16*, Pair<n> x) {
   const Words<n> upper = constant<n>(0xffff0000u);
   const Words<n> even = round_to_bfloat16<n>(x.first);
   const Words<n> odd = round_to_bfloat16<n>(x.second) & upper;
-  return {{(Floats<n>)(even & upper), (Floats<n>)odd}, (Shorts<n>)((even >> 16) | odd)};
+  return {{(Floats<n>)(even & upper), (Floats<n>)odd}, (Packed<n>)((even >> 16) | odd)};
 }
 template <int n>
 CLUE_INLINE Stored<n, Half> rounded_to(const Half*, Pair<n> x) {
   const Words<n> even = float_to_half<n>(x.first);
   const Words<n> odd = float_to_half<n>(x.second);
-  return {{half_to_float<n>(even), half_to_float<n>(odd)}, (Shorts<n>)(even | (odd << 16))};
+  return {{half_to_float<n>(even), half_to_float<n>(odd)}, (Packed<n>)(even | (odd << 16))};
 }
 
 template <int n>
