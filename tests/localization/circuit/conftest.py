@@ -43,7 +43,7 @@ CONFIGS = {
     "grouped": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
     "phi3": Phi3Config(**SIZES, num_key_value_heads=2),
-    "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+    "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=4),
     "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
     "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"),
     "gpt_neox": GPTNeoXConfig(**SIZES),
