@@ -21,7 +21,7 @@ import torch
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from bench import machine
-from bench.run import save
+from bench.run import RESULTS, save
 from clue_fast.localization.circuit import Graph, Twin, edge_scores, find_circuits, make_formula, solve
 from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.targets import record_target
@@ -162,6 +162,7 @@ def main() -> None:
             flush=True,
         )
     print("* forward and backward passes a sample and direction that the attribution takes as long as")
+    RESULTS.mkdir(exist_ok=True)
     save(f"circuits_{options.shape}", {"machine": machine.describe(), "results": results})
 
 

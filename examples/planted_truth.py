@@ -4,10 +4,10 @@
 
 A real small model (BabyLlama, 936,448 weights, trained on children's stories) learns a passage of WikiText-2 by heart
 while only a few randomly chosen MLP units of two layers train, and goes on writing stories as before. Then every
-criterion scores all units, from the passage as forget set and stories as retain set. Reported is the area under the ROC
-curve of the planted units among all units, and among those of their own layers, for an early planting (layers 0 and 1)
-and a late one (layers 3 and 4): mean and range over the seeds. "NAME, forget" is the importance to the forget set
-alone, one of the two that categories are made of; NAME the score, which sets it against that to the retain set.
+criterion scores all units, from the passage as forget set and stories as retain set. Reported is the area under the
+ROC curve of the planted units among all units, and among those of their own layers, for an early planting (layers 0
+and 1) and a late one (layers 3 and 4): mean and range over the seeds. "NAME, forget" is the importance to the forget
+set alone, one of the two that categories are made of; NAME the score, which sets it against that to the retain set.
 """
 
 from __future__ import annotations

@@ -97,6 +97,19 @@ def attribution(measured: Measured) -> Tensor:
     return _launch(measured, "attribution")
 
 
+@criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)
+def forget_attribution(measured: Measured) -> Tensor:
+    """E_forget|p|
+
+    What matters to the forget set, whether or not it matters to the retain set as well. Where a few units were made to
+    hold a passage, this found them (``examples/planted_truth.py``): they had come to matter to everything, so that the
+    difference of ``attribution`` did not.
+
+    Source: first-order Taylor importance, Molchanov et al. 2017, arXiv 1611.06440.
+    """
+    return measured.forget.abs_attribution
+
+
 def _fisher(units: Units) -> Tensor:
     return units.record_mean(SQUARE)
 

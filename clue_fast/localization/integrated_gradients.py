@@ -43,7 +43,7 @@ class IntegratedGradients:
         missing = set(range(len(statistics.sites))) - {p.site for parts in self._by_module.values() for p in parts}
         if missing:
             raise SiteError(
-                f"the activations of {statistics.sites[min(missing)].path} enter no linear module, so they have no "
+                f"the activations of {statistics.sites[min(missing)].name} enter no linear module, so they have no "
                 "integrated gradient; choose another criterion"
             )
         statistics.allocate_record_sums(INTEGRATED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.budget import check_budget
@@ -16,6 +16,7 @@ from clue_fast.localization.criteria import CRITERIA, get_criterion, importances
 from clue_fast.localization.measure import TOKENS_PER_BATCH, measure
 from clue_fast.localization.targets import check_target
 from clue_fast.selection import Selection, categorize, select
+from clue_fast.sites import DEFAULT_KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ def localize(
     categories: bool = False,
     circuit: CircuitSettings | None = None,
     target: str | None = None,
+    kinds: Iterable[str] | None = None,
     seed: int = 0,
     max_length: int = 512,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -60,6 +62,7 @@ def localize(
         categories: give every unit one of the four categories, from its importance to each set, instead of ranking
             units by one score; see ``categorize``. The criterion ``circuit`` always does.
         circuit: of the criterion ``circuit``.
+        kinds: of units, see ``find_sites``; default the channels of MLPs and experts, with ``circuit`` heads too.
         seed: of the criterion ``random``.
         target, max_length, tokens_per_batch, backend, progress: see ``measure``.
 
@@ -81,6 +84,7 @@ def localize(
     measuring: dict[str, Any] = {
         "tokenizer": tokenizer,
         "target": target,
+        "kinds": _kinds(criterion, kinds),
         "max_length": max_length,
         "tokens_per_batch": tokens_per_batch,
         "backend": backend,
@@ -112,6 +116,12 @@ def localize(
 def check_criterion(name: str) -> str:
     """Returns the name of a criterion that ``localize`` takes. Raises UnknownNameError."""
     return name if name == CIRCUIT else get_criterion(name, (*CRITERIA, CIRCUIT)).name
+
+
+def _kinds(criterion: str, kinds: Iterable[str] | None) -> tuple[str, ...]:
+    if kinds is not None:
+        return tuple(kinds)
+    return (*DEFAULT_KINDS, "attention") if criterion == CIRCUIT else DEFAULT_KINDS
 
 
 def _localize_by_circuits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from clue_fast.localization.targets import answer_target, check_target, record_t
 from clue_fast.localization.weight_gradients import WeightGradientRecorder
 from clue_fast.localization.weight_inputs import WeightInputRecorder
 from clue_fast.patching import Patched, patch
-from clue_fast.sites import find_sites, model_fingerprint
+from clue_fast.sites import DEFAULT_KINDS, find_sites, model_fingerprint
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     criterion: str = "difference",
     target: str | None = None,
+    kinds: Iterable[str] = DEFAULT_KINDS,
     max_length: int = 512,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     backend: str | None = None,
@@ -46,6 +47,7 @@ def measure(
         model, forget, retain, tokenizer: see ``localize``.
         criterion: a key of ``CRITERIA``; what it needs, and what that costs, is in ``criteria.PASSES``.
         target: what is differentiated, a key of ``targets.TARGETS``; default is the criterion's own.
+        kinds: of units, see ``find_sites``.
         max_length: longer records are cut, in tokens.
         tokens_per_batch: most tokens in one forward pass, padding included.
         backend: forces a backend.
@@ -55,28 +57,34 @@ def measure(
     forget_records, retain_records = load_records(forget, "forget"), load_records(retain, "retain")
     check_disjoint(forget_records, retain_records)
     if chosen.needs == "nothing":
-        return Statistics(find_sites(model), model_fingerprint(model))
+        return Statistics(find_sites(model, kinds), model_fingerprint(model))
     data = [encode(records, tokenizer, max_length) for records in (forget_records, retain_records)]
     batches = Batches(data, padding_token(tokenizer), tokens_per_batch, progress)
-    return measure_batches(model, batches, criterion, target=target, backend=backend)
+    return measure_batches(model, batches, criterion, target=target, kinds=kinds, backend=backend)
 
 
 def measure_batches(
-    model: nn.Module, batches: Batches, criterion: str, *, target: str | None = None, backend: str | None = None
+    model: nn.Module,
+    batches: Batches,
+    criterion: str,
+    *,
+    target: str | None = None,
+    kinds: Iterable[str] = DEFAULT_KINDS,
+    backend: str | None = None,
 ) -> Statistics:
     """Records the statistics that a criterion needs, of records that are encoded already.
 
     Args:
         model: with sites, see ``find_sites``.
         batches: of group 1, forget, and group 2, retain.
-        criterion, target, backend: see ``measure``.
+        criterion, target, kinds, backend: see ``measure``.
     """
     chosen = get_criterion(criterion)
     differentiated = check_target(target or chosen.target or "log_odds")
     if chosen.needs in ("activations", "gradients"):
-        with patch(model, backend=backend) as patched:
+        with patch(model, kinds=kinds, backend=backend) as patched:
             return _record_activations(patched, batches, differentiated if chosen.needs == "gradients" else None)
-    statistics = Statistics(find_sites(model), model_fingerprint(model), device=_device(model))
+    statistics = Statistics(find_sites(model, kinds), model_fingerprint(model), device=_device(model))
     if chosen.needs == "weight_inputs":
         _record_weight_inputs(model, statistics, batches)
     elif chosen.needs == "weight_gradients":

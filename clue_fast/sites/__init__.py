@@ -5,7 +5,7 @@ happens between them), never by the name of its class, so that a model that nobo
 """
 
 from clue_fast.sites.activation import ACTIVATIONS
-from clue_fast.sites.find import KINDS, Survey, check_sites, find_sites, survey
+from clue_fast.sites.find import DEFAULT_KINDS, KINDS, Survey, check_sites, find_sites, survey
 from clue_fast.sites.fingerprint import model_fingerprint
 from clue_fast.sites.mlp import Unmatched
 from clue_fast.sites.site import Part, Site
@@ -13,6 +13,7 @@ from clue_fast.sites.wrapping import unwrap
 
 __all__ = [
     "ACTIVATIONS",
+    "DEFAULT_KINDS",
     "KINDS",
     "Part",
     "Site",

@@ -152,6 +152,10 @@ def slow_attribution(loop: SlowLoop, target: str = "log_odds") -> list[Tensor]:
     return [f.abs().mean(0) - r.abs().mean(0) for f, r in pairs]
 
 
+def slow_forget_attribution(loop: SlowLoop) -> list[Tensor]:
+    return [p.abs().mean(0) for p in loop.products(loop.forget, TARGETS["log_odds"])]
+
+
 def slow_fisher(loop: SlowLoop) -> list[Tensor]:
     def diagonal(data: list) -> list[Tensor]:
         gradients = loop.weight_gradients(data)
@@ -296,6 +300,28 @@ def test_importances_are_of_one_set_alone(baby_llama: LlamaForCausalLM, stories:
     for site in there[0]:
         torch.testing.assert_close(there[0][site], swapped[1][site], rtol=1e-4, atol=1e-7)
         assert not torch.equal(there[0][site], there[1][site])
+
+
+def test_gradients_of_the_weights_of_heads(baby_llama: LlamaForCausalLM, stories: Data) -> None:
+    """Query heads own rows of q and columns of o, key/value heads rows of k and v."""
+    model = baby_llama.double()
+    statistics = measured(model, stories, "fisher", kinds=("attention",))
+    found = importances(statistics, "fisher")[0]
+    expected: dict[str, Tensor] = {"attention_query": torch.zeros(8), "attention_key_value": torch.zeros(4)}
+    loop = SlowLoop(model, stories)
+    for example in loop.forget:
+        loop.model.zero_grad()
+        (-loop.run(example)[1].log_probability.mean()).backward()
+        attention = loop.layers[2].self_attn
+        q, k, v = (getattr(attention, f"{name}_proj").weight.grad.view(-1, 16 * 128) for name in "qkv")
+        o = attention.o_proj.weight.grad.T.reshape(8, 16 * 128)
+        expected["attention_query"] = expected["attention_query"] + (q.square() + o.square()).sum(1) / len(loop.forget)
+        expected["attention_key_value"] = expected["attention_key_value"] + (k.square() + v.square()).sum(1) / len(
+            loop.forget
+        )
+    layer = {site.kind: values for site, values in found.items() if site.layer == 2}
+    for kind, values in layer.items():
+        assert relative_error([values], [expected[kind]]) <= 1e-5
 
 
 def test_gradients_of_weights_leave_nothing_behind(baby_llama: LlamaForCausalLM, stories: Data) -> None:

@@ -94,21 +94,25 @@ def edge_scores(
     if not twins:
         raise CircuitError("edge attribution needs at least one record with a corrupted twin")
     device = next(model.parameters()).device
-    totals = [torch.zeros(graph.valid.shape, dtype=torch.float64, device=device) for _ in range(2)]
+    totals = [torch.zeros(graph.valid.shape, dtype=torch.float64) for _ in range(2)]
     attribution = _Attribution(model, graph, target, chunk_bytes)
     for batch in _batches(twins, pad_token_id, tokens_per_batch, device):
-        for weights, change, run in attribution.runs(batch, steps):
-            products = attribution.products(change, run)
-            for total, weight in zip(totals, weights, strict=True):
-                if weight:
-                    total += weight * products
+        for pair, runs in attribution.runs(batch, steps):
+            products = attribution.products(pair, [run for _, run in runs])
+            for (weights, _), product in zip(runs, products, strict=True):
+                for total, weight in zip(totals, weights, strict=True):
+                    total += weight * product
         progress(len(batch["labels"]))
-    noising, denoising = (torch.where(graph.valid, total.cpu() / len(twins), 0.0) for total in totals)
+    noising, denoising = (torch.where(graph.valid, total / len(twins), 0.0) for total in totals)
     if not bool(torch.isfinite(noising).all() and torch.isfinite(denoising).all()):
         raise NonFiniteError(
             "the effect of an edge is NaN or infinite; check the weights and the precision of the model"
         )
     return EdgeScores(noising, denoising)
+
+
+Pair = tuple[Run, Run]
+Weights = tuple[float, float]
 
 
 class _Attribution:
@@ -117,13 +121,11 @@ class _Attribution:
         self.capture = Capture(model, graph.architecture)
         self.streams = Streams(model, graph)
 
-    def runs(self, batch: dict[str, Tensor], steps: int) -> Iterator[tuple[tuple[float, float], tuple[Run, Run], Run]]:
-        """Yields the weight of a run in both directions, the clean and the corrupted run, and the run itself."""
+    def runs(self, batch: dict[str, Tensor], steps: int) -> Iterator[tuple[Pair, list[tuple[Weights, Run]]]]:
+        """Yields the clean and the corrupted run, and runs with gradients and the weight of each in both directions."""
         if steps == 0:
-            clean = self.run(batch, "input_ids")
-            corrupted = self.run(batch, "corrupted_ids")
-            yield (-1.0, 0.0), (clean, corrupted), clean
-            yield (0.0, 1.0), (clean, corrupted), corrupted
+            clean, corrupted = self.run(batch, "input_ids"), self.run(batch, "corrupted_ids")
+            yield (clean, corrupted), [((-1.0, 0.0), clean), ((0.0, 1.0), corrupted)]
             return
         clean, corrupted = (self.run(batch, name, backward=False) for name in ("input_ids", "corrupted_ids"))
         shape = (*batch["input_ids"].shape, -1)
@@ -131,8 +133,7 @@ class _Attribution:
             share = (step + 0.5) / (2 * steps)
             stream = (clean.stream + share * (corrupted.stream - clean.stream)).reshape(shape)
             between = self.run(batch, "input_ids", stream=stream)
-            weights = (-1.0 / steps, 0.0) if step < steps else (0.0, 1.0 / steps)
-            yield weights, (clean, corrupted), between
+            yield (clean, corrupted), [((-1.0 / steps, 0.0) if step < steps else (0.0, 1.0 / steps), between)]
 
     def run(self, batch: dict[str, Tensor], name: str, *, stream: Tensor | None = None, backward: bool = True) -> Run:
         with torch.set_grad_enabled(backward), self.capture.record(stream):
@@ -141,24 +142,23 @@ class _Attribution:
                 torch.autograd.backward(record_target(logits, batch["labels"], self.target).sum())
         return self.capture.run()
 
-    def products(self, pair: tuple[Run, Run], run: Run) -> Tensor:
-        """(z clean - z corrupted) · gradient, [writers, readers] float64, summed over the tokens of a batch."""
-        clean, corrupted = pair
+    @torch.no_grad()
+    def products(self, pair: Pair, runs: Sequence[Run]) -> list[Tensor]:
+        """(z clean - z corrupted) · gradient of each run, [writers, readers] float64, summed over the tokens."""
         writers, width = len(self.graph.writers), self.graph.architecture.width
         per_chunk = max(1, self.chunk_bytes // (4 * writers * width))
-        tokens = len(run.stream)
-        products = torch.zeros(self.graph.valid.shape, dtype=torch.float64, device=run.stream.device)
+        tokens = len(pair[0].stream)
+        products = [self.graph.valid.new_zeros(self.graph.valid.shape, dtype=torch.float64) for _ in runs]
         for start in range(0, tokens, per_chunk):
             chunk = slice(start, start + per_chunk)
-            change = (self.streams.written(clean, chunk) - self.streams.written(corrupted, chunk)).flatten(1)
-            before, first_reader = 1, 0
-            for layer in range(len(run.layers) + 1):
-                felt = self.streams.felt(run, layer, chunk).flatten(1)
-                # Of its own layer, only the MLP reads what the heads write.
-                before = 1 + sum(1 for writer in self.graph.writers[1:] if writer.layer <= layer)
-                readers = slice(first_reader, first_reader + len(felt))
-                products[:before, readers] += (change[:before] @ felt.T).double()
-                first_reader = readers.stop
+            change = self.streams.changed(*pair, chunk).flatten(1)
+            for run, product in zip(runs, products, strict=True):
+                for layer in range(len(run.layers) + 1):
+                    readers = self.graph.readers_at(layer)
+                    # Of its own layer, only the MLP reads what the heads write.
+                    before = self.graph.writers_until(layer)
+                    felt = self.streams.felt(run, layer, chunk).flatten(1)
+                    product[:before, readers] += (change[:before] @ felt.T).double().cpu()
         return products
 
 

@@ -87,6 +87,16 @@ class Graph:
         """Index of a reader by its name."""
         return {reader.name: index for index, reader in enumerate(self.readers)}
 
+    def readers_at(self, layer: int) -> slice:
+        """The range of the readers of a layer; those of the output for the number of layers."""
+        sizes = [own.heads + 2 * own.kv_heads + 1 for own in self.architecture.layers] + [1]
+        start = sum(sizes[:layer])
+        return slice(start, start + sizes[layer])
+
+    def writers_until(self, layer: int) -> int:
+        """How many writers there are up to the end of a layer."""
+        return 1 + sum(own.heads + 1 for own in self.architecture.layers[: layer + 1])
+
     def readers_of(self, writer: Writer) -> list[int]:
         """Indices of the readers whose input makes up what a writer writes: q, k and v of a head, or the MLP."""
         if writer.layer < 0:

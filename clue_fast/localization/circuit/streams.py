@@ -11,6 +11,7 @@ from clue_fast.errors import CircuitError
 from clue_fast.localization.circuit.architecture import Layer, Projection
 from clue_fast.localization.circuit.capture import LayerRun, Run
 from clue_fast.localization.circuit.graph import Graph
+from clue_fast.localization.circuit.norms import Norm
 from clue_fast.localization.owned import matrix, output_bias
 
 
@@ -24,6 +25,7 @@ class Streams:
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
         self.model, self.graph = model, graph
+        self._norms: dict[str, Norm] = {}
 
     @torch.no_grad()
     def written(self, run: Run, tokens: slice) -> Tensor:
@@ -34,12 +36,32 @@ class Streams:
         """
         parts = [_wide(run.stream[tokens])[None]]
         for layer, own in zip(self.graph.architecture.layers, run.layers, strict=True):
-            found = _wide(own.heads[tokens]).reshape(-1, layer.heads, layer.head_dim)
-            weight = _wide(matrix(self.model.get_submodule(layer.output)))
-            weight = weight.reshape(len(weight), layer.heads, layer.head_dim)
-            heads = torch.einsum("thd,whd->htw", found, weight)
-            parts += [self._behind_norm(layer, own, tokens)(heads), _wide(own.mlp_added[tokens])[None]]
+            heads = self._behind_norm(layer, own, tokens)(self._heads(layer, _wide(own.heads[tokens])))
+            parts += [heads, _wide(own.mlp_added[tokens])[None]]
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def changed(self, clean: Run, corrupted: Run, tokens: slice) -> Tensor:
+        """``written`` by the clean run less that by the corrupted one."""
+        parts = [(_wide(clean.stream[tokens]) - _wide(corrupted.stream[tokens]))[None]]
+        for layer, one, other in zip(self.graph.architecture.layers, clean.layers, corrupted.layers, strict=True):
+            found = [_wide(own.heads[tokens]) for own in (one, other)]
+            if layer.attention_post_norm is None:
+                heads = self._heads(layer, found[0] - found[1])
+            else:
+                first, second = (
+                    self._behind_norm(layer, own, tokens)(self._heads(layer, z))
+                    for own, z in zip((one, other), found, strict=True)
+                )
+                heads = first - second
+            parts += [heads, (_wide(one.mlp_added[tokens]) - _wide(other.mlp_added[tokens]))[None]]
+        return torch.cat(parts)
+
+    def _heads(self, layer: Layer, found: Tensor) -> Tensor:
+        """What the heads write before any norm, [heads, tokens, width], from [tokens, heads * head width]."""
+        weight = _wide(matrix(self.model.get_submodule(layer.output)))
+        weight = weight.reshape(len(weight), layer.heads, layer.head_dim).permute(1, 2, 0)
+        return found.reshape(-1, layer.heads, layer.head_dim).transpose(0, 1) @ weight
 
     @torch.no_grad()
     def constant(self, run: Run, tokens: slice) -> Tensor:
@@ -50,9 +72,10 @@ class Streams:
             if bias is not None:
                 total += self._behind_norm(layer, own, tokens)(_wide(bias).expand(1, len(total), -1))[0]
             if layer.attention_post_norm is not None:
-                total += _shift(self.model.get_submodule(layer.attention_post_norm), total)
+                total += self._norm(layer.attention_post_norm, _wide(own.attention_written[tokens])).shift
         return total
 
+    @torch.no_grad()
     def felt(self, run: Run, layer: int, tokens: slice) -> Tensor:
         """How the target changes with the stream as each reader of a layer reads it, [readers, tokens, width] float32.
 
@@ -73,73 +96,32 @@ class Streams:
         mlp = _wide(own.gradients["mlp"][tokens])[None]
         return torch.cat([attention, self._before_norm(architecture.mlp_norm, own.mlp_read[tokens], mlp)])
 
-    @torch.no_grad()
     def _through(self, projection: Projection, own: LayerRun, tokens: slice) -> Tensor:
         """Gradient with respect to the input of a projection, of each head alone, [heads, tokens, width]."""
         weight = matrix(self.model.get_submodule(projection.path))
         rows = projection.rows.to(weight.device)
         gradient = _wide(own.gradients[projection.path][tokens][:, rows])
-        return torch.einsum("thd,hdw->htw", gradient, _wide(weight[rows]))
+        return gradient.transpose(0, 1) @ _wide(weight[rows])
 
     def _before_norm(self, norm: str | None, read: Tensor, gradient: Tensor) -> Tensor:
         """Gradient with respect to the input of a norm, given that with respect to its output."""
         if norm is None:
             return gradient
-        with torch.enable_grad():
-            x = _wide(read).expand_as(gradient).clone().requires_grad_()
-            y = _apply(self.model.get_submodule(norm), x)
-            (before,) = torch.autograd.grad(y, x, gradient.to(y.dtype))
-        return before
+        return self._norm(norm, _wide(read)).before(_wide(read), gradient)
 
     def _behind_norm(self, layer: Layer, own: LayerRun, tokens: slice) -> Callable[[Tensor], Tensor]:
         """The linear map that a norm behind attention is at the scale it has in this run."""
         if layer.attention_post_norm is None:
             return lambda x: x
-        norm = self.model.get_submodule(layer.attention_post_norm)
-        return frozen_norm(norm, _wide(own.attention_written[tokens]))
+        whole = _wide(own.attention_written[tokens])
+        norm = self._norm(layer.attention_post_norm, whole)
+        return lambda x: norm.part(whole, x)
 
-
-@torch.no_grad()
-def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The linear map of a norm at the scale that it has for x [tokens, width]: RMSNorm or LayerNorm, found by probing.
-
-    Raises:
-        CircuitError: the norm is neither.
-    """
-    y = _apply(norm, x)
-    centered = bool(torch.allclose(_apply(norm, x + 1.0), y, rtol=1e-2, atol=1e-3))
-    y = y - _shift(norm, x)
-
-    def center(part: Tensor) -> Tensor:
-        return part - part.mean(-1, keepdim=True) if centered else part
-
-    weight = _weight(norm, x, centered)
-    direction = weight * center(x)
-    scale = (direction * y).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True).clamp_min(1e-30)
-    if not torch.allclose(scale * direction, y, rtol=1e-2, atol=1e-3 * float(y.abs().max())):
-        raise CircuitError(f"{type(norm).__name__} behind attention is neither an RMSNorm nor a LayerNorm")
-    return lambda part: scale * weight * center(part)
+    def _norm(self, path: str, like: Tensor) -> Norm:
+        if path not in self._norms:
+            self._norms[path] = Norm.of(self.model.get_submodule(path), like)
+        return self._norms[path]
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _apply(norm: nn.Module, x: Tensor) -> Tensor:
-    """The norm of x, with its weights in the precision of x."""
-    weights = {name: weight.detach().to(x.dtype) for name, weight in norm.named_parameters()}
-    normed: Tensor = torch.func.functional_call(norm, weights, (x,))
-    return normed
-
-
-def _shift(norm: nn.Module, like: Tensor) -> Tensor:
-    """What a norm adds whatever it is given, [width]."""
-    return _apply(norm, torch.zeros_like(like[:1]))[0]
-
-
-def _weight(norm: nn.Module, like: Tensor, centered: bool) -> Tensor:
-    """The weights of a norm, up to a factor that the scale takes up, [width]."""
-    alternating = torch.ones_like(like[:1])
-    if centered:
-        alternating[:, ::2] = -1.0
-    return (_apply(norm, alternating)[0] - _shift(norm, like)) / alternating[0]

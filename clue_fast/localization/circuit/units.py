@@ -64,14 +64,14 @@ def unit_nodes(discovery: Discovery, site: Site) -> Sequence[tuple[str, ...]]:
     architecture = discovery.graph.architecture
     layers = [index for index, layer in enumerate(architecture.layers) if site.path.startswith(f"{layer.path}.")]
     if not layers:
-        raise CircuitError(f"{site.path} lies in none of the {len(architecture.layers)} layers that circuits are of")
+        raise CircuitError(f"{site.name} lies in none of the {len(architecture.layers)} layers that circuits are of")
     (index,) = layers
     if not site.kind.startswith("attention"):
         return [(f"m{index}",)] * site.width
     layer = architecture.layers[index]
     heads = layer.kv_heads if site.kind == "attention_key_value" else layer.heads
     if heads != site.width:
-        raise CircuitError(f"{site.path} has {site.width} units of kind {site.kind}, the circuit has {heads} heads")
+        raise CircuitError(f"{site.name} has {site.width} units, the circuit has {heads} heads")
     query = [(f"a{index}.h{head}", f"a{index}.h{head}.q") for head in range(heads)]
     key_value = [(f"a{index}.g{head}.k", f"a{index}.g{head}.v") for head in range(heads)]
     if site.kind == "attention_query":

@@ -19,6 +19,7 @@ from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.mixtral import MixtralConfig
 from transformers.models.olmo2 import Olmo2Config
 from transformers.models.opt import OPTConfig
 from transformers.models.phi3 import Phi3Config
@@ -42,6 +43,7 @@ CONFIGS = {
     "grouped": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
     "phi3": Phi3Config(**SIZES, num_key_value_heads=2),
+    "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=4),
     "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
     "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"),
     "gpt_neox": GPTNeoXConfig(**SIZES),
@@ -60,6 +62,8 @@ def family() -> Callable[[str], PreTrainedModel]:
     def make(name: str) -> PreTrainedModel:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIGS.get(name, SCALED)).eval()
+        if name == "mixtral":
+            model.set_experts_implementation("eager")  # the only one that runs in float64
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
         return model.requires_grad_(False)

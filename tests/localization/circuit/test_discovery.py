@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig
 
 import clue_fast
 from clue_fast.data import Record, encode, load_records
-from clue_fast.errors import BudgetError, CircuitError, DataError, SelectionError, UnknownNameError
+from clue_fast.errors import BudgetError, CircuitError, DataError, SelectionError, SiteError, UnknownNameError
 from clue_fast.localization import CircuitSettings
 from clue_fast.localization.circuit import Discovery, discover, make_twins, select_units
 from clue_fast.localization.circuit.discovery import score_within
@@ -137,8 +138,8 @@ class TestDiscovery:
 
 
 class TestUnits:
-    def importances(self, model: LlamaForCausalLM) -> tuple[Scores, Scores]:
-        sites = clue_fast.find_sites(model)
+    def importances(self, model: LlamaForCausalLM, kinds: tuple[str, ...] = ("mlp",)) -> tuple[Scores, Scores]:
+        sites = clue_fast.find_sites(model, kinds)
         generator = torch.Generator().manual_seed(0)
         first, second = ({site: torch.rand(site.width, generator=generator) for site in sites} for _ in range(2))
         return Scores(first, "attribution", "f" * 16), Scores(second, "attribution", "f" * 16)
@@ -159,6 +160,20 @@ class TestUnits:
             if site.kind == "mlp":
                 category = CATEGORIES.index(discovery.categories.get(f"m{site.layer}", "irrelevant"))
                 assert set(selection.categories[site].tolist()) == {category}
+
+    def test_heads_have_the_category_of_what_they_write_and_read(
+        self, model: LlamaForCausalLM, discovery: Discovery
+    ) -> None:
+        selection = select_units(discovery, *self.importances(model, ("attention",)), 0.25)
+        bits = {"irrelevant": 0, "forget": 1, "retain": 2, "conflict": 3}
+        assert {site.kind for site in selection.sites} == {"attention_head"}
+        for site in selection.sites:
+            for head, category in enumerate(selection.categories[site].tolist()):
+                nodes = [f"a{site.layer}.{name}" for name in (f"h{head}", f"h{head}.q", f"g{head}.k", f"g{head}.v")]
+                expected = 0
+                for node in nodes:
+                    expected |= bits[discovery.categories.get(node, "irrelevant")]
+                assert category == expected
 
     def test_units_are_ranked_by_what_their_category_asks_for(self) -> None:
         forget, retain = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -196,8 +211,49 @@ class TestLocalize:
         assert source["criterion"] == "circuit" and source["retain_sets"] == ["some", "more"]
         assert source["conflicts"] == source["conflicts_at_least"]
         assert selection.statistics is not None
+        assert {site.kind for site in selection.sites} == {"mlp", "attention_head"}
         selection.save(tmp_path / "s.safetensors")
         assert Selection.load(tmp_path / "s.safetensors", model).hash == selection.hash
+
+    @pytest.mark.parametrize("name", ["grouped", "gpt2", "gpt_neox", "falcon_grouped", "gemma2", "olmo2"])
+    def test_every_family(
+        self, family: Callable[[str], PreTrainedModel], name: str, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        model = family(name)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+        options = {"tokenizer": tokenizer, "progress": False}
+        circuit = clue_fast.localize(
+            model, FORGET_RECORDS, RETAIN_RECORDS, criterion="circuit", circuit=CircuitSettings(edges=0.3), **options
+        )
+        assert len(circuit) > 0
+        for criterion in ("fisher", "wanda"):
+            selection = clue_fast.localize(
+                model, FORGET_RECORDS, RETAIN_RECORDS, criterion=criterion, kinds=("mlp", "attention"), **options
+            )
+            assert {site.layer for site in selection.sites if len(selection.units(site))} == {0, 1}
+
+    def test_experts(self, family: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
+        model = family("mixtral")
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+        options = {"tokenizer": tokenizer, "progress": False}
+        selection = clue_fast.localize(
+            model, FORGET_RECORDS, RETAIN_RECORDS, criterion="circuit", circuit=CircuitSettings(edges=0.5), **options
+        )
+        experts = [site for site in selection.sites if site.kind == "expert"]
+        assert len(experts) == 8 and all(len(selection.units(site)) == 5 for site in experts)
+        with pytest.raises(SiteError, match=r"experts.*belongs to no linear module"):
+            clue_fast.localize(model, FORGET_RECORDS, RETAIN_RECORDS, criterion="fisher", **options)
+        with pytest.raises(SiteError, match="attention_key_value"):
+            clue_fast.localize(
+                model,
+                FORGET_RECORDS,
+                RETAIN_RECORDS,
+                criterion="integrated_gradients",
+                kinds=("attention",),
+                **options,
+            )
 
     def test_bad_input(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         def run(retain: object = RETAIN_RECORDS, **options: object) -> Selection:
