@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from clue_fast.budget import NORMALIZATIONS, check_budget, pools, top
 from clue_fast.errors import FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
-from clue_fast.sites import Site, find_sites, model_fingerprint
+from clue_fast.sites import Site, check_sites, model_fingerprint
+
+if TYPE_CHECKING:
+    from clue_fast.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,9 @@ class Selection:
         scores: per site [width] float32.
         source: how it was made (criterion, budget, seed), anything JSON can hold.
         fingerprint: of the model it belongs to, see ``model_fingerprint``.
+
+    Attributes:
+        statistics: what it was made from, in this process; it is not saved.
     """
 
     def __init__(
@@ -59,9 +65,10 @@ class Selection:
         self.scores = {site: scores[site].to("cpu", torch.float32) for site in self.sites}
         self.source = dict(source)
         self.fingerprint = fingerprint
+        self.statistics: Statistics | None = None
         for site in self.sites:
             if self.categories[site].shape != (site.width,) or self.scores[site].shape != (site.width,):
-                raise SelectionError(f"{site.path} has {site.width} units, its categories or scores have not")
+                raise SelectionError(f"{site.name} has {site.width} units, its categories or scores have not")
 
     def units(self, site: Site) -> Tensor:
         """Returns the units of a site that are to be trained (forget and conflict), sorted, int64."""
@@ -69,15 +76,6 @@ class Selection:
 
     def _selected(self, site: Site) -> Tensor:
         return (self.categories[site] & FORGET) != 0
-
-    def slices(self) -> dict[tuple[str, int], Tensor]:
-        """Returns what is to be trained of each parameter: ``{(parameter, dim): index}``, int64, sorted."""
-        found: dict[tuple[str, int], list[Tensor]] = {}
-        for site in self.sites:
-            units = self.units(site)
-            for part in site.parts if len(units) else ():
-                found.setdefault((part.parameter, part.dim), []).append(part.index(units))
-        return {key: torch.cat(indices).sort().values for key, indices in found.items()}
 
     def __len__(self) -> int:
         return sum(len(self.units(site)) for site in self.sites)
@@ -92,7 +90,7 @@ class Selection:
         """A hash of the categories alone, equal wherever and on however many devices they were found."""
         digest = hashlib.sha256(self.fingerprint.encode())
         for site in self.sites:
-            digest.update(site.path.encode() + self.categories[site].numpy().tobytes())
+            digest.update(site.name.encode() + self.categories[site].numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -180,21 +178,23 @@ class Selection:
 
     def check(self, model: nn.Module) -> None:
         """Raises SelectionError unless this selection was made for the model, and is not empty."""
-        if model_fingerprint(model) != self.fingerprint or tuple(find_sites(model)) != self.sites:
+        fingerprint = model_fingerprint(model)
+        if fingerprint != self.fingerprint:
             raise SelectionError(
-                f"the selection belongs to the model {self.fingerprint}, this one is {model_fingerprint(model)}; "
+                f"the selection belongs to the model {self.fingerprint}, this one is {fingerprint}; "
                 "localize on this model"
             )
+        check_sites(model, self.sites)
         if len(self) == 0:
             raise SelectionError("the selection holds no unit to train; raise the fraction or lower the threshold")
 
     def summary(self) -> str:
         """Returns a table: units of every site by category, and what is to be trained."""
-        width = max((len(site.path) for site in self.sites), default=4)
+        width = max((len(site.name) for site in self.sites), default=4)
         lines = [f"{'site':<{width}}  units  {'  '.join(f'{name:>10}' for name in CATEGORIES)}"]
         for site in self.sites:
             counts = torch.bincount(self.categories[site].long(), minlength=len(CATEGORIES)).tolist()
-            lines.append(f"{site.path:<{width}}  {site.width:>5}  {'  '.join(f'{n:>10}' for n in counts)}")
+            lines.append(f"{site.name:<{width}}  {site.width:>5}  {'  '.join(f'{n:>10}' for n in counts)}")
         units = sum(site.width for site in self.sites)
         lines.append(f"{len(self)} of {units} units to train ({self.fraction:.2%}), {self.hash}")
         if self.shortfall:
@@ -225,7 +225,7 @@ class Selection:
         """
         tensors, header = load_tensors(path, "selection")
         try:
-            sites = tuple(Site(**fields) for fields in header["sites"])
+            sites = tuple(Site.from_dict(fields) for fields in header["sites"])
             selection = cls(
                 sites,
                 {site: tensors[f"categories.{i}"] for i, site in enumerate(sites)},

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from clue_fast.errors import FileFormatError, NonFiniteError, PatchError, SelectionError
@@ -58,6 +60,8 @@ class Statistics:
         record_sums: further sums over the records of a group, by name, each [groups, units] float64; some criteria
             need them, see ``clue_fast.localization``.
         records: [groups] int64, records counted into them.
+        nonfinite: [groups, sites] int64, tokens left out because an activation was not finite, where asked for.
+        skipped: [] int64, batches left out for that reason, where asked for.
         offsets: [sites + 1] int64, the range of units of each site.
         fingerprint: of the model, see ``model_fingerprint``.
     """
@@ -80,6 +84,9 @@ class Statistics:
         self.count = torch.zeros(len(self.groups), len(self.sites), dtype=torch.int64, device=device)
         self.record_sums: dict[str, Tensor] = {}
         self.records = torch.zeros(len(self.groups), dtype=torch.int64, device=device)
+        self.nonfinite = torch.zeros_like(self.count)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._numbers = {site: number for number, site in enumerate(self.sites)}
 
     def group_index(self, name: str) -> int:
         """Returns the int8 that marks tokens of a group (1 for the first), adding the group if it is new."""
@@ -88,7 +95,7 @@ class Statistics:
                 raise PatchError(f"no room for group {name!r}: there are {MAX_GROUPS} already")
             self.groups.append(name)
             self.values = _with_row(self.values)
-            self.count = _with_row(self.count)
+            self.count, self.nonfinite = _with_row(self.count), _with_row(self.nonfinite)
             self.records = _with_row(self.records)
             self.record_sums = {key: _with_row(sums) for key, sums in self.record_sums.items()}
             if self.gradient_values is not None:
@@ -107,10 +114,21 @@ class Statistics:
         for name in names:
             self.record_sums.setdefault(name, self.values.new_zeros(groups, units))
 
+    def number(self, site: Site) -> int:
+        """Returns the place of a site among the sites. Raises PatchError if it is none of them."""
+        if site not in self._numbers:
+            raise PatchError(f"{site.name} is none of the {len(self.sites)} sites of these statistics")
+        return self._numbers[site]
+
     def units(self, site: Site) -> slice:
         """Returns the range of a site's units in the last dimension of the accumulators."""
-        index = self.sites.index(site)
-        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        number = self.number(site)
+        return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
+
+    def tensors(self) -> list[Tensor]:
+        """Returns everything that recording adds to."""
+        gradients = [] if self.gradient_values is None else [self.gradient_values]
+        return [self.values, self.count, self.nonfinite, self.records, *self.record_sums.values(), *gradients]
 
     def of(self, site: Site, group: str) -> UnitStatistics:
         """Returns the statistics of one site and group.
@@ -122,12 +140,14 @@ class Statistics:
         if group not in self.groups:
             raise PatchError(f"group {group!r} was never recorded; recorded are: {', '.join(self.groups)}")
         row, units = self.groups.index(group), self.units(site)
-        count = int(self.count[row, self.sites.index(site)])
+        count = int(self.count[row, self.number(site)])
         if count == 0:
-            raise PatchError(f"no token of group {group!r} was recorded at {site.path}; record it first")
+            raise PatchError(f"no token of group {group!r} was recorded at {site.name}; record it first")
         self.check_finite()
         total, square, magnitude, maximum, active = self.values[row, :, units]
         mean = total / count
+        # The squares of single tokens were rounded to float32, so that of one token alone is not that of its mean.
+        variance = (square / count - mean.square()).clamp_min(0.0) if count > 1 else torch.zeros_like(mean)
         gradients = (
             {}
             if self.gradient_values is None
@@ -142,7 +162,7 @@ class Statistics:
         return UnitStatistics(
             count=count,
             mean=mean,
-            variance=(square / count - mean.square()).clamp_min(0.0),
+            variance=variance,
             abs_mean=magnitude / count,
             max_abs=maximum.clone(),
             active_fraction=active / count,
@@ -158,7 +178,7 @@ class Statistics:
             sums = sums + record_sums.sum(dim=0)
         if bool(torch.isfinite(sums).all()):
             return
-        bad = [site.path for site in self.sites if not bool(torch.isfinite(sums[self.units(site)]).all())]
+        bad = [site.name for site in self.sites if not bool(torch.isfinite(sums[self.units(site)]).all())]
         raise NonFiniteError(
             f"NaN or infinite activations at {len(bad)} of {len(self.sites)} sites, first {bad[0]}; "
             "check the weights and the precision of the model, then record anew"
@@ -166,16 +186,22 @@ class Statistics:
 
     def reset(self) -> None:
         """Forgets everything recorded so far."""
-        self.values.zero_()
-        self.count.zero_()
-        if self.gradient_values is not None:
-            self.gradient_values.zero_()
-        self.records.zero_()
-        for record_sums in self.record_sums.values():
-            record_sums.zero_()
+        for tensor in (*self.tensors(), self.skipped):
+            tensor.zero_()
 
     def merge(self, other: Statistics) -> Statistics:
         """Returns the statistics of both recordings together.
+
+        Raises:
+            SelectionError: the other statistics belong to another model.
+        """
+        merged = Statistics(self.sites, self.fingerprint, self.groups, self.values.device)
+        merged.add(self)
+        merged.add(other)
+        return merged
+
+    def add(self, other: Statistics) -> None:
+        """Adds those of another recording of the same model to these.
 
         Raises:
             SelectionError: the other statistics belong to another model.
@@ -185,29 +211,54 @@ class Statistics:
                 f"statistics of model {other.fingerprint} cannot be merged into those of {self.fingerprint}; "
                 "record both on one model"
             )
-        merged = Statistics(self.sites, self.fingerprint, self.groups, self.values.device)
-        for part in (self, other):
-            if part.gradient_values is not None:
-                merged.allocate_gradients()
-            merged.allocate_record_sums(*part.record_sums)
-        for part in (self, other):
-            for row, name in enumerate(part.groups):
-                target = merged.group_index(name) - 1
-                maximum = torch.maximum(merged.values[target, _MAXIMUM], part.values[row, _MAXIMUM].to(merged.values))
-                merged.values[target] += part.values[row].to(merged.values)
-                merged.values[target, _MAXIMUM] = maximum
-                merged.count[target] += part.count[row].to(merged.count)
-                if part.gradient_values is not None and merged.gradient_values is not None:
-                    merged.gradient_values[target] += part.gradient_values[row].to(merged.values)
-                merged.records[target] += part.records[row].to(merged.records)
-                for key, sums in part.record_sums.items():
-                    merged.record_sums[key][target] += sums[row].to(merged.values)
-        return merged
+        if other.gradient_values is not None:
+            self.allocate_gradients()
+        self.allocate_record_sums(*other.record_sums)
+        rows = [self.group_index(name) - 1 for name in other.groups]
+        for row, values in zip(rows, other.values.to(self.values.device), strict=True):
+            maximum = torch.maximum(self.values[row, _MAXIMUM], values[_MAXIMUM])
+            self.values[row] += values
+            self.values[row, _MAXIMUM] = maximum
+        self.count[rows] += other.count.to(self.count)
+        self.nonfinite[rows] += other.nonfinite.to(self.count)
+        self.skipped += other.skipped.to(self.count)
+        self.records[rows] += other.records.to(self.count)
+        for name, sums in other.record_sums.items():
+            self.record_sums[name][rows] += sums.to(self.values)
+        if other.gradient_values is not None and self.gradient_values is not None:
+            self.gradient_values[rows] += other.gradient_values.to(self.gradient_values)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Adds up the statistics of all ranks of a process group, in place and on every rank, in the order of ranks.
+
+        Every rank must have recorded the same model with the same groups.
+
+        Args:
+            group: default the whole world.
+
+        Raises:
+            SelectionError: the ranks hold statistics of different models or groups; on every rank.
+        """
+        mine = {"fingerprint": self.fingerprint, "groups": self.groups, "sites": len(self.sites)}
+        mine |= {"gradients": self.gradient_values is not None, "record_sums": sorted(self.record_sums)}
+        ranks: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, mine, group=group)
+        for rank, theirs in enumerate(ranks):
+            if theirs != ranks[0]:
+                raise SelectionError(f"rank 0 holds statistics of {ranks[0]}, rank {rank} of {theirs}; record the same")
+        for tensor in (*self.tensors(), self.skipped):
+            # Row by row, so that no rank needs room for all the others at once.
+            for row in tensor if tensor.dim() else [tensor]:
+                parts = [torch.empty_like(row) for _ in ranks]
+                dist.all_gather(parts, row.contiguous(), group=group)
+                row.copy_(sum(parts[1:], start=parts[0]))
+                if tensor is self.values:
+                    row[_MAXIMUM] = torch.stack([part[_MAXIMUM] for part in parts]).amax(0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the accumulators to a safetensors file, atomically."""
-        tensors = {"values": self.values, "count": self.count, "records": self.records}
-        tensors |= {f"record_sums.{name}": sums for name, sums in self.record_sums.items()}
+        tensors = {"values": self.values, "count": self.count, "nonfinite": self.nonfinite, "skipped": self.skipped}
+        tensors |= {"records": self.records} | {f"record_sums.{name}": s for name, s in self.record_sums.items()}
         if self.gradient_values is not None:
             tensors["gradient_values"] = self.gradient_values
         header = {
@@ -226,13 +277,15 @@ class Statistics:
         """
         tensors, header = load_tensors(path, "statistics")
         try:
-            sites = [Site(**fields) for fields in header["sites"]]
+            sites = [Site.from_dict(fields) for fields in header["sites"]]
             statistics = cls(sites, header["fingerprint"], header["groups"])
-            if tensors["values"].shape != statistics.values.shape or tensors["count"].shape != statistics.count.shape:
-                raise FileFormatError(f"{path} holds statistics of other shapes than its header says; make it again")
-            statistics.values, statistics.count = tensors["values"], tensors["count"]
-            statistics.gradient_values = tensors.get("gradient_values")
-            statistics.records = tensors["records"]
+            if "gradient_values" in tensors:
+                statistics.allocate_gradients()
+                statistics.gradient_values = tensors["gradient_values"]
+            for name in ("values", "count", "nonfinite", "skipped", "records"):
+                if tensors[name].shape != getattr(statistics, name).shape:
+                    raise FileFormatError(f"{path} has {name} of another shape than its header says; make it again")
+                setattr(statistics, name, tensors[name])
             prefix = "record_sums."
             statistics.record_sums = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         except (KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from clue_fast.sites import Site
 from clue_fast.statistics import Statistics
 
 WIDTHS = (5, 3)
-SITES = [Site(f"layers.{i}.mlp", "mlp", width, i, "g", "u", "d", "silu") for i, width in enumerate(WIDTHS)]
+SITES = [Site(f"layers.{i}.mlp", "mlp", width, i) for i, width in enumerate(WIDTHS)]
 
 
 def fill(statistics: Statistics, activations: dict[str, list[torch.Tensor]]) -> Statistics:

@@ -15,15 +15,15 @@ from clue_fast.data import Collator, Source, padding_token
 from clue_fast.errors import DataError
 from clue_fast.selection import Selection
 from clue_fast.training.encoding import encode_refusals, encode_set
+from clue_fast.training.hosting import SparseTraining
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective, get_objective
-from clue_fast.training.optimizer import SparseAdamW
 from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler
 from clue_fast.training.sparse import sparsify
 from clue_fast.training.stages import Stage, get_stages, stage_at
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(SparseTraining, Trainer):
     """Trains the selected units of a model on an objective. Everything else is the Trainer everybody knows.
 
     An epoch goes once through the forget records, in an order of its own; each is paired with one retain
@@ -48,6 +48,7 @@ class UnlearnTrainer(Trainer):
         objective: its name, or an ``Objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
             ``LayerRate``.
+        master: "fp32" or "stochastic", see ``SparseAdamW``.
         stages: which units train on which objective in which epochs, instead of all on one: "clue" for the
             published schedule, or a sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the
             schedule of the learning rate spans them all.
@@ -79,6 +80,7 @@ class UnlearnTrainer(Trainer):
         selection: Selection,
         objective: str | Objective = "npo",
         layer_lr: LayerRate = 0.2,
+        master: str = "fp32",
         stages: str | Sequence[Stage] | None = None,
         max_length: int | None = None,
         **kwargs: Any,
@@ -111,10 +113,8 @@ class UnlearnTrainer(Trainer):
                 )
         self._sampler = PairSampler(len(forget), len(retain), seed)
         self._logged: dict[str, list[Tensor]] = {}
-        self.layer_lr = layer_lr
-        self.memory: dict[str, int] = {}
         # First, since a Trainer creates its output folder as soon as it is made.
-        self.sparse = sparsify(model, selection)
+        sparse = sparsify(model, selection)
         try:
             with _same_use_cache(model):
                 super().__init__(
@@ -125,27 +125,13 @@ class UnlearnTrainer(Trainer):
                     data_collator=PairCollator(collate or Collator(_padding(model, processing_class))),
                     **kwargs,
                 )
+            self.host(sparse, layer_lr, master)
         except BaseException:
-            self.sparse.restore()
+            sparse.restore()
             raise
-        if _is_reentrant(args):
-            model.enable_input_require_grads()  # type: ignore[operator]
         # The loss is a mean over records: micro-batches are averaged, not summed over their tokens.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(_Bookkeeping(self))
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the ``SparseAdamW``, unless an optimizer was given."""
-        if self.optimizer is None:
-            self.optimizer = SparseAdamW(
-                self.model if model is None else model,  # type: ignore[arg-type]
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-                layer_lr=self.layer_lr,
-            )
-        return self.optimizer
+        self.add_callback(_Epochs(self))
 
     def compute_loss(
         self,
@@ -163,10 +149,9 @@ class UnlearnTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the objective, averaged since the last time, and the steps skipped so far."""
+        """Adds the terms of the objective, averaged since the last time, and the stage."""
         if "loss" in logs:
             logs |= {name: torch.stack(values).mean().item() for name, values in self._logged.items()}
-            logs["skipped_steps"] = getattr(self._optimizer(), "skipped_steps", 0)
             if self.stages is not None:
                 logs["stage"] = self._stage + 1
             self._logged.clear()
@@ -183,13 +168,9 @@ class UnlearnTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
         return self._sampler
 
-    def _optimizer(self) -> Any:
-        """The optimizer without accelerate's wrapping."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
-
-class _Bookkeeping(TrainerCallback):
-    """Tells the trainer the epoch, and counts bytes when gradients and optimizer state are all there."""
+class _Epochs(TrainerCallback):
+    """Tells the trainer the epoch."""
 
     def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
@@ -197,10 +178,6 @@ class _Bookkeeping(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         # A whole number at the start of an epoch; in a resumed one, somewhere within it.
         self.trainer._begin_epoch(int(state.epoch))
-
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.memory:
-            self.trainer.memory = self.trainer.sparse.bytes(self.trainer._optimizer())
 
 
 def _prepared(args: TrainingArguments | None) -> TrainingArguments:
@@ -220,12 +197,6 @@ def _same_use_cache(model: nn.Module) -> Iterator[None]:
     yield
     if before is not None:
         config.use_cache = before
-
-
-def _is_reentrant(args: TrainingArguments) -> bool:
-    """Whether checkpointing drops all gradients unless the input of a layer needs one, and none here does."""
-    chosen = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")]
-    return any(kwargs.get("use_reentrant", False) for kwargs in chosen)
 
 
 def _padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:

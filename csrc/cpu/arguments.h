@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 
@@ -110,9 +111,9 @@ void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics,
   const std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, job.sums.groups);
   job.runs = &runs;
   in_parallel(job.channels, channel_block, channel_block * job.tokens, [&](int64_t begin, int64_t end) {
-    std::vector<float> partial(job.sums.groups * fields * span_length);
+    const std::unique_ptr<float[]> partial(new float[job.sums.groups * fields * span_length]);
     Job mine = job;
-    mine.partial = partial.data();
+    mine.partial = partial.get();
     run(mine, begin, end);
   });
 }

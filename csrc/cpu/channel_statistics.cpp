@@ -15,11 +15,11 @@ struct Job : Recording {
 
 template <int n, class T>
 struct Activations {
-  using Sums = ActivationSums<n>;
+  using Sums = ActivationSums<n, T>;
   TypedRows<const T> x;
   explicit CLUE_INLINE Activations(const Job& job) : x(job.x) {}
 
-  CLUE_INLINE Pair<n> operator()(int64_t token, int64_t c, int64_t left) const {
+  CLUE_INLINE Stored<n, T> operator()(int64_t token, int64_t c, int64_t left) const {
     return load<n>(x.at(token, c), left);
   }
 };

@@ -19,12 +19,12 @@ struct Job : Recording {
 // One pair of channels of one token, forward; returns h as stored.
 template <int n, class T, class Act>
 struct Forward {
-  using Sums = ActivationSums<n>;
+  using Sums = ActivationSums<n, T>;
   TypedRows<const T> gate, up;
   TypedRows<T> out;
   explicit CLUE_INLINE Forward(const Job& job) : gate(job.gate), up(job.up), out(job.out) {}
 
-  CLUE_INLINE Pair<n> operator()(int64_t token, int64_t c, int64_t left) const {
+  CLUE_INLINE Stored<n, T> operator()(int64_t token, int64_t c, int64_t left) const {
     const Pair<n> g = load<n>(gate.at(token, c), left);
     const Pair<n> u = load<n>(up.at(token, c), left);
     const Pair<n> h = {Act::template value<n, T>(g.first) * u.first, Act::template value<n, T>(g.second) * u.second};
@@ -50,8 +50,7 @@ struct Backward {
                          Act::template value<n, T>(g.second, slope.second)};
     store<n>(grad_gate.at(token, c), {d.first * u.first * slope.first, d.second * u.second * slope.second}, left);
     store<n>(grad_up.at(token, c), {d.first * act.first, d.second * act.second}, left);
-    alignas(64) T rounded[2 * n];
-    const Pair<n> h = store<n>(rounded, {act.first * u.first, act.second * u.second});
+    const Pair<n> h = rounded_to<n>(grad_up.data, {act.first * u.first, act.second * u.second});
     return {h.first * d.first, h.second * d.second};
   }
 };

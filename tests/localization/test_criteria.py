@@ -51,7 +51,7 @@ def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
         inputs, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
         seen: dict[str, torch.Tensor] = {}
         handles = [
-            model.get_submodule(site.down).register_forward_pre_hook(
+            model.get_submodule(site.output).register_forward_pre_hook(
                 lambda _, args, path=site.path, seen=seen: (args[0].retain_grad(), seen.__setitem__(path, args[0]))[1]
             )
             for site in clue_fast.find_sites(model)
@@ -104,7 +104,7 @@ def test_random_is_a_function_of_the_seed_and_needs_no_data(
         )
 
     assert found(1).hash == found(1).hash != found(2).hash
-    assert [len(found(1).units(site)) for site in found(1).sites] == [6, 6]
+    assert [len(found(1).units(site)) for site in found(1).sites] == [12, 12]
 
 
 def test_the_batch_budget_does_not_change_the_selection(

@@ -133,7 +133,7 @@ def test_statistics_equal_those_of_hooks(baby_llama: LlamaForCausalLM) -> None:
         with patched.record("forget"):
             baby_llama(tokens, attention_mask=mask)
         for site in patched.sites:
-            found, activation = patched.statistics.of(site, "forget"), seen[site.down][mask.bool()]
+            found, activation = patched.statistics.of(site, "forget"), seen[site.output][mask.bool()]
             assert found.count == int(mask.sum())
             for name, expected in {
                 "mean": activation.mean(0),

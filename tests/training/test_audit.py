@@ -17,10 +17,10 @@ def test_counts_inside_and_outside(dtype, make_model, make_selection):
     site = selection.sites[1]
     inside, outside = selection.units(site), [u for u in range(site.width) if u not in selection.units(site)]
     with torch.no_grad():
-        model.get_submodule(site.gate).weight[inside[0], :7] += 1
-        model.get_submodule(site.gate).weight[outside[0], :2] += 1
-        model.get_submodule(site.down).weight[:3, inside[1]] += 1
-        model.get_submodule(site.down).weight[:4, outside[1]] += 1
+        model.get_submodule(site.inputs[0]).weight[inside[0], :7] += 1
+        model.get_submodule(site.inputs[0]).weight[outside[0], :2] += 1
+        model.get_submodule(site.output).weight[:3, inside[1]] += 1
+        model.get_submodule(site.output).weight[:4, outside[1]] += 1
         model.lm_head.weight[0, 0] += 1
         model.model.rotary_emb.inv_freq[0] += 1
     assert changed_inside(before, model, selection) == 7 + 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from clue_fast.errors import NonFiniteError, SelectionError, SparseError
+from clue_fast.selection import Selection
 from clue_fast.training import SparseAdamW, snapshot, sparsify
 from clue_fast.training.parts import trained_parts
 
@@ -46,7 +49,7 @@ def test_masters_are_the_selected_weights(dtype, make_model, make_selection):
     sparse = sparsify(model, selection)
     for site in selection.sites:
         units = selection.units(site)
-        for path, dim in ((site.gate, 0), (site.up, 0), (site.down, 1)):
+        for path, dim in ((site.inputs[0], 0), (site.inputs[1], 0), (site.output, 1)):
             (part,) = [part for part in sparse.parts if part.path == f"{path}.weight"]
             weight = model.get_submodule(path).weight.double()
             expected = torch.stack([weight.select(dim, int(u)) for u in units], dim)
@@ -215,18 +218,26 @@ def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
     optimizer.step()
 
 
+@pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(reentrant, make_model, make_selection, make_batch):
-    model, batch = make_model(), make_batch()
-    sparse = sparsify(model, make_selection(model))
+def test_gradient_checkpointing_changes_nothing(reentrant, limited, make_model, make_selection, make_batch):
+    """And reaches no layer below the lowest selected one, if it is told not to."""
+    model, batch = make_model(layers=4), make_batch()
+    sparse = sparsify(model, make_selection(model, layers=[2, 3]))
     model.train()
     model(**batch).loss.backward()
     expected = [p.grad.clone() for p in sparse.trainable_parameters]
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    model(**batch).loss.backward()
+    if limited:
+        sparse.limit_checkpointing()
+    inputs: list[bool] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].requires_grad))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch).loss.backward()
+    assert inputs[:2] == [not limited] * 2
     for gradient, p in zip(expected, sparse.trainable_parameters, strict=True):
         assert torch.equal(gradient, p.grad)
 
@@ -266,13 +277,24 @@ def _transpose(model: Any) -> None:
     module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
 
 
+def _quantize(model: Any) -> None:
+    module = model.model.layers[1].mlp.up_proj
+    module.weight = nn.Parameter(module.weight.detach().to(torch.uint8), requires_grad=False)
+
+
+def _shard(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.placements = ()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (_tie, r"layers\.0\.mlp\.up_proj\.weight is tied to .*layers\.1"),
-        (_replace, r"layers\.1\.mlp\.up_proj is a Doubled"),
+        (_replace, r"layers\.1\.mlp\.up_proj\.weight is that of a Doubled, which does more than multiply"),
         (_transpose, "not contiguous"),
         (lambda model: model.double(), r"float64; load the model in float32"),
+        (_quantize, r"layers\.1\.mlp\.up_proj\.weight is torch\.uint8; load the model in float32"),
+        (_shard, r"layers\.1\.mlp\.up_proj\.weight is sharded .* train with DistributedDataParallel"),
     ],
 )
 def test_refuses_what_it_cannot_train(spoil, message, make_model, make_selection):
@@ -292,8 +314,8 @@ def test_names_the_weight_that_is_not_finite(value, make_model, make_selection):
     selection = make_selection(model)
     site = selection.sites[1]
     with torch.no_grad():
-        model.get_submodule(site.down).weight[3, selection.units(site)[0]] = value
-    with pytest.raises(NonFiniteError, match=rf"{site.down}\.weight"):
+        model.get_submodule(site.output).weight[3, selection.units(site)[0]] = value
+    with pytest.raises(NonFiniteError, match=rf"{site.output}\.weight"):
         sparsify(model, selection)
 
 
@@ -308,3 +330,27 @@ def test_refuses_a_wrong_selection(make_model, make_selection):
         sparsify(model, make_selection(model))
     assert "15 units in 9 modules" in repr(sparse)
     assert "trained: 5 of 48 along 1 of weight (conflict)" in repr(model.model.layers[0].mlp.down_proj)
+
+
+def test_refuses_units_that_overlap_or_do_not_exist(make_model, make_selection):
+    """Sites as a file might hold them that somebody has edited."""
+    model = make_model(intermediate_size=32)
+    selection = make_selection(model)
+    site, other = selection.sites[0], selection.sites[1]
+    selection.categories[other] = selection.categories[site]
+    cases = [
+        (replace(other, parts=site.parts), SparseError, "two selected units own the same slice of model.layers.0"),
+        (replace(other, parts=(replace(site.parts[0], dim=1), *other.parts[1:])), SparseError, "both rows and columns"),
+        (replace(other, parts=(replace(other.parts[0], offset=30),)), SelectionError, "belong to different models"),
+        (replace(other, parts=(replace(other.parts[0], parameter="no.weight"),)), SelectionError, "does not have"),
+    ]
+    for wrong, error, message in cases:
+        sites = (site, wrong, *selection.sites[2:])
+        pairs = list(zip(sites, selection.sites, strict=True))
+        categories, scores = (
+            {one: values[old] for one, old in pairs} for values in (selection.categories, selection.scores)
+        )
+        bad = Selection(sites, categories, scores, {}, selection.fingerprint)
+        with pytest.raises(error, match=message):
+            sparsify(model, bad)
+        assert not list(trained_parts(model)) and all(p.requires_grad for p in model.parameters())

@@ -1,0 +1,10 @@
+"""Patching: recording the activations of every site, fused into the forward where that is possible.
+
+For one instance of a model: classes of libraries are never modified, so other models are untouched, and a deep copy
+of a patched model is a patched model of its own.
+"""
+
+from clue_fast.patching.patched import Patched, patch, unpatch
+from clue_fast.patching.report import Report, SiteReport
+
+__all__ = ["Patched", "Report", "SiteReport", "patch", "unpatch"]

@@ -1,0 +1,26 @@
+"""Finds the sites of a model: the modules whose neurons can be measured, selected and trained.
+
+A site is recognized by what it is made of and what that computes (which projections, how their shapes fit, what
+happens between them), never by the name of its class, so that a model that nobody has seen yet is found as well.
+"""
+
+from clue_fast.sites.activation import ACTIVATIONS
+from clue_fast.sites.find import KINDS, Survey, check_sites, find_sites, survey
+from clue_fast.sites.fingerprint import model_fingerprint
+from clue_fast.sites.mlp import Unmatched
+from clue_fast.sites.site import Part, Site
+from clue_fast.sites.wrapping import unwrap
+
+__all__ = [
+    "ACTIVATIONS",
+    "KINDS",
+    "Part",
+    "Site",
+    "Survey",
+    "Unmatched",
+    "check_sites",
+    "find_sites",
+    "model_fingerprint",
+    "survey",
+    "unwrap",
+]

@@ -1,0 +1,104 @@
+"""The search for sites through a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from clue_fast.errors import SelectionError, SiteError, UnknownNameError
+from clue_fast.sites.attention import find_heads, head_size
+from clue_fast.sites.experts import find_experts
+from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp
+from clue_fast.sites.site import Site
+from clue_fast.sites.wrapping import unwrap
+
+KINDS = ("mlp", "expert", "attention", "attention_head", "attention_query", "attention_key_value")
+DEFAULT_KINDS = ("mlp", "expert")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a search found: sites, in the order of the modules, and what looks like a site but is none that is known."""
+
+    sites: tuple[Site, ...]
+    unmatched: tuple[Unmatched, ...]
+
+
+def find_sites(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> list[Site]:
+    """Returns the sites of a model in the order of its modules.
+
+    Args:
+        model: stays as it is; paths are those in the model inside of torch.compile and DistributedDataParallel.
+        kinds: which families of units to look for, of ``KINDS``: ``mlp``, ``expert``, and on request ``attention``,
+            which stands for all kinds of heads.
+
+    Raises:
+        SiteError: the model has no site of these kinds.
+        UnknownNameError: no such kind.
+    """
+    found = survey(model, kinds)
+    if not found.sites:
+        raise SiteError(no_sites(model, kinds, found))
+    return list(found.sites)
+
+
+def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
+    """Searches a model. Raises UnknownNameError if there is no such kind."""
+    wanted = tuple(kinds)
+    for kind in wanted:
+        if kind not in KINDS:
+            raise UnknownNameError("kind of site", kind, KINDS)
+    model = unwrap(model)
+    sites: list[Site] = []
+    unmatched: list[Unmatched] = []
+    heads = find_heads(model) if any(kind.startswith("attention") for kind in wanted) else {}
+    for path, module in model.named_modules():
+        attention = heads.get(path, [])
+        for found in (*_search(module, path, wanted), *(attention if isinstance(attention, list) else [attention])):
+            if isinstance(found, Unmatched):
+                unmatched.append(found)
+            elif any(found.kind == kind or found.kind.startswith(f"{kind}_") for kind in wanted):
+                sites.append(found)
+    return Survey(tuple(sites), tuple(unmatched))
+
+
+def _search(module: nn.Module, path: str, kinds: tuple[str, ...]) -> Iterator[Site | Unmatched]:
+    """Yields what one module is, by its own parameters and children."""
+    if "expert" in kinds:
+        experts = find_experts(module, path)
+        yield from experts if isinstance(experts, list) else [experts] if experts is not None else []
+    if "mlp" in kinds and head_size(module) is None:
+        mlp = find_mlp(module, path) or find_split_mlp(module, path)
+        if mlp is not None:
+            yield mlp
+
+
+def no_sites(model: nn.Module, kinds: Iterable[str], found: Survey) -> str:
+    """Returns the message of the error that there is nothing to record."""
+    near = "".join(f"; {unmatched}" for unmatched in found.unmatched[:3])
+    return (
+        f"{type(model).__name__} has no site of kind {', '.join(kinds)}: no module whose units are channels between "
+        f"two projections (down(act(gate) · up), down(act(up)), stacked experts) or attention heads{near}"
+    )
+
+
+def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raises SelectionError unless the parts of every site are parts of a model's parameters."""
+    parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    for site in sites:
+        for part in site.parts:
+            parameter = parameters.get(part.parameter)
+            if parameter is None:
+                raise SelectionError(
+                    f"{site.name} is part of {part.parameter}, which {type(model).__name__} does not have"
+                )
+            shape = parameter.shape if part.lead is None else parameter.shape[1:]
+            end = int(part.index(torch.tensor([site.width - 1])).max()) + 1
+            if part.dim >= len(shape) or end > shape[part.dim] or (part.lead or 0) >= parameter.shape[0]:
+                raise SelectionError(
+                    f"{site.name} has {site.width} units, {part.parameter} is {list(parameter.shape)}; "
+                    "they belong to different models"
+                )

@@ -1,0 +1,72 @@
+"""Projections: modules that multiply by a matrix, whichever way it is stored and whatever is wrapped around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from clue_fast.sites.site import Part
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module, seen by its shape.
+
+    Attributes:
+        path: of the module in the model.
+        weight: path of its weight, below an adapter if there is one.
+        inputs, outputs: its numbers of channels.
+        output_dim: the dimension of the weight that counts the outputs: 0 as in ``nn.Linear``, 1 where the weight is
+            stored [inputs, outputs] as in GPT-2.
+        bias: path of its bias, or None.
+    """
+
+    path: str
+    weight: str
+    inputs: int
+    outputs: int
+    output_dim: int
+    bias: str | None
+
+    def rows(self, *place: int, **where: Any) -> tuple[Part, ...]:
+        """What a unit owns that this projection computes: rows of the weight, and their bias.
+
+        Args:
+            place, where: offset, stride, size and so on, as in ``Part``.
+        """
+        weight = Part(self.weight, self.output_dim, *place, **where)
+        return (weight,) if self.bias is None else (weight, Part(self.bias, 0, *place, **where))
+
+    def columns(self, size: int = 1) -> Part:
+        """What a unit owns that this projection reads: columns of the weight."""
+        return Part(self.weight, 1 - self.output_dim, 0, size, size)
+
+
+def projection_of(module: nn.Module | None, path: str) -> Projection | None:
+    """Returns a module as a projection, or None if it is none.
+
+    A linear module, quantized ones among them, has ``in_features``, ``out_features`` and a weight; one that stores
+    its weight transposed has ``nf``; an adapter wraps one of them as its ``base_layer``.
+    """
+    weight_path = path
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module, weight_path = base, f"{weight_path}.base_layer"
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    inputs, outputs, output_dim = getattr(module, "in_features", None), getattr(module, "out_features", None), 0
+    if isinstance(nf := getattr(module, "nf", None), int) and weight.dim() == 2 and weight.shape[1] == nf:
+        inputs, outputs, output_dim = weight.shape[0], nf, 1
+    if not isinstance(inputs, int) or not isinstance(outputs, int):
+        return None
+    bias = f"{weight_path}.bias" if isinstance(getattr(module, "bias", None), Tensor) else None
+    return Projection(path, f"{weight_path}.weight", inputs, outputs, output_dim, bias)
+
+
+def child_projections(module: nn.Module, path: str) -> dict[str, Projection]:
+    """Returns the direct children of a module that are projections, by their name in it."""
+    prefix = f"{path}." if path else ""
+    found = {name: projection_of(child, f"{prefix}{name}") for name, child in module.named_children()}
+    return {name: projection for name, projection in found.items() if projection is not None}

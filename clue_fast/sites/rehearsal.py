@@ -1,0 +1,120 @@
+"""Rehearsal: a module's own forward with made-up projections, to see what it computes between them.
+
+What stands in for a projection returns values that were chosen beforehand, and keeps what it was given. Norms pass
+on what they get, and so does whatever else has weights. So the arithmetic of a module is observed without any of its
+weights: on every device, sharded, quantized or not loaded at all, at any size in a fraction of a millisecond.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What came of one run.
+
+    Attributes:
+        inputs: what each projection that was called was given, by its name, [tokens, inputs].
+        output: what the module returned.
+    """
+
+    inputs: dict[str, Tensor]
+    output: Any
+
+
+@torch.no_grad()
+def rehearse(
+    module: nn.Module,
+    arguments: Sequence[Tensor],
+    outputs: Mapping[str, Tensor],
+    *,
+    training: bool = False,
+    dropout: float = 1.0,
+) -> Rehearsal:
+    """Runs the forward of a module's class with stand-ins for its children.
+
+    Args:
+        module: stays as it is; its children without weights, such as activations, take part.
+        arguments: given for the arguments that forward requires, float32 [1, tokens, channels].
+        outputs: what the projections of these names are to return, float32 [tokens, outputs].
+        training: run as in training.
+        dropout: what the module's own dropout layers multiply by.
+
+    Raises:
+        Exception: whatever the forward raises.
+    """
+    stand_ins = {name: _StandIn(values) for name, values in outputs.items()}
+    fixed: dict[str, nn.Module] = {**stand_ins}
+    blocks = []
+    for name, child in module.named_children():
+        if isinstance(child, nn.Dropout):
+            fixed.setdefault(name, _Scale(dropout))
+        elif name not in fixed and (dimensions := [p.dim() for p in child.parameters()]):
+            fixed[name] = nn.Identity()
+            blocks += [name] if max(dimensions) > 1 else []
+    # Attention returns its weights, or a cache, beside its output: how many things there are shows when they unpack.
+    attempts = (2, 3, 1) if blocks else (1,)
+    for extra in attempts:
+        play = copy.copy(module)
+        play.__dict__["_modules"] = module._modules | fixed | {name: _PassOn(extra) for name in blocks}
+        play.__dict__["training"] = training
+        try:
+            with torch.random.fork_rng(devices=[]):
+                output = type(play).forward(play, *arguments)
+            break
+        except Exception:
+            if extra == attempts[-1]:
+                raise
+    inputs = {name: actor.seen.flatten(0, -2) for name, actor in stand_ins.items() if actor.seen is not None}
+    return Rehearsal(inputs, output)
+
+
+def required_arguments(module: nn.Module) -> int:
+    """Returns how many arguments the forward of a module's class cannot do without, at least 1."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters))
+
+
+def sample(*shape: int, seed: int) -> Tensor:
+    """Returns values spread over [-6, 6], where activations differ from each other, float32, the same every time."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 12.0 - 6.0
+
+
+class _StandIn(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = values
+        self.weight = values.new_empty(0)  # some modules cast to its dtype
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return self.values.reshape(*x.shape[:-1], -1)
+
+
+class _Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class _PassOn(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, *args: Tensor, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        return x if self.count == 1 else (x, *[None] * (self.count - 1))

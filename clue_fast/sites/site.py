@@ -1,0 +1,104 @@
+"""What a site is: a family of units, where it lives, and what its units own of the parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the units of a site own of one parameter: unit u has ``size`` slices from ``offset + u * stride`` on.
+
+    Attributes:
+        parameter: path of the parameter in the model, such as ``model.layers.3.mlp.gate_proj.weight``.
+        dim: the dimension along which the units lie, of the parameter or, where it is stacked, of ``parameter[lead]``.
+        offset: where the first unit begins along it.
+        stride: from one unit to the next.
+        size: slices of a unit.
+        lead: index into the first dimension of a parameter that stacks those of several sites, such as experts.
+        block, gap: after every ``block`` units, ``gap`` slices are left out.
+    """
+
+    parameter: str
+    dim: int
+    offset: int = 0
+    stride: int = 1
+    size: int = 1
+    lead: int | None = None
+    block: int | None = None
+    gap: int = 0
+
+    def index(self, units: Tensor) -> Tensor:
+        """Returns the slices that belong to units, int64 [len(units) * size], in the order of the units."""
+        units = units.to(torch.int64)
+        first = self.offset + units * self.stride
+        if self.block is not None:
+            first = first + units // self.block * self.gap
+        return (first[:, None] + torch.arange(self.size, device=units.device)).flatten()
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Returns what ``dim`` counts in: the parameter, or the matrix of it that belongs to this site, as a view."""
+        return parameter if self.lead is None else parameter[self.lead]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One family of units, and where it lives.
+
+    Attributes:
+        path: path of the module in the model, such as ``model.layers.3.mlp``.
+        kind: family of the units: ``mlp`` (channels of a dense MLP), ``expert`` (channels of one expert),
+            ``attention_head`` (with as many key/value heads as query heads), or ``attention_query`` and
+            ``attention_key_value`` (with grouped queries).
+        width: number of units.
+        layer: index of the transformer layer in its tower, from 0.
+        structure: how the module computes: ``gated`` (down(act(gate) · up)), ``packed`` (the same, gate and up in
+            one projection), ``plain`` (down(act(up))), ``experts`` (stacked ``packed``), or ``heads``.
+        output: path of the projection that reads the units' activations; for experts, of the parameter.
+        parts: what the units own of the parameters: all of it is trained together.
+        inputs: paths of the projections that a unit has rows of; gate before up.
+        activation: name of the activation in between, a key of ``ACTIVATIONS``, or None if it is another one.
+        channels: channels of the input of ``output`` that make up one unit: 1, or those of a head.
+        index: which of the stacked experts.
+    """
+
+    path: str
+    kind: str
+    width: int
+    layer: int
+    structure: str = "plain"
+    output: str = ""
+    parts: tuple[Part, ...] = ()
+    inputs: tuple[str, ...] = ()
+    activation: str | None = None
+    channels: int = 1
+    index: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells this site from all others: its path, and what else lives there."""
+        if self.index is not None:
+            return f"{self.path}[{self.index}]"
+        return f"{self.path}:{self.kind}" if self.kind.startswith("attention") else self.path
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields, as JSON holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Site:
+        """Returns the site that ``as_dict`` described. Raises TypeError or KeyError if the fields are not those."""
+        parts = tuple(Part(**part) for part in fields["parts"])
+        return cls(**{**fields, "parts": parts, "inputs": tuple(fields["inputs"])})
+
+
+def layer_index(path: str) -> int:
+    """Returns the first number in a path, or 0."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return int(numbers[0]) if numbers else 0
