@@ -30,6 +30,10 @@ def reference_backward(grad: Tensor, x: Tensor, index: Tensor | None, out: Tenso
     """Out = grad[:, index]^T x, accumulated in the dtype of out; all columns of grad without an index."""
     if index is not None:
         grad = grad.index_select(1, index)
+    if grad.is_cuda and torch.version.hip is None and out.dtype != grad.dtype:
+        # cuBLAS multiplies 16 bits into float32 without widening them first.
+        torch.ops.aten.mm.dtype_out(grad.t(), x, out.dtype, out=out)
+        return
     out.zero_()
     for grad_run, x_run in zip(torch.split(grad, RUN), torch.split(x, RUN), strict=True):
         out.addmm_(grad_run.to(out.dtype).t(), x_run.to(out.dtype))
@@ -66,7 +70,7 @@ def _gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
 
 
 def _selected_grad(
-    grad: Tensor, kept: Tensor, index: Tensor, dim: int, transposed: bool = False, backend: str | None = None
+    grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None, transposed: bool = False
 ) -> Tensor:
     shape = _selected_shape(grad, kept, index, dim, transposed)
     out = torch.empty(shape, dtype=_selected_dtype(grad), device=grad.device)
@@ -127,7 +131,7 @@ def _gradients(
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     if needs_selected:
-        grad_selected = selected_grad(grad, kept, index, ctx.dim, ctx.transposed, ctx.backend)
+        grad_selected = selected_grad(grad, kept, index, ctx.dim, ctx.backend, ctx.transposed)
     if needs_selected_bias:
         grad_selected_bias = gather(grad, index, ctx.backend).sum(0, dtype=_selected_dtype(grad))
     return grad_x, None, grad_bias, grad_selected, grad_selected_bias
@@ -169,7 +173,7 @@ def _fake_gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor
 
 
 def _fake_selected_grad(
-    grad: Tensor, kept: Tensor, index: Tensor, dim: int, transposed: bool = False, backend: str | None = None
+    grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None, transposed: bool = False
 ) -> Tensor:
     return grad.new_empty(_selected_shape(grad, kept, index, dim, transposed), dtype=_selected_dtype(grad))
 
@@ -182,8 +186,8 @@ define(
 )
 define("sparse_linear_gather(Tensor x, Tensor index, str? backend=None) -> Tensor", _gather, _fake_gather)
 define(
-    "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, bool transposed=False, "
-    "str? backend=None) -> Tensor",
+    "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, str? backend=None, "
+    "bool transposed=False) -> Tensor",
     _selected_grad,
     _fake_selected_grad,
 )

@@ -313,7 +313,7 @@ def test_opcheck(backend: str, device: torch.device) -> None:
             arguments = (x, features, bias, leaves, more, index, part, transposed, backend)
             check(namespace.sparse_linear.default, arguments)
         kept = x.detach() if dim == 0 else x.detach()[:, index]
-        check(namespace.sparse_linear_backward.default, (grad, kept, index, dim, False, backend))
+        check(namespace.sparse_linear_backward.default, (grad, kept, index, dim, backend))
     check(namespace.sparse_linear_gather.default, (x.detach(), index, backend))
 
 
@@ -392,3 +392,18 @@ def test_cpp_refuses_an_index_outside_the_weight(wrong: int) -> None:
     index = torch.tensor([0, wrong])
     with pytest.raises(ValueError, match=f"index holds {wrong}, outside"):
         sparse_linear(x, weight, None, leaf(weight, index, 0), index, 0, backend="cpp").backward(grad)
+
+
+@pytest.mark.gpu
+@DIMS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_on_a_gpu(tokens: int, dtype: torch.dtype, dim: int) -> None:
+    """Without a kernel of its own, but with the product in float32 of 16-bit operands."""
+    x, weight, _, grad = operands(tokens, dtype, torch.device("cuda"))
+    index = some(weight.shape[dim], 7, "cuda")
+    for transposed in (False, True):
+        features, part = (weight.t().contiguous(), 1 - dim) if transposed else (weight, dim)
+        selected = leaf(features, index, part)
+        sparse_linear(x, features, None, selected, index, part, transposed=transposed).backward(grad)
+        assert_gradient(selected.grad.t() if transposed else selected.grad, x, grad, index, dim)
