@@ -11,8 +11,9 @@
 namespace clue {
 namespace {
 
-// Tokens multiplied at a time: as fast as all at once, with copies of bounded size that stay in the cache.
-constexpr int64_t token_run = 512;
+// What the copies of 16-bit matrices in fp32 may take: all tokens at once as a rule, since threads that wait for one
+// another are slow on a busy machine.
+constexpr int64_t copy_bytes = 32 << 20;
 
 // Neighboring columns that are selected together, such as those of an attention head.
 struct Span {
@@ -95,9 +96,9 @@ Columns columns_of(const Tensor& index, int64_t channels, const char* op) {
   return columns;
 }
 
-// Columns of `count` tokens, into the rows of `target`, which are of the dtype of `source` or fp32.
-void copy_columns(const Tensor& source, const Columns& columns, int64_t first, int64_t count, const Tensor& target,
-                  const char* op, const char* name) {
+// Columns of the tokens from `first` on, into the rows of `target`, which are of the dtype of `source` or fp32.
+Job copy_of(const Tensor& source, const Columns& columns, int64_t first, const Tensor& target, const char* op,
+            const char* name) {
   Job job{};
   job.dtype = dtype_of(source, op, name);
   job.source_stride = source.stride(0);
@@ -106,19 +107,43 @@ void copy_columns(const Tensor& source, const Columns& columns, int64_t first, i
   job.columns = &columns;
   job.target = static_cast<char*>(target.mutable_data_ptr());
   job.widens = target.scalar_type() != source.scalar_type();
-  in_parallel(count, 1, columns.total, [&](int64_t begin, int64_t end) { gather(job, begin, end); });
+  return job;
 }
 
-// The same in fp32: a view where that is possible, else a copy in `buffer`.
-Tensor float_columns(Tensor source, const Columns& columns, int64_t first, int64_t count,
-                     std::optional<Tensor>& buffer, const char* op, const char* name) {
-  if (source.scalar_type() == ScalarType::Float && columns.spans.size() == 1) {
+// One side of the product: the selected columns of a matrix in fp32, a view where that is possible, else a copy of a
+// run of tokens.
+struct Operand {
+  Tensor source;
+  Columns columns;
+  const char* name;
+  std::optional<Tensor> copy;
+
+  Operand(Tensor source, Columns columns, int64_t run, const char* name)
+      : source(source), columns(columns), name(name) {
+    if (source.scalar_type() == ScalarType::Float && columns.spans.size() == 1) return;
+    copy = torch::stable::empty({std::min(run, source.size(0)), columns.total}, ScalarType::Float);
+  }
+
+  Tensor rows(int64_t first, int64_t count) {
+    if (copy) return torch::stable::narrow(*copy, 0, 0, count);
     Tensor part = torch::stable::narrow(source, 1, columns.spans[0].first, columns.total);
     return torch::stable::narrow(part, 0, first, count);
   }
-  if (!buffer) buffer = torch::stable::empty({count, columns.total}, ScalarType::Float);
-  copy_columns(source, columns, first, count, *buffer, op, name);
-  return torch::stable::narrow(*buffer, 0, 0, count);
+};
+
+// Both copies, in one go.
+void copy_run(const Operand& left, const Operand& right, int64_t first, int64_t count, const char* op) {
+  std::vector<Job> jobs;
+  int64_t work = 0;
+  for (const Operand* side : {&left, &right}) {
+    if (!side->copy) continue;
+    jobs.push_back(copy_of(side->source, side->columns, first, *side->copy, op, side->name));
+    work += side->columns.total;
+  }
+  if (jobs.empty()) return;
+  in_parallel(count, 1, work, [&](int64_t begin, int64_t end) {
+    for (const Job& job : jobs) gather(job, begin, end);
+  });
 }
 
 void sparse_linear_gather(const Tensor& x, const Tensor& index, const Tensor& out) {
@@ -128,7 +153,9 @@ void sparse_linear_gather(const Tensor& x, const Tensor& index, const Tensor& ou
   require(out.scalar_type() == x.scalar_type(), op, "x and out must have the same dtype");
   require(out.is_contiguous() && out.size(0) == x.size(0) && out.size(1) == index.numel(), op, "out must be ",
           "contiguous [", x.size(0), ", ", index.numel(), "]");
-  copy_columns(x, columns_of(index, x.size(1), op), 0, x.size(0), out, op, "x");
+  const Columns columns = columns_of(index, x.size(1), op);
+  const Job job = copy_of(x, columns, 0, out, op, "x");
+  in_parallel(x.size(0), 1, columns.total, [&](int64_t begin, int64_t end) { gather(job, begin, end); });
 }
 
 void sparse_linear_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> index, const Tensor& out) {
@@ -138,21 +165,23 @@ void sparse_linear_backward(const Tensor& grad, const Tensor& x, std::optional<T
   require(x.scalar_type() == grad.scalar_type(), op, "grad and x must have the same dtype");
   require_type(out, ScalarType::Float, op, "out", "float32");
   const int64_t tokens = grad.size(0), channels = grad.size(1);
-  const Columns selected = index ? columns_of(*index, channels, op) : all_columns(channels);
-  const Columns inputs = all_columns(x.size(1));
   require(x.size(0) == tokens, op, "grad has ", tokens, " tokens, but x has ", x.size(0));
-  require(out.dim() == 2 && out.size(0) == selected.total && out.size(1) == inputs.total, op, "out must be [",
-          selected.total, ", ", inputs.total, "]");
+  const Columns selected = index ? columns_of(*index, channels, op) : all_columns(channels);
+  const int64_t token_bytes = sizeof(float) * std::max<int64_t>(1, selected.total + x.size(1));
+  const int64_t run =
+      grad.scalar_type() == ScalarType::Float ? tokens : std::max<int64_t>(256, copy_bytes / token_bytes);
+  Operand left(grad, selected, run, "grad"), right(x, all_columns(x.size(1)), run, "x");
+  require(out.dim() == 2 && out.size(0) == left.columns.total && out.size(1) == right.columns.total, op,
+          "out must be [", left.columns.total, ", ", right.columns.total, "]");
   Tensor sum = out;
   if (tokens == 0) torch::stable::zero_(sum);
-  std::optional<Tensor> grad_buffer, x_buffer;
-  for (int64_t first = 0; first < tokens; first += token_run) {
-    const int64_t count = std::min(token_run, tokens - first);
-    const Tensor rows = float_columns(grad, selected, first, count, grad_buffer, op, "grad");
-    const Tensor right = float_columns(x, inputs, first, count, x_buffer, op, "x");
-    const Tensor left = torch::stable::transpose(rows, 0, 1);
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(sum.get(), sum.get(), left.get(), right.get(), first == 0 ? 0.0 : 1.0, 1.0));
+  for (int64_t first = 0; first < tokens; first += run) {
+    const int64_t count = std::min(run, tokens - first);
+    copy_run(left, right, first, count, op);
+    const Tensor rows = left.rows(first, count);
+    const Tensor transposed = torch::stable::transpose(rows, 0, 1), factor = right.rows(first, count);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), transposed.get(), factor.get(),
+                                                           first == 0 ? 0.0 : 1.0, 1.0));
   }
 }
 

@@ -15,7 +15,7 @@ from clue_fast.ops import sparse_linear
 OPERATOR = "sparse_linear"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIMS = pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
-# 0 and 1 token; 1500 is more than one run of 1024. Odd features end inside a vector.
+# 0 and 1 token; 1500 is more than one run of 1024 in the reference. Odd features end inside a vector.
 TOKENS = [0, 1, 37, 1500]
 OUT, IN = 71, 43
 
@@ -202,6 +202,17 @@ def test_leading_dimensions_and_strides(backend: str, device: torch.device, dim:
         assert torch.equal(y, F.linear(x_case, weight))
         y.backward(grad_case)
         assert_gradient(selected.grad, x_case.reshape(-1, IN), grad_case.reshape(-1, OUT), index, dim)
+
+
+@DIMS
+def test_more_tokens_than_are_widened_at_once(backend: str, device: torch.device, dim: int) -> None:
+    """16-bit operands are copied in float32 for 32 MiB of tokens at a time, 932 of them here."""
+    x, grad = torch.randn(1000, 9000).bfloat16().to(device), torch.randn(1000, 8).bfloat16().to(device)
+    weight = torch.zeros(8, 9000, dtype=torch.bfloat16, device=device)
+    index = some(weight.shape[dim], 8 if dim == 0 else 8999, device)
+    selected = leaf(weight, index, dim)
+    sparse_linear(x, weight, None, selected, index, dim, backend=backend).backward(grad)
+    assert_gradient(selected.grad, x, grad, index, dim)
 
 
 @DIMS
