@@ -30,6 +30,10 @@ def reference_backward(grad: Tensor, x: Tensor, index: Tensor | None, out: Tenso
     """Out = grad[:, index]^T x, accumulated in the dtype of out; all columns of grad without an index."""
     if index is not None:
         grad = grad.index_select(1, index)
+    if grad.is_cuda and torch.version.hip is None and out.dtype != grad.dtype:
+        # cuBLAS multiplies 16 bits into float32 without widening them first.
+        torch.ops.aten.mm.dtype_out(grad.t(), x, out.dtype, out=out)
+        return
     out.zero_()
     for grad_run, x_run in zip(torch.split(grad, RUN), torch.split(x, RUN), strict=True):
         out.addmm_(grad_run.to(out.dtype).t(), x_run.to(out.dtype))

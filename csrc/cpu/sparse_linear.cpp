@@ -11,32 +11,39 @@
 namespace clue {
 namespace {
 
-// Tokens multiplied at a time: as fast as all at once, with copies of bounded size.
-constexpr int64_t token_run = 1024;
+// What the copies of 16-bit matrices in fp32 may take: all tokens at once as a rule, since threads that wait for one
+// another are slow on a busy machine.
+constexpr int64_t copy_bytes = 32 << 20;
 
 // Neighboring columns that are selected together, such as those of an attention head.
 struct Span {
   int64_t first, count;
 };
 
+// The selected columns of a matrix. `single` lists them one by one where most have no neighbor, which is then faster.
+struct Columns {
+  std::vector<Span> spans;
+  std::vector<int32_t> single;
+  int64_t total = 0;
+};
+
 struct Job {
   Dtype dtype;
   const char* source;     // [tokens, channels]
   int64_t source_stride;  // in elements
-  const std::vector<Span>* spans;
+  const Columns* columns;
   char* target;  // [tokens, selected]
-  int64_t selected;
   bool widens;  // the target is fp32, the source is not
 };
 
 // Columns of one row, one after the other.
 template <class T>
-CLUE_INLINE void gather_row(const T* source, const std::vector<Span>& spans, T* target) {
-  for (const Span& span : spans) {
-    if (span.count == 1)
-      *target = source[span.first];
-    else
-      std::memcpy(target, source + span.first, span.count * sizeof(T));
+CLUE_INLINE void gather_row(const T* source, const Columns& columns, T* target) {
+  const int64_t singles = columns.single.size();
+  for (int64_t i = 0; i < singles; ++i) target[i] = source[columns.single[i]];
+  if (singles) return;
+  for (const Span& span : columns.spans) {
+    std::memcpy(target, source + span.first, span.count * sizeof(T));
     target += span.count;
   }
 }
@@ -44,17 +51,18 @@ CLUE_INLINE void gather_row(const T* source, const std::vector<Span>& spans, T* 
 template <int n, class T>
 CLUE_INLINE void gather_rows(const Job& job, int64_t begin, int64_t end) {
   const T* source = reinterpret_cast<const T*>(job.source);
+  const int64_t total = job.columns->total;
   if (!job.widens) {
     for (int64_t row = begin; row < end; ++row)
-      gather_row(source + row * job.source_stride, *job.spans, reinterpret_cast<T*>(job.target) + row * job.selected);
+      gather_row(source + row * job.source_stride, *job.columns, reinterpret_cast<T*>(job.target) + row * total);
     return;
   }
-  std::vector<T> narrow_row(job.selected);
+  std::vector<T> gathered(total);
   for (int64_t row = begin; row < end; ++row) {
-    gather_row(source + row * job.source_stride, *job.spans, narrow_row.data());
-    float* target = reinterpret_cast<float*>(job.target) + row * job.selected;
-    for (int64_t i = 0; i < job.selected; i += n)
-      narrow<n>(target + i, widen<n>(narrow_row.data() + i, job.selected - i), job.selected - i);
+    gather_row(source + row * job.source_stride, *job.columns, gathered.data());
+    float* target = reinterpret_cast<float*>(job.target) + row * total;
+    for (int64_t i = 0; i < total; i += n)
+      narrow<n>(target + i, widen<n>(gathered.data() + i, total - i), total - i);
   }
 }
 
@@ -68,52 +76,74 @@ CLUE_INLINE void gather(const Job& job, int64_t begin, int64_t end) {
 }
 CLUE_DISPATCH(gather, Job)
 
-std::vector<Span> spans_of(const Tensor& index, int64_t channels, const char* op) {
+Columns all_columns(int64_t channels) { return {{{0, channels}}, {}, channels}; }
+
+Columns columns_of(const Tensor& index, int64_t channels, const char* op) {
   require_type(index, ScalarType::Long, op, "index", "int64");
   require(index.dim() == 1 && (index.size(0) <= 1 || index.stride(0) == 1), op, "index must be contiguous [k]");
   const int64_t* column = static_cast<const int64_t*>(index.const_data_ptr());
-  std::vector<Span> spans;
-  for (int64_t i = 0; i < index.size(0); ++i) {
+  Columns columns;
+  columns.total = index.size(0);
+  for (int64_t i = 0; i < columns.total; ++i) {
     require(0 <= column[i] && column[i] < channels, op, "index holds ", column[i], ", outside [0, ", channels, ")");
-    if (!spans.empty() && spans.back().first + spans.back().count == column[i])
-      ++spans.back().count;
+    if (!columns.spans.empty() && columns.spans.back().first + columns.spans.back().count == column[i])
+      ++columns.spans.back().count;
     else
-      spans.push_back({column[i], 1});
+      columns.spans.push_back({column[i], 1});
   }
-  return spans;
+  if (static_cast<int64_t>(columns.spans.size()) > columns.total / 8 && columns.spans.size() > 1)
+    columns.single.assign(column, column + columns.total);
+  return columns;
 }
 
-int64_t total(const std::vector<Span>& spans) {
-  int64_t count = 0;
-  for (const Span& span : spans) count += span.count;
-  return count;
-}
-
-// The columns `spans` of `count` tokens, into the rows of `target`, which are of the dtype of `source` or fp32.
-void copy_columns(const Tensor& source, const std::vector<Span>& spans, int64_t first, int64_t count,
-                  const Tensor& target, const char* op, const char* name) {
+// Columns of the tokens from `first` on, into the rows of `target`, which are of the dtype of `source` or fp32.
+Job copy_of(const Tensor& source, const Columns& columns, int64_t first, const Tensor& target, const char* op,
+            const char* name) {
   Job job{};
   job.dtype = dtype_of(source, op, name);
   job.source_stride = source.stride(0);
   job.source = static_cast<const char*>(source.const_data_ptr()) +
                first * job.source_stride * static_cast<int64_t>(source.element_size());
-  job.spans = &spans;
+  job.columns = &columns;
   job.target = static_cast<char*>(target.mutable_data_ptr());
-  job.selected = total(spans);
   job.widens = target.scalar_type() != source.scalar_type();
-  in_parallel(count, 1, job.selected, [&](int64_t begin, int64_t end) { gather(job, begin, end); });
+  return job;
 }
 
-// The same in fp32: a view where that is possible, else a copy in `buffer`.
-Tensor columns_of(Tensor source, const std::vector<Span>& spans, int64_t first, int64_t count,
-                  std::optional<Tensor>& buffer, const char* op, const char* name) {
-  if (source.scalar_type() == ScalarType::Float && spans.size() == 1) {
-    Tensor columns = torch::stable::narrow(source, 1, spans[0].first, spans[0].count);
-    return torch::stable::narrow(columns, 0, first, count);
+// One side of the product: the selected columns of a matrix in fp32, a view where that is possible, else a copy of a
+// run of tokens.
+struct Operand {
+  Tensor source;
+  Columns columns;
+  const char* name;
+  std::optional<Tensor> copy;
+
+  Operand(Tensor source, Columns columns, int64_t run, const char* name)
+      : source(source), columns(columns), name(name) {
+    if (source.scalar_type() == ScalarType::Float && columns.spans.size() == 1) return;
+    copy = torch::stable::empty({std::min(run, source.size(0)), columns.total}, ScalarType::Float);
   }
-  if (!buffer) buffer = torch::stable::empty({count, total(spans)}, ScalarType::Float);
-  copy_columns(source, spans, first, count, *buffer, op, name);
-  return torch::stable::narrow(*buffer, 0, 0, count);
+
+  Tensor rows(int64_t first, int64_t count) {
+    if (copy) return torch::stable::narrow(*copy, 0, 0, count);
+    Tensor part = torch::stable::narrow(source, 1, columns.spans[0].first, columns.total);
+    return torch::stable::narrow(part, 0, first, count);
+  }
+};
+
+// Both copies, in one go.
+void copy_run(const Operand& left, const Operand& right, int64_t first, int64_t count, const char* op) {
+  std::vector<Job> jobs;
+  int64_t work = 0;
+  for (const Operand* side : {&left, &right}) {
+    if (!side->copy) continue;
+    jobs.push_back(copy_of(side->source, side->columns, first, *side->copy, op, side->name));
+    work += side->columns.total;
+  }
+  if (jobs.empty()) return;
+  in_parallel(count, 1, work, [&](int64_t begin, int64_t end) {
+    for (const Job& job : jobs) gather(job, begin, end);
+  });
 }
 
 void sparse_linear_gather(const Tensor& x, const Tensor& index, const Tensor& out) {
@@ -123,7 +153,9 @@ void sparse_linear_gather(const Tensor& x, const Tensor& index, const Tensor& ou
   require(out.scalar_type() == x.scalar_type(), op, "x and out must have the same dtype");
   require(out.is_contiguous() && out.size(0) == x.size(0) && out.size(1) == index.numel(), op, "out must be ",
           "contiguous [", x.size(0), ", ", index.numel(), "]");
-  copy_columns(x, spans_of(index, x.size(1), op), 0, x.size(0), out, op, "x");
+  const Columns columns = columns_of(index, x.size(1), op);
+  const Job job = copy_of(x, columns, 0, out, op, "x");
+  in_parallel(x.size(0), 1, columns.total, [&](int64_t begin, int64_t end) { gather(job, begin, end); });
 }
 
 void sparse_linear_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> index, const Tensor& out) {
@@ -133,20 +165,23 @@ void sparse_linear_backward(const Tensor& grad, const Tensor& x, std::optional<T
   require(x.scalar_type() == grad.scalar_type(), op, "grad and x must have the same dtype");
   require_type(out, ScalarType::Float, op, "out", "float32");
   const int64_t tokens = grad.size(0), channels = grad.size(1);
-  const std::vector<Span> rows = index ? spans_of(*index, channels, op) : std::vector<Span>{{0, channels}};
   require(x.size(0) == tokens, op, "grad has ", tokens, " tokens, but x has ", x.size(0));
-  require(out.dim() == 2 && out.size(0) == total(rows) && out.size(1) == x.size(1), op, "out must be [", total(rows),
-          ", ", x.size(1), "]");
+  const Columns selected = index ? columns_of(*index, channels, op) : all_columns(channels);
+  const int64_t token_bytes = sizeof(float) * std::max<int64_t>(1, selected.total + x.size(1));
+  const int64_t run =
+      grad.scalar_type() == ScalarType::Float ? tokens : std::max<int64_t>(256, copy_bytes / token_bytes);
+  Operand left(grad, selected, run, "grad"), right(x, all_columns(x.size(1)), run, "x");
+  require(out.dim() == 2 && out.size(0) == left.columns.total && out.size(1) == right.columns.total, op,
+          "out must be [", left.columns.total, ", ", right.columns.total, "]");
   Tensor sum = out;
   if (tokens == 0) torch::stable::zero_(sum);
-  std::optional<Tensor> grad_buffer, x_buffer;
-  for (int64_t first = 0; first < tokens; first += token_run) {
-    const int64_t count = std::min(token_run, tokens - first);
-    const Tensor selected = columns_of(grad, rows, first, count, grad_buffer, op, "grad");
-    const Tensor right = columns_of(x, {{0, x.size(1)}}, first, count, x_buffer, op, "x");
-    const Tensor left = torch::stable::transpose(selected, 0, 1);
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(sum.get(), sum.get(), left.get(), right.get(), first == 0 ? 0.0 : 1.0, 1.0));
+  for (int64_t first = 0; first < tokens; first += run) {
+    const int64_t count = std::min(run, tokens - first);
+    copy_run(left, right, first, count, op);
+    const Tensor rows = left.rows(first, count);
+    const Tensor transposed = torch::stable::transpose(rows, 0, 1), factor = right.rows(first, count);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), transposed.get(), factor.get(),
+                                                           first == 0 ? 0.0 : 1.0, 1.0));
   }
 }
 

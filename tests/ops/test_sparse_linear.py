@@ -15,7 +15,7 @@ from clue_fast.ops import sparse_linear
 OPERATOR = "sparse_linear"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIMS = pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
-# 0 and 1 token; 1500 is more than one run of 1024. Odd features end inside a vector.
+# 0 and 1 token; 1500 is more than one run of 1024 in the reference. Odd features end inside a vector.
 TOKENS = [0, 1, 37, 1500]
 OUT, IN = 71, 43
 
@@ -38,20 +38,21 @@ def leaf(weight: Tensor, index: Tensor, dim: int) -> Tensor:
     return torch.full(shape, float("nan"), dtype=torch.float32, device=weight.device).requires_grad_()
 
 
-def dense_gradient(x: Tensor, grad: Tensor, index: Tensor, dim: int) -> Tensor:
-    """The selected part of the gradient that autograd gives F.linear, in the dtype of the inputs."""
+def dense_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """What autograd gives the weight of F.linear."""
     weight = torch.zeros(grad.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device, requires_grad=True)
     F.linear(x, weight).backward(grad)
-    return weight.grad.index_select(dim, index)
+    return weight.grad
 
 
 def assert_gradient(actual: Tensor, x: Tensor, grad: Tensor, index: Tensor, dim: int) -> None:
-    """At most twice the error of autograd in float32, whatever the dtype of the inputs.
+    """At most twice the error of PyTorch's product of the same size in float32, whatever the dtype of the inputs.
 
-    Their products are exact in float32, so what is left is the order of the sum.
+    Single products are exact in float32, so what is left is the order of the sum.
     """
-    exact = dense_gradient(x.double(), grad.double(), index, dim)
-    single = dense_gradient(x.float(), grad.float(), index, dim)
+    exact = dense_gradient(x.double(), grad.double()).index_select(dim, index)
+    thin = (grad[:, index].t(), x) if dim == 0 else (grad.t(), x[:, index])
+    single = thin[0].float() @ thin[1].float()
     assert actual.dtype == torch.float32 and actual.shape == exact.shape
     if actual.numel():
         ours, torchs = ((g.double() - exact).abs().max().item() for g in (actual, single))
@@ -201,6 +202,17 @@ def test_leading_dimensions_and_strides(backend: str, device: torch.device, dim:
         assert torch.equal(y, F.linear(x_case, weight))
         y.backward(grad_case)
         assert_gradient(selected.grad, x_case.reshape(-1, IN), grad_case.reshape(-1, OUT), index, dim)
+
+
+@DIMS
+def test_more_tokens_than_are_widened_at_once(backend: str, device: torch.device, dim: int) -> None:
+    """16-bit operands are copied in float32 for 32 MiB of tokens at a time, 932 of them here."""
+    x, grad = torch.randn(1000, 9000).bfloat16().to(device), torch.randn(1000, 8).bfloat16().to(device)
+    weight = torch.zeros(8, 9000, dtype=torch.bfloat16, device=device)
+    index = some(weight.shape[dim], 8 if dim == 0 else 8999, device)
+    selected = leaf(weight, index, dim)
+    sparse_linear(x, weight, None, selected, index, dim, backend=backend).backward(grad)
+    assert_gradient(selected.grad, x, grad, index, dim)
 
 
 @DIMS
@@ -391,3 +403,18 @@ def test_cpp_refuses_an_index_outside_the_weight(wrong: int) -> None:
     index = torch.tensor([0, wrong])
     with pytest.raises(ValueError, match=f"index holds {wrong}, outside"):
         sparse_linear(x, weight, None, leaf(weight, index, 0), index, 0, backend="cpp").backward(grad)
+
+
+@pytest.mark.gpu
+@DIMS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_on_a_gpu(tokens: int, dtype: torch.dtype, dim: int) -> None:
+    """Without a kernel of its own, but with the product in float32 of 16-bit operands."""
+    x, weight, _, grad = operands(tokens, dtype, torch.device("cuda"))
+    index = some(weight.shape[dim], 7, "cuda")
+    for transposed in (False, True):
+        features, part = (weight.t().contiguous(), 1 - dim) if transposed else (weight, dim)
+        selected = leaf(features, index, part)
+        sparse_linear(x, features, None, selected, index, part, transposed=transposed).backward(grad)
+        assert_gradient(selected.grad.t() if transposed else selected.grad, x, grad, index, dim)
