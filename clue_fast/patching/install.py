@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from clue_fast.errors import PatchError, SiteError
 from clue_fast.ops import backend as backends
-from clue_fast.patching.fused import ExpertsState, FusedGatedMLP, GatedState, RecordedExperts
+from clue_fast.patching.experts import ExpertsState, RecordedExperts
+from clue_fast.patching.fused import FusedGatedMLP, GatedState
 from clue_fast.patching.inputs import RecordInput
 from clue_fast.patching.probe import can_probe, probe, random_input
 from clue_fast.patching.recorder import Point, Recorder

@@ -267,6 +267,8 @@ class Recorder:
             if self.gradients:
                 other.allocate_gradients()
             self.elsewhere[device] = other
+            if self.snapshots:
+                self.snapshots += [tensor.clone() for tensor in other.tensors()]
         return self.elsewhere[device]
 
     def _count(self, point: Point, statistics: Statistics, counts: Tensor) -> None:

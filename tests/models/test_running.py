@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import clue_fast
@@ -19,7 +20,7 @@ from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import find_sites, model_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
-from families import make_batch, make_model
+from families import SIZES, make_batch, make_model
 from test_families import assert_same, cast, compiled_batch, record, trace
 
 KINDS = ("mlp", "expert", "attention")
@@ -168,6 +169,22 @@ class TestAccelerate:
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, stock)
 
+    @pytest.mark.gpu
+    def test_layers_on_different_devices(self) -> None:
+        """Each device has accumulators of its own, which are added up at the end."""
+        accelerate = pytest.importorskip("accelerate")
+        model, batch = make_model("llama"), make_batch("llama")
+        expected = record(copy.deepcopy(model), batch, kinds=KINDS, gradients=True)
+        places = {
+            "model.embed_tokens": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": 0,
+            "model.norm": 0,
+            "lm_head": 0,
+        }
+        accelerate.dispatch_model(model, {**places, "model.rotary_emb": 0}, main_device=0)
+        assert_same(record(model, batch, kinds=KINDS, gradients=True), expected)
+
     @pytest.mark.parametrize("name", SOME)
     def test_hooks_on_the_patched_modules_themselves(self, name: str) -> None:
         """A device_map that names them puts hooks there; they still run, around the recorded forward."""
@@ -233,6 +250,50 @@ class TestPeft:
             adapted(**batch)
         assert_same(patched.statistics, expected)
         clue_fast.unpatch(adapted)
+
+
+class TestQuantized:
+    @pytest.mark.parametrize("bits", [8, 4])
+    @pytest.mark.parametrize("config", ["LlamaConfig", "OPTConfig"])
+    def test_linear_layers_of_few_bits(self, config: str, bits: int) -> None:
+        """Their weights are packed, their activations are not; what is recorded is what the layers are given."""
+        bnb = pytest.importorskip("bitsandbytes")
+        sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "ffn_dim": 128, "word_embed_proj_dim": 64}
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes)).eval()
+        for path, linear in list(model.named_modules()):
+            if isinstance(linear, nn.Linear) and "layers" in path:
+                model.set_submodule(path, quantized(bnb, linear, bits))
+        batch, seen = make_batch("llama"), {}
+        with torch.no_grad():
+            model(**batch)  # packs the weights anew
+            stock = model(**batch).logits
+            with clue_fast.patch(model, kinds=KINDS) as patched, patched.record("forget"):
+                found = model(**batch).logits
+            sites = [site for site in patched.sites if site.kind == "mlp"]
+            for site in sites:
+                model.get_submodule(site.output).register_forward_pre_hook(
+                    lambda _, args, site=site: seen.__setitem__(site, args[0].flatten(0, -2))
+                )
+            model(**batch)
+        torch.testing.assert_close(found, stock, rtol=1e-3, atol=1e-3)
+        assert len(sites) == 2
+        for site in sites:
+            kept = seen[site].double()[(batch["labels"] != -100).flatten()]
+            mean = patched.statistics.of(site, "forget").mean
+            torch.testing.assert_close(mean, kept.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def quantized(bnb: Any, linear: nn.Linear, bits: int) -> nn.Module:
+    shape = linear.in_features, linear.out_features, linear.bias is not None
+    if bits == 8:
+        layer = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(*shape, compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    layer.bias = linear.bias
+    return layer.to("cpu").eval()
 
 
 class TestSparseTraining:
