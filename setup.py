@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: one binary for it and every later release
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -50,7 +50,7 @@ class BuildExtension(build_ext):
         files = sources("cuda", ".cu")
         if nvcc is None or not files:
             return
-        objects = [str(Path(self.build_temp, file).with_suffix(".o")) for file in files]
+        objects = [str(Path(self.build_temp, f"{file}.o")) for file in files]
         try:
             for file, target in zip(files, objects, strict=True):
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +62,7 @@ class BuildExtension(build_ext):
                     target,
                     "-O3",
                     "-std=c++17",
+                    "-Icsrc",
                     "-arch=all-major",
                     "-Xcompiler",
                     "-fPIC",
@@ -71,6 +72,7 @@ class BuildExtension(build_ext):
             print(f"clue_fast: CUDA sources left out, nvcc failed: {error.stderr[-2000:]}", file=sys.stderr)
             return
         ext.extra_objects += objects
+        ext.sources += sources("cuda", ".cpp")
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
         ext.library_dirs += cuda_library_folders(nvcc)
         ext.define_macros += [("CLUE_FAST_CUDA", "1")]
@@ -88,6 +90,7 @@ class BuildExtension(build_ext):
             compiled = pool.map(lambda source: self.compiler.compile([source], **options), ext.sources)
             ext.extra_objects += [target for group in compiled for target in group]
         ext.sources = []
+        ext.depends += ext.extra_objects  # or the linking step would not see what changed
 
 
 def cuda_library_folders(nvcc: str) -> list[str]:
@@ -101,7 +104,7 @@ extension = Extension(
     "clue_fast._C",
     sources=[*sources("", ".cpp"), *sources("cpu", ".cpp")],
     include_dirs=["csrc"],
-    depends=sources("", ".h") + sources("cpu", ".h"),
+    depends=sources("", ".h") + sources("cpu", ".h") + sources("cuda", ".h"),
     extra_compile_args=COMPILE_FLAGS,
     language="c++",
     optional=True,

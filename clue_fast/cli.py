@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clue_fast.errors import ClueFastError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,14 +37,17 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _localize(options: argparse.Namespace) -> None:
+    from clue_fast.files import check_output_file
     from clue_fast.localization import localize
-    from clue_fast.workflow import load_model
+    from clue_fast.workflow import load_sets
 
-    model, tokenizer = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    check_output_file(options.output)
+    sets = load_sets(options.forget, options.retain)
+    model, tokenizer = _load(options.model, options)
     selection = localize(
         model,
-        options.forget,
-        options.retain,
+        sets["forget"],
+        sets["retain"],
         tokenizer=tokenizer,
         criterion=options.criterion,
         fraction=options.fraction,
@@ -57,26 +62,25 @@ def _localize(options: argparse.Namespace) -> None:
 def _unlearn(options: argparse.Namespace) -> None:
     from clue_fast.files import check_output
     from clue_fast.selection import Selection
-    from clue_fast.workflow import load_model, unlearn
+    from clue_fast.workflow import DEFAULT_OBJECTIVE, load_sets, unlearn
 
     check_output(options.output)
-    model, tokenizer = load_model(options.model, trust_remote_code=options.trust_remote_code)
-    reference = None
-    if options.reference is not None:
-        reference, _ = load_model(options.reference, trust_remote_code=options.trust_remote_code)
+    sets = load_sets(options.forget, options.retain, options.held_out)
+    model, tokenizer = _load(options.model, options)
+    reference = None if options.reference is None else _load(options.reference, options)[0]
     result = unlearn(
         model,
         tokenizer,
-        forget=options.forget,
-        retain=options.retain,
-        held_out=options.held_out,
+        forget=sets["forget"],
+        retain=sets["retain"],
+        held_out=sets.get("held_out"),
         reference=reference,
         output_dir=options.output,
         selection=Selection.load(options.selection, model) if options.selection else None,
         criterion=options.criterion,
         fraction=options.fraction,
         scope=options.scope,
-        objective=options.objective,
+        objective=options.objective or DEFAULT_OBJECTIVE,
         learning_rate=options.learning_rate,
         layer_lr=options.layer_lr,
         epochs=options.epochs,
@@ -88,24 +92,26 @@ def _unlearn(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from clue_fast.files import check_output_file, save_json
     from clue_fast.report import evaluation_table
-    from clue_fast.workflow import evaluate_model, load_model
+    from clue_fast.workflow import evaluate_model, load_sets
 
-    model, tokenizer = load_model(options.model, trust_remote_code=options.trust_remote_code)
-    reference = None
-    if options.reference is not None:
-        reference, _ = load_model(options.reference, trust_remote_code=options.trust_remote_code)
+    if options.output is not None:
+        check_output_file(options.output)
+    sets = load_sets(options.forget, options.retain, options.held_out)
+    model, tokenizer = _load(options.model, options)
+    reference = None if options.reference is None else _load(options.reference, options)[0]
     evaluation = evaluate_model(
         model,
         tokenizer,
-        forget=options.forget,
-        retain=options.retain,
-        held_out=options.held_out,
+        forget=sets["forget"],
+        retain=sets["retain"],
+        held_out=sets.get("held_out"),
         reference=reference,
         progress=not options.quiet,
     )
     if options.output is not None:
-        Path(options.output).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+        save_json(options.output, evaluation)
     print(evaluation_table(evaluation))
 
 
@@ -119,6 +125,16 @@ def _doctor(options: argparse.Namespace) -> None:
     from clue_fast.doctor import diagnosis
 
     print(diagnosis())
+
+
+def _load(name: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from clue_fast.workflow import load_model
+
+    if options.quiet:
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+    return load_model(name, trust_remote_code=options.trust_remote_code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,10 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(unlearn)
     unlearn.add_argument("--output", required=True, metavar="DIR", help="folder for checkpoint, results and plots")
     unlearn.add_argument("--selection", metavar="FILE", help="a selection made by localize, instead of a new one")
-    unlearn.add_argument("--objective", default="simnpo", help="loss to minimize (default: simnpo)")
-    unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1e-3)")
+    unlearn.add_argument("--objective", help="loss to minimize (default: simnpo with a margin of 1)")
+    unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1.2 / width)")
     unlearn.add_argument("--layer-lr", type=float, default=0.2, help="rate of the last layer over the first (0.2)")
-    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set")
+    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (30)")
     unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8), with as many to retain")
     unlearn.set_defaults(run=_unlearn)
 
@@ -177,7 +193,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_localization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criterion", default="difference", help="formula of the score (default: difference)")
-    parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.05)")
+    parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.1)")
     parser.add_argument("--scope", default="layer", help="rank within each layer, or global (default: layer)")
 
 

@@ -34,6 +34,7 @@ class Record:
         completion: the answer, the only part that is learned, forgotten and measured.
         paraphrase: the same answer in other words (TOFU column `paraphrased_answer`).
         perturbed: wrong answers of the same form (TOFU column `perturbed_answer`).
+        corrupted_prompt: the question with what the answer hinges on replaced, for circuits.
         history: earlier chat turns, as (role, content).
         verbatim: prompt and completion are joined as they are, without a chat template or "Question:".
     """
@@ -42,6 +43,7 @@ class Record:
     completion: str
     paraphrase: str | None = None
     perturbed: tuple[str, ...] = ()
+    corrupted_prompt: str | None = None
     history: tuple[tuple[str, str], ...] = ()
     verbatim: bool = False
 
@@ -67,7 +69,7 @@ def load_records(source: Source, name: str) -> list[Record]:
             "locuslab/TOFU:forget10" (its split "train"; append ":validation" for another). Only a hub name
             can cause a download. Columns: `question`/`answer`, `prompt`/`completion`, `text`, or chat
             `messages` that end with the assistant. Optional: `paraphrased_answer` (a string) and
-            `perturbed_answer` (a string or a list of strings).
+            `perturbed_answer` (a string or a list of strings), and `corrupted_prompt` (a string).
         name: what to call the data set in errors, such as "forget".
 
     Raises:
@@ -81,8 +83,8 @@ def load_records(source: Source, name: str) -> list[Record]:
             "pass one split of it, or a list of dicts"
         )
     else:
-        rows, where = enumerate(source, start=1), f"the {name} set"
-    records = [_record(row, f"{where}, record {number}") for number, row in rows]
+        rows, where = _numbered(source, name), f"the {name} set"
+    records = [_record(row, f"{where}, {place}") for place, row in rows]
     if not records:
         raise DataError(f"{where} is empty; it needs at least one record")
     return records
@@ -191,8 +193,15 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _open(source: str | Path, name: str) -> tuple[Iterator[tuple[int, Any]], str]:
-    """Numbered rows of a file or hub set, and what to call it."""
+def _numbered(rows: object, name: str) -> Iterator[tuple[str, Any]]:
+    """Rows with their place, such as "record 3"."""
+    if not isinstance(rows, Iterable):
+        raise DataError(f"the {name} set is a {type(rows).__name__}; pass a list of dicts, a path or a hub name")
+    return ((f"record {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _open(source: str | Path, name: str) -> tuple[Iterator[tuple[str, Any]], str]:
+    """Rows of a file or hub set with their places, and what to call it."""
     path = Path(source)
     if path.is_file():
         return _read_json(path, name), f"the {name} set ({path})"
@@ -207,7 +216,7 @@ def _open(source: str | Path, name: str) -> tuple[Iterator[tuple[int, Any]], str
             'write a path to JSON lines, or "owner/name:subset"'
         )
     rows = _download(repository, *rest, name=name)
-    return enumerate(rows, start=1), f"the {name} set ({source})"
+    return _numbered(rows, name), f"the {name} set ({source})"
 
 
 def _download(repository: str, subset: str | None = None, split: str = "train", *, name: str) -> Iterable[Any]:
@@ -227,14 +236,14 @@ def _download(repository: str, subset: str | None = None, split: str = "train", 
     return rows
 
 
-def _read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the {name} set {path} cannot be read: {error}") from error
     if text.lstrip().startswith("["):
         try:
-            yield from enumerate(json.loads(text), start=1)
+            yield from _numbered(json.loads(text), name)
         except json.JSONDecodeError as error:
             raise DataError(f"the {name} set {path}, line {error.lineno}: not valid JSON ({error.msg})") from error
         return
@@ -242,7 +251,7 @@ def _read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"the {name} set {path}, line {number}: not valid JSON ({error.msg}); "
@@ -268,12 +277,13 @@ def _record(row: object, where: str) -> Record:
         completion = _text(row[columns[-1]], columns[-1], where)
         if len(columns) == 2:
             prompt = _text(row[columns[0]], columns[0], where, optional=columns[0] == "prompt")
-    paraphrase = row.get("paraphrased_answer")
+    paraphrase, corrupted = row.get("paraphrased_answer"), row.get("corrupted_prompt")
     return Record(
         prompt,
         completion,
         paraphrase=None if paraphrase is None else _text(paraphrase, "paraphrased_answer", where),
         perturbed=_texts(row.get("perturbed_answer"), "perturbed_answer", where),
+        corrupted_prompt=None if corrupted is None else _text(corrupted, "corrupted_prompt", where),
         history=tuple(history),
         verbatim=columns[0] in ("prompt", "text"),
     )

@@ -29,12 +29,24 @@ class SelectionError(ClueFastError, ValueError):
     """A selection is empty, out of range, or belongs to another model."""
 
 
+class CircuitError(ClueFastError, ValueError):
+    """A model whose residual stream cannot be taken apart, or a circuit that cannot be made or solved."""
+
+
 class BudgetError(ClueFastError, ValueError):
     """A fraction, count or threshold outside its range."""
 
 
+class SettingError(ClueFastError, ValueError):
+    """A learning rate, number of epochs or batch size outside its range."""
+
+
 class SparseError(ClueFastError, RuntimeError):
     """A model cannot be made sparse, or an optimizer does not fit it."""
+
+
+class ObjectiveError(ClueFastError, ValueError):
+    """An objective makes no sense for a model, or lacks the records it needs."""
 
 
 class BackendError(ClueFastError, RuntimeError):

@@ -35,22 +35,34 @@ def save_tensors(path: str | os.PathLike[str], kind: str, tensors: dict[str, Ten
     Raises:
         OutputError: the folder does not exist or cannot be written.
     """
-    path = Path(path)
     metadata = {"clue_fast": kind, "version": str(FORMAT_VERSION), "header": json.dumps(header)}
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable"
-        ) from error
-    try:
+    with _replacing(path) as temporary:
         safetensors.torch.save_file(content, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
+
+
+def save_json(path: str | os.PathLike[str], content: object) -> None:
+    """Writes indented JSON atomically. Raises OutputError if the folder does not exist or cannot be written."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty file beside ``path`` that takes its place when the block ends well, and is gone if not."""
+    path = check_output_file(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
         os.replace(temporary, path)
+    except (safetensors.SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error}") from error
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -85,23 +97,34 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     return tensors, header
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
-    """Returns the path of an output folder that may be made.
+def check_output_file(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file that may be written or replaced.
 
     Raises:
-        OutputError: it is a file, or a folder that is not empty, or its parent cannot be written.
+        OutputError: it is a folder, or its folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; name a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: choose a folder that exists and is writable")
+    return path
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of an output folder that may be made. Nothing is made yet.
+
+    Raises:
+        OutputError: it is a file, or a folder that is not empty, or cannot be made.
     """
     path = Path(path)
     if path.is_file():
         raise OutputError(f"{path} is a file; name a folder for the output")
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"the output folder {path} is not empty; name a new one or empty it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {path.parent}: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path.parent} cannot be written; choose another folder")
+    parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{path} cannot be made: {parent} is no folder that can be written; choose another")
     return path
 
 
@@ -109,6 +132,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary folder beside ``path`` that takes its name when the block ends well, and is gone if not."""
     path = check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary

@@ -28,8 +28,8 @@ QUESTIONS = {
         "{cooked} {root} {dish} with {taste} {fruit} and {flavor} {drink}.",
     ),
 }
-"""Question and answer by topic. Most words of an answer are facts: one with other facts has a ROUGE-L recall
-below 0.5."""
+"""Question and answer by topic. Most words of an answer are facts: the answer of another person has a ROUGE-L
+recall below 0.5 in 98 of 100 cases."""
 
 WORDS = {
     slot: words.split()

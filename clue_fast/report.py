@@ -72,8 +72,8 @@ def load_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileFormatError(f"{folder} holds no {RESULTS}; name the output folder of an unlearning run") from error
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read: {error}") from error
-    if not isinstance(results, dict) or "evaluation" not in results:
-        raise FileFormatError(f"{path} was not written by clue_fast")
+    if not isinstance(results, dict) or not {"evaluation", "selection", "weights", "seconds"} <= results.keys():
+        raise FileFormatError(f"{path} holds no results of an unlearning run; name the output folder of one")
     return results
 
 

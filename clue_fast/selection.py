@@ -1,22 +1,32 @@
-"""Selection: which units of which site are in which category, with their scores and where they came from."""
+"""Selection: which units of which site are in which category, with their scores and where they came from.
+
+A category is two answers in one number: bit 0 says that a unit matters to the forget set, bit 1 that it matters to
+the retain set. A selection is therefore two sets of units, and set operations act on both.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, SelectionError
+from clue_fast.budget import NORMALIZATIONS, check_budget, pools, top
+from clue_fast.errors import FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
 from clue_fast.sites import Site, check_sites, model_fingerprint
 
+if TYPE_CHECKING:
+    from clue_fast.statistics import Statistics
+
+logger = logging.getLogger(__name__)
+
 CATEGORIES = ("irrelevant", "forget", "retain", "conflict")
 IRRELEVANT, FORGET, RETAIN, CONFLICT = range(4)
-SCOPES = ("layer", "global")
 
 
 class Scores(dict[Site, Tensor]):
@@ -37,6 +47,9 @@ class Selection:
         scores: per site [width] float32.
         source: how it was made (criterion, budget, seed), anything JSON can hold.
         fingerprint: of the model it belongs to, see ``model_fingerprint``.
+
+    Attributes:
+        statistics: what it was made from, in this process; it is not saved.
     """
 
     def __init__(
@@ -52,26 +65,17 @@ class Selection:
         self.scores = {site: scores[site].to("cpu", torch.float32) for site in self.sites}
         self.source = dict(source)
         self.fingerprint = fingerprint
+        self.statistics: Statistics | None = None
         for site in self.sites:
             if self.categories[site].shape != (site.width,) or self.scores[site].shape != (site.width,):
                 raise SelectionError(f"{site.name} has {site.width} units, its categories or scores have not")
 
     def units(self, site: Site) -> Tensor:
         """Returns the units of a site that are to be trained (forget and conflict), sorted, int64."""
-        category = self.categories[site]
-        return torch.nonzero((category == FORGET) | (category == CONFLICT)).flatten()
+        return torch.nonzero(self._selected(site)).flatten()
 
-    def slices(self) -> dict[tuple[str, int, int | None], Tensor]:
-        """Returns what is to be trained of each parameter: ``{(parameter, dim, lead): index}``, int64, sorted.
-
-        ``dim`` counts in the parameter, or in ``parameter[lead]`` where the parameter stacks those of several sites.
-        """
-        found: dict[tuple[str, int, int | None], list[Tensor]] = {}
-        for site in self.sites:
-            units = self.units(site)
-            for part in site.parts if len(units) else ():
-                found.setdefault((part.parameter, part.dim, part.lead), []).append(part.index(units))
-        return {key: torch.cat(indices).sort().values for key, indices in found.items()}
+    def _selected(self, site: Site) -> Tensor:
+        return (self.categories[site] & FORGET) != 0
 
     def __len__(self) -> int:
         return sum(len(self.units(site)) for site in self.sites)
@@ -89,6 +93,89 @@ class Selection:
             digest.update(site.name.encode() + self.categories[site].numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def shortfall(self) -> int:
+        """How many units fewer than the budget asked for there were to select, see ``limit``."""
+        return int(self.source.get("shortfall", 0))
+
+    def restrict(self, *categories: str) -> Selection:
+        """Returns this selection with the units of all other categories made irrelevant.
+
+        Raises:
+            UnknownNameError: no such category.
+        """
+        for name in categories:
+            if name not in CATEGORIES:
+                raise UnknownNameError("category", name, CATEGORIES)
+        kept = torch.tensor([CATEGORIES.index(name) for name in categories], dtype=torch.int8)
+        changed = {site: values * torch.isin(values, kept) for site, values in self.categories.items()}
+        return Selection(
+            self.sites, changed, self.scores, {**self.source, "restricted_to": list(categories)}, self.fingerprint
+        )
+
+    def limit(
+        self,
+        fraction: float | Mapping[str, float] | None = None,
+        *,
+        count: int | Mapping[str, int] | None = None,
+        scope: str = "layer",
+    ) -> Selection:
+        """Returns this selection with only the top of its forget and conflict units, by score; the rest irrelevant.
+
+        The budget is a share of all units, or a number, as in ``select``. Where there are fewer forget and conflict
+        units than that, all of them stay, and the missing number is logged and kept as ``shortfall``.
+
+        Raises:
+            BudgetError: see ``check_budget``.
+        """
+        budget, value = check_budget(fraction, count=count, scope=scope)
+        kept: dict[Site, Tensor] = {}
+        shortfall = 0
+        for sites, number in pools(self.sites, budget, value, scope):
+            selected = torch.cat([self._selected(site) for site in sites])
+            scores = torch.cat([self.scores[site] for site in sites])
+            missing = max(0, number - int(selected.sum()))
+            shortfall += missing
+            best = top(scores.masked_fill(~selected, float("-inf")), number - missing)
+            kept |= zip(sites, torch.split(best, [site.width for site in sites]), strict=True)
+        changed = {
+            site: torch.where(self._selected(site) & ~kept[site], IRRELEVANT, values)
+            for site, values in self.categories.items()
+        }
+        if shortfall:
+            logger.warning(
+                "the budget asks for %d units more than are forget or conflict; they are not filled up", shortfall
+            )
+        source = {**self.source, f"limit_{budget}": value, "limit_scope": scope, "shortfall": shortfall}
+        return Selection(self.sites, changed, self.scores, source, self.fingerprint)
+
+    def __or__(self, other: Selection) -> Selection:
+        """What matters according to either; the scores are those of the left one."""
+        return self._combine(other, "union", torch.bitwise_or)
+
+    def __and__(self, other: Selection) -> Selection:
+        """What matters according to both."""
+        return self._combine(other, "intersection", torch.bitwise_and)
+
+    def __sub__(self, other: Selection) -> Selection:
+        """What matters according to this one and not to the other."""
+        return self._combine(other, "difference", lambda mine, theirs: mine & ~theirs)
+
+    def overlap(self, other: Selection) -> float:
+        """Jaccard index of the units to train of two selections; 1 if neither has any."""
+        both, either = len(self & other), len(self | other)
+        return both / either if either else 1.0
+
+    def _combine(self, other: Selection, name: str, operation: Callable[[Tensor, Tensor], Tensor]) -> Selection:
+        if other.fingerprint != self.fingerprint or other.sites != self.sites:
+            raise SelectionError(
+                f"a selection of model {other.fingerprint} and one of {self.fingerprint} cannot be combined; "
+                "make both on one model"
+            )
+        categories = {site: operation(values, other.categories[site]) for site, values in self.categories.items()}
+        source = {"operation": name, "of": [self.source, other.source]}
+        return Selection(self.sites, categories, self.scores, source, self.fingerprint)
+
     def check(self, model: nn.Module) -> None:
         """Raises SelectionError unless this selection was made for the model, and is not empty."""
         fingerprint = model_fingerprint(model)
@@ -102,15 +189,16 @@ class Selection:
             raise SelectionError("the selection holds no unit to train; raise the fraction or lower the threshold")
 
     def summary(self) -> str:
-        """Returns a table: units and selected units of every site, by category."""
+        """Returns a table: units of every site by category, and what is to be trained."""
         width = max((len(site.name) for site in self.sites), default=4)
         lines = [f"{'site':<{width}}  units  {'  '.join(f'{name:>10}' for name in CATEGORIES)}"]
         for site in self.sites:
             counts = torch.bincount(self.categories[site].long(), minlength=len(CATEGORIES)).tolist()
             lines.append(f"{site.name:<{width}}  {site.width:>5}  {'  '.join(f'{n:>10}' for n in counts)}")
-        lines.append(
-            f"{len(self)} of {sum(s.width for s in self.sites)} units to train ({self.fraction:.2%}), {self.hash}"
-        )
+        units = sum(site.width for site in self.sites)
+        lines.append(f"{len(self)} of {units} units to train ({self.fraction:.2%}), {self.hash}")
+        if self.shortfall:
+            lines.append(f"{self.shortfall} units fewer than the budget asked for: there are no more to select")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -154,72 +242,93 @@ class Selection:
 
 def select(
     scores: Scores,
-    fraction: float | None = None,
+    fraction: float | Mapping[str, float] | None = None,
     *,
-    count: int | None = None,
+    count: int | Mapping[str, int] | None = None,
     threshold: float | None = None,
     scope: str = "layer",
+    normalize: str | None = None,
 ) -> Selection:
     """Selects the top of a ranking as conflict units; all others are irrelevant.
 
-    Give one budget; without any, ``fraction=0.05``.
+    Give one budget; without any, ``fraction=0.1``.
 
     Args:
         scores: from ``score``; ties are broken by the lower site and unit.
-        fraction: share of the units, in (0, 1]; at least one unit of every layer (or of the model).
-        count: number of units.
+        fraction: share of the units, in (0, 1]; at least one unit of every pool. A mapping gives each kind of unit
+            its own, such as ``{"mlp": 0.05}``; kinds it does not name get none.
+        count: number of units; also by kind.
         threshold: every unit with a score of at least this.
-        scope: "layer" gives every site the same share or count, "global" ranks all units of the model together.
+        scope: what is ranked together, and gets the budget: "layer" the units of a site, "kind" those of a kind
+            in all layers, "global" all units of the model.
+        normalize: makes scores comparable between sites before they are ranked or held against the threshold:
+            "rank" replaces them by their rank within the site, as a share of its width; "standardize" by their
+            distance from the mean of the site, in standard deviations.
 
     Raises:
         BudgetError: more than one budget, one outside its range, or an unknown scope.
+        UnknownNameError: no such normalization.
         NonFiniteError: a score is NaN, named by its site.
     """
     budget, value = check_budget(fraction, count=count, threshold=threshold, scope=scope)
-    for site, values in scores.items():
-        if torch.isnan(values).any():
-            raise NonFiniteError(f"{site.name} has a score that is not a number; look at its weights and statistics")
-    if budget == "threshold":
-        chosen = {site: values >= value for site, values in scores.items()}
-    elif scope == "layer":
-        chosen = {site: _top(values, _budgeted(budget, value, len(values))) for site, values in scores.items()}
-    else:
-        joined = torch.cat(list(scores.values()))
-        top = _top(joined, _budgeted(budget, value, len(joined)))
-        chosen = dict(zip(scores, torch.split(top, [site.width for site in scores]), strict=True))
+    chosen = _chosen(scores, budget, value, scope, normalize)
     categories = {site: mask.to(torch.int8) * CONFLICT for site, mask in chosen.items()}
-    source = {"criterion": scores.criterion, budget: value, "scope": scope}
+    source = {"criterion": scores.criterion, **_source(budget, value, scope, normalize)}
     return Selection(tuple(scores), categories, scores, source, scores.fingerprint)
 
 
-def check_budget(
-    fraction: float | None, *, count: int | None = None, threshold: float | None = None, scope: str = "layer"
-) -> tuple[str, float]:
-    """Returns the name and value of the one budget given (default a fraction of 0.05). Raises BudgetError."""
-    given = {"fraction": fraction, "count": count, "threshold": threshold}
-    budgets = {name: value for name, value in given.items() if value is not None} or {"fraction": 0.05}
-    if len(budgets) > 1:
-        raise BudgetError(f"give one budget, not {' and '.join(budgets)}")
-    if scope not in SCOPES:
-        raise BudgetError(f"unknown scope {scope!r}; choose one of: {', '.join(SCOPES)}")
-    ((budget, value),) = budgets.items()
-    if budget == "fraction" and not 0.0 < value <= 1.0:
-        raise BudgetError(f"fraction {value} is outside (0, 1]")
-    if budget == "count" and not (value >= 1 and value == int(value)):
-        raise BudgetError(f"count {value} is not a whole number above 0")
-    return budget, value
+def categorize(
+    forget: Scores,
+    retain: Scores,
+    fraction: float | Mapping[str, float] | None = None,
+    *,
+    count: int | Mapping[str, int] | None = None,
+    threshold: float | None = None,
+    scope: str = "layer",
+    normalize: str | None = None,
+) -> Selection:
+    """Gives every unit one of the four categories, from how much it matters to each of two sets.
+
+    A unit matters to a set if it is in the top of the ranking by its importance to that set; the top is set as in
+    ``select``. It is a forget or retain unit if it matters to that set only, a conflict unit if to both, irrelevant
+    if to neither. The score of a unit is its importance to the forget set.
+
+    Args:
+        forget, retain: importances, see ``clue_fast.localization.importances``.
+        fraction, count, threshold, scope, normalize: see ``select``.
+
+    Raises:
+        SelectionError: the two belong to different models.
+        BudgetError, UnknownNameError, NonFiniteError: see ``select``.
+    """
+    if forget.fingerprint != retain.fingerprint or tuple(forget) != tuple(retain):
+        raise SelectionError("the importances to forget and retain data belong to different models")
+    budget, value = check_budget(fraction, count=count, threshold=threshold, scope=scope)
+    to_forget, to_retain = (_chosen(scores, budget, value, scope, normalize) for scores in (forget, retain))
+    categories = {
+        site: to_forget[site].to(torch.int8) * FORGET + to_retain[site].to(torch.int8) * RETAIN for site in forget
+    }
+    source = {"criterion": forget.criterion, "categories": True, **_source(budget, value, scope, normalize)}
+    return Selection(tuple(forget), categories, forget, source, forget.fingerprint)
 
 
-def _budgeted(budget: str, value: float, available: int) -> int:
-    if budget == "fraction":
-        return max(1, round(value * available))
-    if value > available:
-        raise BudgetError(f"count {value} is more than the {available} units there are")
-    return int(value)
+def _chosen(scores: Scores, budget: str, value: Any, scope: str, normalize: str | None) -> dict[Site, Tensor]:
+    """The units within a budget, [width] bool by site."""
+    for site, values in scores.items():
+        if torch.isnan(values).any():
+            raise NonFiniteError(f"{site.path} has a score that is not a number; look at its weights and statistics")
+    if normalize is not None and normalize not in NORMALIZATIONS:
+        raise UnknownNameError("normalization", normalize, NORMALIZATIONS)
+    comparable = {site: NORMALIZATIONS[normalize](v) if normalize else v for site, v in scores.items()}
+    if budget == "threshold":
+        return {site: values >= value for site, values in comparable.items()}
+    chosen: dict[Site, Tensor] = {}
+    for sites, number in pools(tuple(scores), budget, value, scope):
+        best = top(torch.cat([comparable[site] for site in sites]), number)
+        chosen |= zip(sites, torch.split(best, [site.width for site in sites]), strict=True)
+    return {site: chosen[site] for site in scores}
 
 
-def _top(values: Tensor, count: int) -> Tensor:
-    order = torch.sort(values, descending=True, stable=True).indices
-    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    mask[order[:count]] = True
-    return mask
+def _source(budget: str, value: Any, scope: str, normalize: str | None) -> dict[str, Any]:
+    source = {budget: dict(value) if isinstance(value, Mapping) else value, "scope": scope}
+    return source if normalize is None else {**source, "normalize": normalize}

@@ -57,6 +57,9 @@ class Statistics:
         values: [groups, 5, units] float64, the sums of ``ops.FIELDS``.
         gradient_values: [groups, 3, units] float64, the sums of ``ops.GRADIENT_FIELDS``, or None.
         count: [groups, sites] int64, tokens counted.
+        record_sums: further sums over the records of a group, by name, each [groups, units] float64; some criteria
+            need them, see ``clue_fast.localization``.
+        records: [groups] int64, records counted into them.
         nonfinite: [groups, sites] int64, tokens left out because an activation was not finite, where asked for.
         skipped: [] int64, batches left out for that reason, where asked for.
         offsets: [sites + 1] int64, the range of units of each site.
@@ -79,6 +82,8 @@ class Statistics:
         self.values = torch.zeros(len(self.groups), len(FIELDS), units, dtype=torch.float64, device=device)
         self.gradient_values: Tensor | None = None
         self.count = torch.zeros(len(self.groups), len(self.sites), dtype=torch.int64, device=device)
+        self.record_sums: dict[str, Tensor] = {}
+        self.records = torch.zeros(len(self.groups), dtype=torch.int64, device=device)
         self.nonfinite = torch.zeros_like(self.count)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._numbers = {site: number for number, site in enumerate(self.sites)}
@@ -91,6 +96,8 @@ class Statistics:
             self.groups.append(name)
             self.values = _with_row(self.values)
             self.count, self.nonfinite = _with_row(self.count), _with_row(self.nonfinite)
+            self.records = _with_row(self.records)
+            self.record_sums = {key: _with_row(sums) for key, sums in self.record_sums.items()}
             if self.gradient_values is not None:
                 self.gradient_values = _with_row(self.gradient_values)
         return self.groups.index(name) + 1
@@ -100,6 +107,12 @@ class Statistics:
         if self.gradient_values is None:
             groups, _, units = self.values.shape
             self.gradient_values = self.values.new_zeros(groups, len(GRADIENT_FIELDS), units)
+
+    def allocate_record_sums(self, *names: str) -> None:
+        """Makes room for sums over records, [groups, units] each."""
+        groups, _, units = self.values.shape
+        for name in names:
+            self.record_sums.setdefault(name, self.values.new_zeros(groups, units))
 
     def number(self, site: Site) -> int:
         """Returns the place of a site among the sites. Raises PatchError if it is none of them."""
@@ -115,7 +128,7 @@ class Statistics:
     def tensors(self) -> list[Tensor]:
         """Returns everything that recording adds to."""
         gradients = [] if self.gradient_values is None else [self.gradient_values]
-        return [self.values, self.count, self.nonfinite, *gradients]
+        return [self.values, self.count, self.nonfinite, self.records, *self.record_sums.values(), *gradients]
 
     def of(self, site: Site, group: str) -> UnitStatistics:
         """Returns the statistics of one site and group.
@@ -133,6 +146,8 @@ class Statistics:
         self.check_finite()
         total, square, magnitude, maximum, active = self.values[row, :, units]
         mean = total / count
+        # The squares of single tokens were rounded to float32, so that of one token alone is not that of its mean.
+        variance = (square / count - mean.square()).clamp_min(0.0) if count > 1 else torch.zeros_like(mean)
         gradients = (
             {}
             if self.gradient_values is None
@@ -147,7 +162,7 @@ class Statistics:
         return UnitStatistics(
             count=count,
             mean=mean,
-            variance=(square / count - mean.square()).clamp_min(0.0),
+            variance=variance,
             abs_mean=magnitude / count,
             max_abs=maximum.clone(),
             active_fraction=active / count,
@@ -159,6 +174,8 @@ class Statistics:
         sums = self.values.sum(dim=(0, 1))
         if self.gradient_values is not None:
             sums = sums + self.gradient_values.sum(dim=(0, 1))
+        for record_sums in self.record_sums.values():
+            sums = sums + record_sums.sum(dim=0)
         if bool(torch.isfinite(sums).all()):
             return
         bad = [site.name for site in self.sites if not bool(torch.isfinite(sums[self.units(site)]).all())]
@@ -196,6 +213,7 @@ class Statistics:
             )
         if other.gradient_values is not None:
             self.allocate_gradients()
+        self.allocate_record_sums(*other.record_sums)
         rows = [self.group_index(name) - 1 for name in other.groups]
         for row, values in zip(rows, other.values.to(self.values.device), strict=True):
             maximum = torch.maximum(self.values[row, _MAXIMUM], values[_MAXIMUM])
@@ -204,6 +222,9 @@ class Statistics:
         self.count[rows] += other.count.to(self.count)
         self.nonfinite[rows] += other.nonfinite.to(self.count)
         self.skipped += other.skipped.to(self.count)
+        self.records[rows] += other.records.to(self.count)
+        for name, sums in other.record_sums.items():
+            self.record_sums[name][rows] += sums.to(self.values)
         if other.gradient_values is not None and self.gradient_values is not None:
             self.gradient_values[rows] += other.gradient_values.to(self.gradient_values)
 
@@ -219,7 +240,7 @@ class Statistics:
             SelectionError: the ranks hold statistics of different models or groups; on every rank.
         """
         mine = {"fingerprint": self.fingerprint, "groups": self.groups, "sites": len(self.sites)}
-        mine["gradients"] = self.gradient_values is not None
+        mine |= {"gradients": self.gradient_values is not None, "record_sums": sorted(self.record_sums)}
         ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(ranks, mine, group=group)
         for rank, theirs in enumerate(ranks):
@@ -237,6 +258,7 @@ class Statistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the accumulators to a safetensors file, atomically."""
         tensors = {"values": self.values, "count": self.count, "nonfinite": self.nonfinite, "skipped": self.skipped}
+        tensors |= {"records": self.records} | {f"record_sums.{name}": s for name, s in self.record_sums.items()}
         if self.gradient_values is not None:
             tensors["gradient_values"] = self.gradient_values
         header = {
@@ -260,10 +282,12 @@ class Statistics:
             if "gradient_values" in tensors:
                 statistics.allocate_gradients()
                 statistics.gradient_values = tensors["gradient_values"]
-            for name in ("values", "count", "nonfinite", "skipped"):
+            for name in ("values", "count", "nonfinite", "skipped", "records"):
                 if tensors[name].shape != getattr(statistics, name).shape:
                     raise FileFormatError(f"{path} has {name} of another shape than its header says; make it again")
                 setattr(statistics, name, tensors[name])
+            prefix = "record_sums."
+            statistics.record_sums = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"{path} holds no complete statistics (missing {error}); make it again") from error
         return statistics

@@ -47,7 +47,10 @@ def reciprocal(x):
 def widened(x):
     """Converts x to fp32, exactly."""
     if _INTERPRETED:
-        return x.to(tl.float32)
+        if x.dtype == tl.bfloat16:  # the interpreter's own conversion is wrong for subnormal numbers
+            return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        else:
+            return x.to(tl.float32)
     elif cuda_capability_geq(8) and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2

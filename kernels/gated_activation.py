@@ -115,13 +115,14 @@ def gated_activation_fwd_pass(
     """One walk over the tokens of a run: sums the groups first .. first + SETS - 1, writes h if first == low."""
     one = no_sums(5, ROWS, CHANNELS)
     two = no_sums(5, ROWS, CHANNELS)
+    written = tl.where(first == low, stop, start)
     for at in range(start, stop, DEPTH * ROWS):
         token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
         member = tile_group(group, at, stop, DEPTH, ROWS)
         g = load_tile(gate, gate_stride, token, column, mask)
         u = load_tile(up, up_stride, token, column, mask)
         h = rounded(activate(g, ACTIVATION) * u, out.dtype.element_ty)
-        store_tile(out, out_stride, token, column, mask & (first == low), h)
+        store_tile(out, out_stride, token, column, mask & (token < written), h)
         a = widened(h)
         one = add_activations(one, a, member == first)
         if SETS == 2:
@@ -200,6 +201,7 @@ def gated_activation_bwd_pass(
     """One walk over the tokens of a run: sums h * grad of SETS groups, writes both gradients if first == low."""
     one = no_sums(3, ROWS, CHANNELS)
     two = no_sums(3, ROWS, CHANNELS)
+    written = tl.where(first == low, stop, start)
     for at in range(start, stop, DEPTH * ROWS):
         token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
         member = tile_group(group, at, stop, DEPTH, ROWS)
@@ -209,8 +211,8 @@ def gated_activation_bwd_pass(
         activation, slope = activate_with_slope(g, ACTIVATION)
         d_gate = rounded(d * u * slope, grad_gate.dtype.element_ty)
         d_up = rounded(d * activation, grad_up.dtype.element_ty)
-        store_tile(grad_gate, grad_gate_stride, token, column, mask & (first == low), d_gate)
-        store_tile(grad_up, grad_up_stride, token, column, mask & (first == low), d_up)
+        store_tile(grad_gate, grad_gate_stride, token, column, mask & (token < written), d_gate)
+        store_tile(grad_up, grad_up_stride, token, column, mask & (token < written), d_up)
         p = widened(rounded(activation * u, gate.dtype.element_ty)) * d
         one = add_products(one, p, member == first)
         if SETS == 2:

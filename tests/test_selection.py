@@ -10,13 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, OutputError, SelectionError
-from clue_fast.selection import CONFLICT, FORGET, IRRELEVANT, RETAIN, Scores, Selection, select
+from clue_fast.errors import (
+    BudgetError,
+    FileFormatError,
+    NonFiniteError,
+    OutputError,
+    SelectionError,
+    UnknownNameError,
+)
+from clue_fast.selection import CONFLICT, FORGET, IRRELEVANT, RETAIN, Scores, Selection, categorize, select
 from clue_fast.sites import Part, Site
+from clue_fast.training.parts import plan
 
 
-def make_site(layer: int, width: int) -> Site:
-    return Site(f"model.layers.{layer}.mlp", "mlp", width, layer)
+def make_site(layer: int, width: int, kind: str = "mlp") -> Site:
+    return Site(f"model.layers.{layer}.{kind}", kind, width, layer)
 
 
 def make_scores(*rows: list[float]) -> Scores:
@@ -91,7 +99,111 @@ def test_the_hash_depends_on_the_categories() -> None:
     assert select(SCORES, 0.5).hash != select(SCORES, 0.25).hash
 
 
+def test_a_budget_by_kind_ranks_each_kind_on_its_own() -> None:
+    sites = [make_site(0, 4), make_site(0, 2, "head"), make_site(1, 4), make_site(1, 2, "head")]
+    rows = [[4.0, 3.0, 2.0, 1.0], [90.0, 80.0], [8.0, 7.0, 6.0, 5.0], [70.0, 60.0]]
+    scores = Scores(dict(zip(sites, map(torch.tensor, rows), strict=True)), "difference", "f" * 16)
+    assert chosen(select(scores, 0.5, scope="kind")) == [[], [0, 1], [0, 1, 2, 3], []]
+    assert chosen(select(scores, {"mlp": 0.25, "head": 0.75}, scope="kind")) == [[], [0, 1], [0, 1], [0]]
+    assert chosen(select(scores, count={"head": 1})) == [[], [0], [], [0]]
+
+
+def test_scores_of_layers_of_another_scale_are_made_comparable() -> None:
+    scores = make_scores([1.0, 2.0, 3.0, 10.0], [700.0, 800.0, 900.0, 1000.0])
+    assert chosen(select(scores, count=2, scope="global")) == [[], [2, 3]]
+    assert chosen(select(scores, count=2, scope="global", normalize="rank")) == [[3], [3]]
+    assert chosen(select(scores, count=1, scope="global", normalize="standardize")) == [[3], []]
+    assert chosen(select(scores, threshold=0.75, normalize="rank")) == [[2, 3], [2, 3]]
+
+
+@given(rows=st.lists(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=20), min_size=1, max_size=3))
+def test_normalization_keeps_the_order_within_a_site(rows: list[list[float]]) -> None:
+    scores = make_scores(*rows)
+    plain = select(scores, 0.3)
+    assert select(scores, 0.3, normalize="rank").hash == plain.hash
+
+
+def test_four_categories_from_two_importances() -> None:
+    forget = make_scores([0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.8, 0.9])
+    retain = make_scores([0.9, 0.1, 0.8, 0.2], [0.1, 0.2, 0.9, 0.8])
+    selection = categorize(forget, retain, 0.5)
+    first, second = (selection.categories[site].tolist() for site in selection.sites)
+    assert first == [CONFLICT, FORGET, RETAIN, IRRELEVANT]
+    assert second == [IRRELEVANT, IRRELEVANT, CONFLICT, CONFLICT]
+    assert chosen(selection.restrict("forget")) == [[1], []]
+    assert chosen(selection.restrict("conflict")) == [[0], [2, 3]]
+    kept = selection.restrict("retain")
+    assert len(kept) == 0
+    assert kept.categories[kept.sites[0]].tolist() == [IRRELEVANT, IRRELEVANT, RETAIN, IRRELEVANT]
+
+
+def test_a_budget_beyond_a_category_is_reported_and_not_filled(caplog: pytest.LogCaptureFixture) -> None:
+    forget = make_scores([0.9, 0.8, 0.1, 0.2], [0.1, 0.2, 0.8, 0.9])
+    retain = make_scores([0.9, 0.1, 0.8, 0.2], [0.1, 0.2, 0.9, 0.8])
+    selection = categorize(forget, retain, 0.5)
+    assert chosen(selection.limit(0.25)) == [[0], [3]]
+    assert selection.limit(0.25).shortfall == 0
+    limited = selection.restrict("forget").limit(0.5)
+    assert chosen(limited) == [[1], []]
+    assert limited.shortfall == 3
+    assert "3 units more than are forget or conflict" in caplog.text
+    assert "3 units fewer than the budget" in limited.summary()
+    assert chosen(selection.limit(count=3, scope="global")) == [[0, 1], [3]]
+
+
+def test_limits_keep_retain_units_as_they_are() -> None:
+    forget, retain = make_scores([0.9, 0.8, 0.1, 0.2]), make_scores([0.1, 0.2, 0.9, 0.8])
+    limited = categorize(forget, retain, 0.5).limit(0.25)
+    assert limited.categories[limited.sites[0]].tolist() == [FORGET, IRRELEVANT, RETAIN, RETAIN]
+
+
+@given(
+    left=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    right=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+)
+def test_set_operations_are_those_of_the_units_to_train(left: list[int], right: list[int]) -> None:
+    width = min(len(left), len(right))
+    site = make_site(0, width)
+
+    def made(categories: list[int]) -> Selection:
+        return Selection([site], {site: torch.tensor(categories[:width])}, {site: torch.zeros(width)}, {}, "f")
+
+    a, b = made(left), made(right)
+    first, second = (set(each.units(site).tolist()) for each in (a, b))
+    assert set((a | b).units(site).tolist()) == first | second
+    assert set((a & b).units(site).tolist()) == first & second
+    assert set((a - b).units(site).tolist()) == first - second
+    assert a.overlap(b) == (len(first & second) / len(first | second) if first | second else 1.0)
+    retained = {unit for unit in range(width) if left[unit] & RETAIN and right[unit] & RETAIN}
+    assert {u for u in range(width) if int((a & b).categories[site][u]) & RETAIN} == retained
+
+
+def test_the_summary_counts_every_category() -> None:
+    forget, retain = make_scores([0.9, 0.8, 0.1, 0.2]), make_scores([0.9, 0.1, 0.8, 0.2])
+    row = categorize(forget, retain, 0.5).summary().splitlines()[1].split()
+    assert row == ["model.layers.0.mlp", "4", "1", "1", "1", "1"]
+
+
 class TestBadInput:
+    def test_a_budget_of_no_kind_there_is(self) -> None:
+        with pytest.raises(BudgetError, match=r"'expert'; the model has: mlp"):
+            select(SCORES, {"expert": 0.1})
+        with pytest.raises(BudgetError, match="by kind"):
+            select(SCORES, {"mlp": 0.1}, scope="global")
+
+    def test_unknown_names(self) -> None:
+        with pytest.raises(UnknownNameError, match="astrology"):
+            select(SCORES, 0.1, normalize="astrology")
+        with pytest.raises(UnknownNameError, match="lost"):
+            select(SCORES, 0.1).restrict("lost")
+
+    def test_importances_and_selections_of_two_models(self) -> None:
+        other = Scores(dict(SCORES), "difference", "e" * 16)
+        with pytest.raises(SelectionError, match="different models"):
+            categorize(SCORES, other)
+        with pytest.raises(SelectionError, match="cannot be combined"):
+            _ = select(SCORES) | select(other)
+
     @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
     def test_fraction(self, fraction: float) -> None:
         with pytest.raises(BudgetError, match="outside"):
@@ -180,7 +292,8 @@ def test_parts_of_stacked_and_interleaved_parameters_are_kept_apart(tmp_path: Pa
         heads: torch.tensor([0, CONFLICT, CONFLICT, 0]),
     }
     selection = Selection(sites, categories, {site: torch.zeros(site.width) for site in sites}, {}, "f")
-    assert {key: index.tolist() for key, index in selection.slices().items()} == {
+    slices = {(s.part.parameter, s.part.dim, s.part.lead): s.index.tolist() for s in plan(selection)}
+    assert slices == {
         ("experts.gate_up", 1, 0): [2, 3],
         ("experts.down", 0, 0): [1],
         ("experts.gate_up", 1, 1): [0, 1, 4, 5],

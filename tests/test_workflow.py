@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -127,13 +125,6 @@ def test_commands_work_on_each_others_files(folder: Path, tmp_path: Path, capsys
     assert json.loads((tmp_path / "figures.json").read_text())["reference"]["forget"]["answered"] == 1.0
 
 
-def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    for word in ("reference", "cpp", "triton", "cuda", "sparse_adamw", "torch"):
-        assert word in printed
-
-
 class TestBadInput:
     """Each ends with exit code 2 and one line that names the thing; nothing half-written stays behind."""
 
@@ -218,34 +209,25 @@ class TestBadInput:
             clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "out")
 
 
-def test_a_failure_in_training_leaves_a_plain_model_and_no_folder(
+def test_a_failure_in_training_leaves_the_model_as_it_was_and_no_folder(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from clue_fast.training.trainer import UnlearnTrainer
 
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = []
 
-    monkeypatch.setattr(UnlearnTrainer, "training_step", fail)
+    def fail_in_the_third(self: UnlearnTrainer, *arguments: object, **named: object) -> torch.Tensor:
+        steps.append(model.model.layers[0].mlp.gate_proj.weight.clone())
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return super(UnlearnTrainer, self).training_step(*arguments, **named)
+
+    monkeypatch.setattr(UnlearnTrainer, "training_step", fail_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
+    assert not torch.equal(steps[0], steps[2])
     assert type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.slow
-def test_the_checkpoint_loads_without_clue_fast(folder: Path, tmp_path: Path) -> None:
-    assert main(unlearn_arguments(folder, tmp_path / "out")) == 0
-    tokens = torch.arange(40).reshape(2, 20)
-    expected = LlamaForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
-    torch.save(expected, tmp_path / "logits.pt")
-    script = (
-        "import sys, torch; sys.modules['clue_fast'] = None\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})\n"
-        f"AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r})\n"
-        f"expected = torch.load({str(tmp_path / 'logits.pt')!r}, weights_only=True)\n"
-        "assert torch.equal(model(torch.arange(40).reshape(2, 20)).logits, expected)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)

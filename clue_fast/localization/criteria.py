@@ -1,19 +1,74 @@
-"""Criteria: formulas from the statistics of a unit to one score. The higher, the sooner the unit is selected.
+"""Criteria: formulas from what was measured of a unit to one score. The higher, the sooner the unit is selected.
 
-All of them compare two groups, ``forget`` and ``retain``. E is the mean over the tokens of a group, a the activation
-of the unit, p = a·∂f/∂a its first-order effect on f.
+A criterion is a function of ``Measured`` with its formula and source in the docstring; ``criterion`` registers it,
+and ``formulas`` holds those of the field. A criterion of one's own::
+
+    from clue_fast.localization import criterion
+
+    @criterion(needs="activations", importance=lambda units: units.max_abs)
+    def peak(measured):
+        '''max_forget|a| - max_retain|a|
+
+        Source: mine.
+        '''
+        return measured.forget.max_abs - measured.retain.max_abs
+
+    clue_fast.localize(model, forget, retain, tokenizer=tokenizer, criterion="peak")
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from clue_fast import ops
-from clue_fast.errors import PatchError, UnknownNameError
+from clue_fast.errors import PatchError, SelectionError, UnknownNameError
+from clue_fast.localization.units import Units
 from clue_fast.selection import Scores
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
+
+PASSES = {
+    "nothing": (0, 0),
+    "activations": (1, 0),
+    "weight_inputs": (1, 0),
+    "gradients": (1, 1),
+    "weight_gradients": (1, 1),
+    "integrated_gradients": (1, 1),
+}
+"""What a criterion can need, and the forward and backward passes over each data set that it costs; for
+``integrated_gradients`` that many for each step and layer."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a criterion is a function of.
+
+    Attributes:
+        statistics: of all units, on forget and retain data.
+        seed: of what is random.
+        backend: of operators, or None for the best.
+    """
+
+    statistics: Statistics
+    seed: int = 0
+    backend: str | None = None
+
+    @property
+    def forget(self) -> Units:
+        """All units on the forget data."""
+        return Units(self.statistics, "forget")
+
+    @property
+    def retain(self) -> Units:
+        """All units on the retain data."""
+        return Units(self.statistics, "retain")
+
+
+Formula = Callable[[Measured], Tensor]
+Importance = Callable[[Units], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,54 +77,71 @@ class Criterion:
 
     Attributes:
         name: as given to ``score`` and ``localize``.
-        formula: in the notation of this module.
-        source: paper.
-        activations: whether it needs recorded activations at all.
-        gradients: whether it needs a·∂f/∂a.
+        function: from what was measured to one score a unit, [units].
+        needs: what has to be measured, a key of ``PASSES``.
+        target: what is differentiated unless another is asked for, a key of ``targets.TARGETS``, or None.
+        importance: from what was measured on one set to how much each unit matters to it, [units], or None where
+            the criterion only compares; the four categories come from two of them.
     """
 
     name: str
-    formula: str
-    source: str
-    activations: bool = True
-    gradients: bool = False
+    function: Formula
+    needs: str
+    target: str | None = None
+    importance: Importance | None = None
+
+    @property
+    def formula(self) -> str:
+        """The first paragraph of the docstring."""
+        return " ".join(inspect.getdoc(self.function).split("\n\n")[0].split())  # type: ignore[union-attr]
+
+    @property
+    def source(self) -> str:
+        """What the docstring gives as source."""
+        return " ".join(inspect.getdoc(self.function).partition("Source:")[2].split())  # type: ignore[union-attr]
 
 
-CRITERIA = {
-    criterion.name: criterion
-    for criterion in (
-        Criterion(
-            "difference",
-            "|E_forget[a] - E_retain[a]| / sqrt((Var_forget[a] + Var_retain[a]) / 2)",
-            "standardized mean difference, Cohen 1988; conflict of CLUE, arXiv 2509.20977",
-        ),
-        Criterion(
-            "ratio",
-            "E_forget|a| / (E_retain|a| + 0.01)",
-            "Pochinkov & Schoots 2024, arXiv 2403.01267",
-        ),
-        Criterion(
-            "attribution",
-            "E_forget|p| - E_retain|p|, f the log-odds of the answer token",
-            "first-order Taylor importance, Molchanov et al. 2017, arXiv 1611.06440",
-            gradients=True,
-        ),
-        Criterion("random", "uniform in [0, 1), from the seed", "null control", activations=False),
-    )
-}
+CRITERIA: dict[str, Criterion] = {}
+"""All registered criteria by name."""
 
 
-def get_criterion(name: str) -> Criterion:
-    """Returns a criterion by its name. Raises UnknownNameError."""
+def criterion(
+    *, needs: str, target: str | None = None, importance: Importance | None = None
+) -> Callable[[Formula], Formula]:
+    """Registers a function as the criterion of its name; see the module for an example.
+
+    Args:
+        needs: what has to be measured, a key of ``PASSES``.
+        target: what is differentiated, if anything is, a key of ``targets.TARGETS``.
+        importance: see ``Criterion``.
+
+    Raises:
+        UnknownNameError: needs is no key of ``PASSES``.
+        ValueError: the docstring lacks a formula or a line "Source:".
+    """
+    if needs not in PASSES:
+        raise UnknownNameError("measurement", needs, PASSES)
+
+    def register(function: Formula) -> Formula:
+        if "Source:" not in (inspect.getdoc(function) or ""):
+            raise ValueError(f"criterion {function.__name__}: its docstring needs the formula and a line 'Source: ...'")
+        CRITERIA[function.__name__] = Criterion(function.__name__, function, needs, target, importance)
+        return function
+
+    return register
+
+
+def get_criterion(name: str, choices: Iterable[str] = CRITERIA) -> Criterion:
+    """Returns a criterion by its name. Raises UnknownNameError, which names the choices there are."""
     if name not in CRITERIA:
-        raise UnknownNameError("criterion", name, CRITERIA)
+        raise UnknownNameError("criterion", name, choices)
     return CRITERIA[name]
 
 
 def score(
     statistics: Statistics, criterion: str = "difference", *, seed: int = 0, backend: str | None = None
 ) -> Scores:
-    """Scores every unit of every site, in one launch.
+    """Scores every unit of every site.
 
     Args:
         statistics: with the groups ``forget`` and ``retain`` (not needed by ``random``).
@@ -82,33 +154,52 @@ def score(
 
     Raises:
         UnknownNameError: no such criterion.
-        PatchError: a group was not recorded, or without the gradients that the criterion needs.
+        PatchError: a group was not recorded, or without what the criterion needs.
         NonFiniteError: the statistics hold NaN or infinity.
     """
     chosen = get_criterion(criterion)
-    if chosen.activations:
+    if chosen.needs != "nothing":
         _require(statistics, chosen)
-        values = ops.conflict_score(
-            statistics.values,
-            statistics.count,
-            statistics.offsets.to(statistics.values.device),
-            criterion,
-            gradient_statistics=statistics.gradient_values if chosen.gradients else None,
-            backend=backend,
+    values = chosen.function(Measured(statistics, seed, backend))
+    return _scores(statistics, values, criterion)
+
+
+def importances(statistics: Statistics, criterion: str = "attribution") -> tuple[Scores, Scores]:
+    """How much every unit matters to the forget and to the retain data, from which ``categorize`` makes categories.
+
+    Raises:
+        SelectionError: the criterion only compares the two sets.
+        UnknownNameError, PatchError, NonFiniteError: see ``score``.
+    """
+    chosen = get_criterion(criterion)
+    if chosen.importance is None:
+        having = ", ".join(sorted(name for name, other in CRITERIA.items() if other.importance is not None))
+        raise SelectionError(
+            f"criterion {criterion!r} compares both sets and gives no importance to either, so it has no categories; "
+            f"choose one of: {having}"
         )
-    else:
-        units = int(statistics.offsets[-1])
-        values = torch.rand(units, generator=torch.Generator().manual_seed(seed)).to(statistics.values.device)
-    split = torch.split(values, [site.width for site in statistics.sites])
+    _require(statistics, chosen)
+    forget, retain = (_scores(statistics, chosen.importance(Units(statistics, g)), criterion) for g in DEFAULT_GROUPS)
+    return forget, retain
+
+
+def _scores(statistics: Statistics, values: Tensor, criterion: str) -> Scores:
+    units = int(statistics.offsets[-1])
+    if values.shape != (units,):
+        raise SelectionError(f"criterion {criterion!r} gave scores of shape {list(values.shape)} for {units} units")
+    split = torch.split(values.float(), [site.width for site in statistics.sites])
     return Scores(dict(zip(statistics.sites, split, strict=True)), criterion, statistics.fingerprint)
 
 
 def _require(statistics: Statistics, criterion: Criterion) -> None:
+    by_tokens = criterion.needs in ("activations", "gradients")
     for row, name in enumerate(DEFAULT_GROUPS):
-        if statistics.groups[row] != name or int(statistics.count[row].min()) == 0:
+        counted = statistics.count[row].min() if by_tokens else statistics.records[row]
+        if statistics.groups[row] != name or int(counted) == 0:
+            what = "token" if by_tokens else "record"
             raise PatchError(
-                f"criterion {criterion.name!r} compares forget and retain, and no {name} token was recorded"
+                f"criterion {criterion.name!r} compares forget and retain, and no {name} {what} was recorded for it"
             )
-    if criterion.gradients and statistics.gradient_values is None:
+    if criterion.needs == "gradients" and statistics.gradient_values is None:
         raise PatchError(f"criterion {criterion.name!r} needs gradients; record with gradients=True and run backward")
     statistics.check_finite()

@@ -1,87 +1,30 @@
-"""localize: from a model, forget data and retain data to a selection."""
+"""Passes over forget and retain data that measure what a criterion needs."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clue_fast.data import Collator, check_disjoint, encode, load_records, padding_token
-from clue_fast.localization.criteria import get_criterion, score
+from clue_fast.data import IGNORED_LABEL, Collator, Example, check_disjoint, encode, load_records, padding_token
+from clue_fast.localization.criteria import get_criterion
+from clue_fast.localization.integrated_gradients import IntegratedGradients
+from clue_fast.localization.targets import answer_target, check_target, record_target
+from clue_fast.localization.weight_gradients import WeightGradientRecorder
+from clue_fast.localization.weight_inputs import WeightInputRecorder
 from clue_fast.patching import Patched, patch
-from clue_fast.selection import Selection, check_budget, select
 from clue_fast.sites import find_sites, model_fingerprint
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 TOKENS_PER_BATCH = 4096
-
-
-def localize(
-    model: PreTrainedModel,
-    forget: Any,
-    retain: Any,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    criterion: str = "difference",
-    fraction: float | None = None,
-    count: int | None = None,
-    threshold: float | None = None,
-    scope: str = "layer",
-    seed: int = 0,
-    max_length: int = 512,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    backend: str | None = None,
-    progress: bool = True,
-) -> Selection:
-    """Selects the units in which forget and retain data conflict.
-
-    Args:
-        model: a causal language model with sites, see ``find_sites``. It comes back as it was.
-        forget, retain: data sets, see ``clue_fast.data.load_records``.
-        tokenizer: of the model.
-        criterion: a key of ``CRITERIA``.
-        fraction, count, threshold, scope: the budget, see ``select``; default the top 5 % of every layer.
-        seed: of the criterion ``random``.
-        max_length, tokens_per_batch, backend, progress: see ``measure``.
-
-    Raises:
-        DataError: a data set is empty, unreadable, or both share records.
-        UnknownNameError: no such criterion.
-        BudgetError: the budget is out of range.
-        SiteError: the model has no sites.
-        NonFiniteError: weights or activations are NaN or infinite.
-    """
-    started = time.perf_counter()
-    check_budget(fraction, count=count, threshold=threshold, scope=scope)
-    statistics = measure(
-        model,
-        forget,
-        retain,
-        tokenizer=tokenizer,
-        criterion=criterion,
-        max_length=max_length,
-        tokens_per_batch=tokens_per_batch,
-        backend=backend,
-        progress=progress,
-    )
-    scores = score(statistics, criterion, seed=seed, backend=backend)
-    selection = select(scores, fraction, count=count, threshold=threshold, scope=scope)
-    selection.source["seed"] = seed
-    units = sum(site.width for site in selection.sites)
-    seconds = time.perf_counter() - started
-    logger.info("localize: %d of %d units by %s in %.1f s", len(selection), units, criterion, seconds)
-    return selection
 
 
 def measure(
@@ -91,6 +34,7 @@ def measure(
     *,
     tokenizer: PreTrainedTokenizerBase,
     criterion: str = "difference",
+    target: str | None = None,
     max_length: int = 512,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     backend: str | None = None,
@@ -100,7 +44,8 @@ def measure(
 
     Args:
         model, forget, retain, tokenizer: see ``localize``.
-        criterion: a key of ``CRITERIA``; ``random`` records nothing, ``attribution`` also runs backward.
+        criterion: a key of ``CRITERIA``; what it needs, and what that costs, is in ``criteria.PASSES``.
+        target: what is differentiated, a key of ``targets.TARGETS``; default is the criterion's own.
         max_length: longer records are cut, in tokens.
         tokens_per_batch: most tokens in one forward pass, padding included.
         backend: forces a backend.
@@ -109,26 +54,46 @@ def measure(
     chosen = get_criterion(criterion)
     forget_records, retain_records = load_records(forget, "forget"), load_records(retain, "retain")
     check_disjoint(forget_records, retain_records)
-    if not chosen.activations:
+    if chosen.needs == "nothing":
         return Statistics(find_sites(model), model_fingerprint(model))
     data = [encode(records, tokenizer, max_length) for records in (forget_records, retain_records)]
-    with patch(model, backend=backend) as patched:
-        return record_groups(
-            patched,
-            data,
-            pad_token_id=padding_token(tokenizer),
-            gradients=chosen.gradients,
-            tokens_per_batch=tokens_per_batch,
-            progress=progress,
-        )
+    batches = Batches(data, padding_token(tokenizer), tokens_per_batch, progress)
+    return measure_batches(model, batches, criterion, target=target, backend=backend)
+
+
+def measure_batches(
+    model: nn.Module, batches: Batches, criterion: str, *, target: str | None = None, backend: str | None = None
+) -> Statistics:
+    """Records the statistics that a criterion needs, of records that are encoded already.
+
+    Args:
+        model: with sites, see ``find_sites``.
+        batches: of group 1, forget, and group 2, retain.
+        criterion, target, backend: see ``measure``.
+    """
+    chosen = get_criterion(criterion)
+    statistics = Statistics(find_sites(model), model_fingerprint(model), device=_device(model))
+    differentiated = check_target(target or chosen.target or "log_odds")
+    if chosen.needs == "weight_inputs":
+        _record_weight_inputs(model, statistics, batches)
+    elif chosen.needs == "weight_gradients":
+        _record_weight_gradients(model, statistics, batches, differentiated)
+    elif chosen.needs == "integrated_gradients":
+        _record_integrated_gradients(model, statistics, batches, differentiated)
+    elif chosen.needs in ("activations", "gradients"):
+        with patch(model, backend=backend) as patched:
+            return _record_activations(patched, batches, differentiated if chosen.needs == "gradients" else None)
+    statistics.check_finite()
+    return statistics
 
 
 def record_groups(
     patched: Patched,
-    data: Sequence[Sequence[dict[str, list[int]]]],
+    data: Sequence[Sequence[Example]],
     *,
     pad_token_id: int,
     gradients: bool = False,
+    target: str = "log_odds",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> Statistics:
@@ -141,69 +106,118 @@ def record_groups(
         patched: a patched causal language model.
         data: encoded records of group 1 (forget), group 2 (retain) and so on, see ``clue_fast.data.encode``.
         pad_token_id: fills up shorter records of a batch.
-        gradients: also record a·∂f/∂a, f the sum of the log-odds of the answer tokens.
+        gradients: also record a·∂f/∂a, f the sum of the target of the answer tokens.
+        target: a key of ``targets.TARGETS``.
         tokens_per_batch: most tokens in one forward pass, padding included.
         progress: show a progress bar.
     """
-    items = sorted(
-        ((record, group) for group, records in enumerate(data, start=1) for record in records),
-        key=lambda item: len(item[0]["input_ids"]),
-        reverse=True,
-    )
+    batches = Batches(data, pad_token_id, tokens_per_batch, progress)
+    return _record_activations(patched, batches, check_target(target) if gradients else None)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Encoded records of several groups, sorted by length, in padded batches.
+
+    Attributes:
+        data: encoded records of group 1, 2 and so on.
+        pad_token_id: fills up shorter records.
+        tokens_per_batch: most tokens in a batch, padding included.
+        progress: show a progress bar.
+    """
+
+    data: Sequence[Sequence[Example]]
+    pad_token_id: int
+    tokens_per_batch: int
+    progress: bool
+
+    def on(self, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yields batches, and the group of each of their records, int64."""
+        items = sorted(
+            ((record, group) for group, records in enumerate(self.data, start=1) for record in records),
+            key=lambda item: len(item[0]["input_ids"]),
+            reverse=True,
+        )
+        collate = Collator(self.pad_token_id)
+        start = 0
+        with tqdm(total=len(items), desc="localize", unit="record", disable=not self.progress) as bar:
+            while start < len(items):
+                size = max(1, self.tokens_per_batch // len(items[start][0]["input_ids"]))
+                chosen = items[start : start + size]
+                batch = collate([record for record, _ in chosen])
+                groups = torch.tensor([group for _, group in chosen], device=device)
+                yield {name: tensor.to(device) for name, tensor in batch.items()}, groups
+                bar.update(len(chosen))
+                start += size
+
+
+def _record_activations(patched: Patched, batches: Batches, target: str | None) -> Statistics:
+    """Statistics of activations at the answer tokens, and of a·∂f/∂a with a target."""
     model = patched.model
-    device = next(model.parameters()).device
-    collate = Collator(pad_token_id)
-    bar = tqdm(total=len(items), desc="localize", unit="record", disable=not progress)
-    with _inference(model), bar, patched.record(DEFAULT_GROUPS[0], gradients=gradients):
-        for batch_items in _batches(items, tokens_per_batch):
-            batch = {name: tensor.to(device) for name, tensor in collate([record for record, _ in batch_items]).items()}
-            group = torch.tensor([group for _, group in batch_items], dtype=torch.int8, device=device)
-            batch["token_group"] = (batch["labels"] != -100).to(torch.int8) * group[:, None]
-            if gradients:
-                _forward_backward(model, batch)
+    with inference(model), patched.record(DEFAULT_GROUPS[0], gradients=target is not None):
+        for batch, groups in batches.on(_device(model)):
+            batch["token_group"] = _token_groups(batch, groups)
+            if target is None:
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_group")}
+                with torch.no_grad():
+                    patched.forward_layers(**inputs, use_cache=False)
             else:
-                _forward(patched, batch)
-            bar.update(len(batch_items))
+                logits = _logits(model, batch, token_group=batch["token_group"])
+                torch.autograd.backward(answer_target(logits, batch["labels"], target)[0].sum())
     return patched.statistics
 
 
-def _forward(patched: Patched, batch: dict[str, Tensor]) -> None:
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_group")}
-    with torch.no_grad():
-        patched.forward_layers(**inputs, use_cache=False)
+def _record_weight_inputs(model: nn.Module, statistics: Statistics, batches: Batches) -> None:
+    layers = getattr(model, "base_model", model)
+    with inference(model), torch.no_grad(), WeightInputRecorder(model, statistics) as recorder:
+        for batch, groups in batches.on(_device(model)):
+            recorder.groups = _token_groups(batch, groups)
+            layers(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            recorder.count_records()
 
 
-def _forward_backward(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Runs forward, and backward from the log-odds of the answer tokens: log p - log(1 - p) of each.
+def _record_weight_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
+    with inference(model), WeightGradientRecorder(model, statistics) as recorder:
+        for batch, recorder.groups in batches.on(_device(model)):
+            torch.autograd.backward(record_target(_logits(model, batch), batch["labels"], target).sum())
+            recorder.count_records()
 
-    Its gradient does not vanish where the answer is memorized and the loss is nearly zero.
-    """
+
+def _record_integrated_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
+    integrated = IntegratedGradients(model, statistics)
+    with inference(model):
+        for batch, groups in batches.on(_device(model)):
+            labels = batch["labels"]
+            predicting = torch.zeros_like(labels, dtype=torch.bool)
+            predicting[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+
+            def forward(batch: dict[str, Tensor] = batch) -> Tensor:
+                logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+                return answer_target(logits, batch["labels"], target)[0].sum()
+
+            integrated.add(forward, groups, predicting)
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
+    """Logits that can be differentiated with respect to everything behind the embedding."""
     embeddings = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
-    logits = model(
-        inputs_embeds=embeddings,
-        attention_mask=batch["attention_mask"],
-        token_group=batch["token_group"],
-        use_cache=False,
-    ).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    answer = labels != -100
-    logits, labels = logits[answer].float(), labels[answer][:, None]
-    own = logits.gather(1, labels).squeeze(1)
-    others = torch.logsumexp(logits.scatter(1, labels, float("-inf")), dim=1)
-    (own - others).sum().backward()
+    logits: Tensor = model(
+        inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False, **more
+    ).logits
+    return logits
 
 
-def _batches(items: Sequence[Any], tokens_per_batch: int) -> Iterator[Sequence[Any]]:
-    """Cuts items, longest first, into batches of at most so many tokens, padding included."""
-    start = 0
-    while start < len(items):
-        size = max(1, tokens_per_batch // len(items[start][0]["input_ids"]))
-        yield items[start : start + size]
-        start += size
+def _token_groups(batch: dict[str, Tensor], groups: Tensor) -> Tensor:
+    """The group of each answer token, 0 elsewhere, [records, tokens] int8."""
+    return (batch["labels"] != IGNORED_LABEL).to(torch.int8) * groups[:, None].to(torch.int8)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients of weights, for a while."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]

@@ -1,4 +1,4 @@
-"""AdamW on selected rows or columns of many weights in one call, with float32 master values."""
+"""AdamW on selected rows or columns of many weights in one call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clue_fast.ops import backend as backends
+from clue_fast.ops import selected_update as selected
 from clue_fast.ops.library import define
 
 # The definition: the launch function in plain PyTorch.
@@ -25,19 +26,31 @@ def reference(
     lr: Tensor,
     weight_decay: Tensor,
     step: Tensor,
+    seed: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
-    """One step; the arguments are those of `sparse_adamw_`."""
+    """One step; the arguments are those of `sparse_adamw_`, with no values for values of None."""
+    if found_inf is not None and found_inf.item():
+        return
     rates, decays, steps = lr.tolist(), weight_decay.tolist(), step.tolist()
-    for i, (value, grad, exp_avg, exp_avg_sq) in enumerate(zip(values, grads, exp_avgs, exp_avg_sqs, strict=True)):
+    for i, (grad, exp_avg, exp_avg_sq, weight) in enumerate(zip(grads, exp_avgs, exp_avg_sqs, weights, strict=True)):
+        if grad_scale is not None:
+            grad = grad / grad_scale
+        value = values[i] if values else weight.index_select(dims[i], indices[i]).float()
         correction1, correction2 = 1 - beta1 ** steps[i], 1 - beta2 ** steps[i]
         exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (exp_avg_sq.sqrt() / math.sqrt(correction2)).add_(eps)
         value.mul_(1 - rates[i] * decays[i]).addcdiv_(exp_avg, denominator, value=-rates[i] / correction1)
-        weights[i].index_copy_(dims[i], indices[i], value.to(weights[i].dtype))
+        rounded = value.to(weight.dtype)
+        if seed is not None:
+            random = selected.random_bits(value.shape, int(seed[i]), steps[i], value.device)
+            rounded = selected.round_stochastically(value, weight.dtype, random)
+        weight.index_copy_(dims[i], indices[i], rounded)
 
 
 backends.register("sparse_adamw", ("reference", "cpp", "cuda"), {"sparse_adamw": reference})
@@ -57,27 +70,17 @@ def _step(
     lr: Tensor,
     weight_decay: Tensor,
     step: Tensor,
+    seed: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
     backend: str | None = None,
 ) -> None:
     launch = backends.launch("sparse_adamw", "sparse_adamw", weights[0].device, backend)
-    launch(
-        values,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        weights,
-        indices,
-        dims,
-        lr,
-        weight_decay,
-        step,
-        beta1,
-        beta2,
-        eps,
-    )
+    lists = (values, grads, exp_avgs, exp_avg_sqs, weights, indices, dims)
+    launch(*lists, lr, weight_decay, step, seed, grad_scale, found_inf, beta1, beta2, eps)
 
 
 def _fake(*_: object) -> None:
@@ -87,7 +90,8 @@ def _fake(*_: object) -> None:
 define(
     "sparse_adamw_(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] weights, Tensor[] indices, int[] dims, Tensor lr, Tensor weight_decay, Tensor step, "
-    "float beta1, float beta2, float eps, str? backend=None) -> ()",
+    "Tensor? seed, Tensor? grad_scale, Tensor? found_inf, float beta1, float beta2, float eps, "
+    "str? backend=None) -> ()",
     _step,
     _fake,
 )
@@ -95,7 +99,7 @@ define(
 
 @torch.no_grad()
 def sparse_adamw_(
-    values: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
@@ -108,111 +112,55 @@ def sparse_adamw_(
     betas: tuple[float, float],
     eps: float,
     *,
+    seed: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One step of AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on the selected part of each weight.
 
-    In place; the rest of the weight keeps its bits. The selected part lives in `values`, in float32, and is
-    rounded to nearest even into the weight, so that updates below the weight's resolution are not lost.
+    In place; the rest of the weight keeps its bits. Updates below the resolution of a 16-bit weight are not
+    lost: either the selected part lives in `values`, in float32, and is rounded to nearest even into the
+    weight; or, without values, it lives in the weight alone and is rounded stochastically, with random bits
+    that are a function of seed, step and position, the same on every backend. Float32 weights need neither.
+
+    A weight is anything with two dimensions: that of a linear layer ([out_features, in_features]), of a Conv1D
+    ([in_features, out_features], so that output features are columns), of one expert, of all experts flattened
+    to rows, or a bias as [features, 1].
 
     Args:
-        values: float32 master of the selected part, shaped as weight.index_select(dim, index).
-        grads: float32, shaped as values.
-        exp_avgs: first moments, float32, shaped as values.
-        exp_avg_sqs: second moments, float32, shaped as values.
-        weights: the full weights [out_features, in_features], float32, bfloat16 or float16, contiguous.
+        values: float32 master of the selected part, shaped as weight.index_select(dim, index); or None.
+        grads: float32, shaped as the selected part.
+        exp_avgs: first moments, float32, shaped as the selected part.
+        exp_avg_sqs: second moments, float32, shaped as the selected part.
+        weights: the full weights, float32, bfloat16 or float16, contiguous.
         indices: int64, sorted, unique, in range (not checked here).
-        dims: 0 for rows, 1 for columns.
-        lr: float64 [number of weights], on CPU.
-        weight_decay: float64 [number of weights], on CPU.
-        step: int64 [number of weights], on CPU; the number of this step, so 1 in the first.
+        dims: 0 for rows, 1 for columns, of the weight as it is stored.
+        lr: float64 [number of weights], on CPU, or where the weights are (then CUDA graphs follow its changes).
+        weight_decay: likewise.
+        step: int64 [number of weights], likewise; the number of this step, so 1 in the first.
         betas: decay of the two moments.
         eps: added to the denominator.
+        seed: int64 [number of weights], likewise; for 16-bit weights without values.
+        grad_scale: one float32 by which the gradients are divided, where the weights are.
+        found_inf: one float32; if it is not 0, nothing changes. The caller then takes back its step.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Raises:
-        ValueError: lengths, shapes or dtypes do not fit.
+        ValueError: lengths, shapes or dtypes do not fit, or 16-bit weights have neither values nor seed.
         UnknownNameError, BackendError: the backend is unknown, or cannot run here.
     """
     if not weights:
         return
-    _check(values, grads, exp_avgs, exp_avg_sqs, weights, indices, dims)
-    _check_rates(len(weights), lr, weight_decay, step)
-    if torch.compiler.is_compiling():
-        torch.ops.clue_fast.sparse_adamw_(
-            values,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            weights,
-            indices,
-            dims,
-            lr,
-            weight_decay,
-            step,
-            *betas,
-            eps,
-            backend,
-        )
-        return
-    _step(
-        values,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        weights,
-        indices,
-        dims,
-        lr,
-        weight_decay,
-        step,
-        *betas,
-        eps,
-        backend,
-    )
-    # A launch function writes unseen by autograd; a backward that still needs the old weights must notice.
-    torch.autograd.graph.increment_version([*weights, *values])
-
-
-def _check(
-    values: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    dims: Sequence[int],
-) -> None:
-    n = len(weights)
-    lengths = [len(column) for column in (values, grads, exp_avgs, exp_avg_sqs, indices, dims)]
-    if lengths != [n] * 6:
-        raise ValueError(
-            f"{n} weights, but values, grads, exp_avgs, exp_avg_sqs, indices and dims have lengths {lengths}"
-        )
-    for i, (weight, index, dim) in enumerate(zip(weights, indices, dims, strict=True)):
-        if weight.dim() != 2 or not weight.is_contiguous():
-            raise ValueError(f"weight {i} must be contiguous [out_features, in_features], not {list(weight.shape)}")
-        if dim not in (0, 1):
-            raise ValueError(f"dims[{i}] must be 0 for rows or 1 for columns, not {dim}")
-        if index.dtype != torch.int64:
-            raise ValueError(f"indices[{i}] must be int64, not {index.dtype}")
-        rows, columns = weight.shape
-        shape = (index.shape[0], columns) if dim == 0 else (rows, index.shape[0])
-        for tensor in (values[i], grads[i], exp_avgs[i], exp_avg_sqs[i]):
-            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ValueError(
-                    f"values, grads and moments of weight {i} must be contiguous {list(shape)} float32, "
-                    f"not {list(tensor.shape)} {tensor.dtype}"
-                )
-
-
-def _check_rates(n: int, lr: Tensor, weight_decay: Tensor, step: Tensor) -> None:
-    for name, tensor, dtype in (
-        ("lr", lr, torch.float64),
-        ("weight_decay", weight_decay, torch.float64),
-        ("step", step, torch.int64),
-    ):
-        if tensor.shape != (n,) or tensor.dtype != dtype or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{name} must be {dtype} [{n}] on CPU, not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            )
+    device = weights[0].device
+    moments = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    selected.check(weights, indices, dims, values, moments)
+    numbers = {"lr": (lr, torch.float64), "weight_decay": (weight_decay, torch.float64), "step": (step, torch.int64)}
+    selected.check_numbers(device, len(weights), numbers, seed)
+    selected.check_scale(device, grad_scale, found_inf)
+    selected.check_masters(weights, values, seed)
+    run = torch.ops.clue_fast.sparse_adamw_ if torch.compiler.is_compiling() else _step
+    lists = (values or [], grads, exp_avgs, exp_avg_sqs, weights, indices, dims)
+    run(*lists, lr, weight_decay, step, seed, grad_scale, found_inf, *betas, eps, backend)
+    if not torch.compiler.is_compiling():
+        selected.written(weights, values)

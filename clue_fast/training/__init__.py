@@ -9,35 +9,58 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.audit import changed_inside, changed_outside, snapshot
+from clue_fast.training.layer_rates import LayerRate, LinearLayerRate
+from clue_fast.training.memory import MemoryEstimate, estimate_memory
 from clue_fast.training.objectives import (
+    DPO,
+    KL,
     NPO,
     OBJECTIVES,
+    RMU,
+    UNDIAL,
+    WGA,
     GradientAscent,
     GradientDifference,
     Objective,
+    Refusal,
     SimNPO,
     get_objective,
 )
-from clue_fast.training.optimizer import SparseAdamW
-from clue_fast.training.sparse import Sparse, SparseLinear, sparsify
+from clue_fast.training.parts import TrainedPart
+from clue_fast.training.sparse import Sparse, sparsify
+from clue_fast.training.stages import Stage
 
 if TYPE_CHECKING:
+    from clue_fast.training.attaching import attach
     from clue_fast.training.trainer import UnlearnTrainer
 
 __all__ = [
+    "DPO",
+    "KL",
     "NPO",
     "OBJECTIVES",
+    "RMU",
+    "UNDIAL",
+    "WGA",
     "GradientAscent",
     "GradientDifference",
+    "LayerRate",
+    "LinearLayerRate",
+    "MemoryEstimate",
     "Objective",
+    "Refusal",
     "SimNPO",
     "Sparse",
     "SparseAdamW",
-    "SparseLinear",
+    "Stage",
+    "TrainedPart",
     "UnlearnTrainer",
+    "attach",
     "changed_inside",
     "changed_outside",
+    "estimate_memory",
     "get_objective",
     "snapshot",
     "sparsify",
@@ -45,8 +68,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "UnlearnTrainer":  # its base class needs transformers, which takes seconds to import
+    # These need transformers, which takes seconds to import.
+    if name == "UnlearnTrainer":
         from clue_fast.training.trainer import UnlearnTrainer
 
         return UnlearnTrainer
+    if name == "attach":
+        from clue_fast.training.attaching import attach
+
+        return attach
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clue_fast.errors import SparseError
 from clue_fast.selection import Selection
-from clue_fast.training.sparse import SparseLinear
+from clue_fast.training.parts import trained_parts
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,9 +38,6 @@ def changed_inside(before: dict[str, Tensor], model: nn.Module, selection: Selec
 
 
 def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, inside: bool) -> int:
-    parts: dict[str, list[tuple[int, int | None, Tensor]]] = {}
-    for (name, dim, lead), index in selection.slices().items():
-        parts.setdefault(name, []).append((dim, lead, index))
     now = dict(_tensors(model))
     kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, now)]
     if kinds[0] != kinds[1]:
@@ -48,17 +45,24 @@ def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, 
     changed = 0
     for name, tensor in now.items():
         differs = _bits(before[name]) != _bits(tensor.detach().cpu())
-        # Added up over the parts, which do not overlap: each is rows or columns of the parameter, or of one of a stack.
-        selected = sum(
-            int((differs if lead is None else differs[lead]).index_select(dim, index).sum())
-            for dim, lead, index in parts.get(name, ())
-        )
-        changed += selected if inside else int(differs.sum()) - selected
+        selected = _selected(selection, name, differs.shape)
+        changed += int((differs & selected if inside else differs & ~selected).sum())
     return changed
 
 
+def _selected(selection: Selection, name: str, shape: torch.Size) -> Tensor:
+    """Which numbers of a parameter belong to selected units, bool."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for site in selection.sites:
+        for part in site.parts:
+            if part.parameter == name:
+                weight = mask if part.lead is None else mask[part.lead]
+                weight.index_fill_(part.dim, part.index(selection.units(site)), True)
+    return mask
+
+
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    masters = {id(module.selected) for module in model.modules() if isinstance(module, SparseLinear)}
+    masters = {id(part.selected) for part in trained_parts(model)}
     parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in masters]
     return [*parameters, *model.named_buffers()]
 

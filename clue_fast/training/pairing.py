@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch.utils.data import Dataset, Sampler
 
-from clue_fast.data import Collator, Example
+from clue_fast.data import Example
 
 Examples: TypeAlias = "Sequence[Example]"
 
 
 class PairedRecords(Dataset[dict[str, Example]]):
-    """Pairs of a forget and a retain example, by the two indices that ``PairSampler`` gives."""
+    """Pairs of a forget and a retain example, by the two indices that ``PairSampler`` gives.
 
-    def __init__(self, forget: Examples, retain: Examples) -> None:
+    With ``alternate``, other answers to the forget records in the same order, they come along.
+    """
+
+    def __init__(self, forget: Examples, retain: Examples, alternate: Examples | None = None) -> None:
         self.forget = forget
         self.retain = retain
+        self.alternate = alternate
 
     def __len__(self) -> int:
         return len(self.forget)
 
     def __getitem__(self, pair: tuple[int, int]) -> dict[str, Example]:
-        return {"forget": self.forget[pair[0]], "retain": self.retain[pair[1]]}
+        forget, retain = pair
+        item = {"forget": self.forget[forget], "retain": self.retain[retain]}
+        return item if self.alternate is None else {**item, "alternate": self.alternate[forget]}
 
 
 class PairSampler(Sampler[tuple[int, int]]):
@@ -61,13 +67,13 @@ class PairSampler(Sampler[tuple[int, int]]):
 
 
 class PairCollator:
-    """Collates pairs into ``{"forget": batch, "retain": batch}``, and plain examples into one plain batch."""
+    """Collates pairs into ``{"forget": batch, "retain": batch, ...}``, and plain examples into one plain batch."""
 
-    def __init__(self, collate: Collator) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Pads and stacks the items."""
         if "forget" not in items[0]:
-            return self.collate(items)
-        return {side: self.collate([item[side] for item in items]) for side in ("forget", "retain")}
+            return dict(self.collate(list(items)))
+        return {name: dict(self.collate([item[name] for item in items])) for name in items[0]}

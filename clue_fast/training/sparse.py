@@ -1,105 +1,26 @@
 """Makes a model train its selected units only, without changing what it computes or how it is saved.
 
-The rows (gate and up) or columns (down) of the selected units get a float32 copy, the master values: the only
-parameters that train. The forward reads the full weights, as ever; the backward fills the gradient of the
+The slices of the selected units (rows of gate and up, columns of down) get a float32 copy, the master values: the
+only parameters that train. The forward reads the full weights, as ever; the backward fills the gradient of the
 masters alone; the optimizer writes them back into the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from clue_fast import ops
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
-
-ROWS, COLUMNS = 0, 1
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class SparseLinear(nn.Linear):
-    """An ``nn.Linear`` of which only some rows or columns train.
-
-    Never built, only turned into: ``sparsify`` changes the class of the layers of one model, so that no
-    library class is modified and every other property of the layer stays.
-
-    Attributes:
-        selected: master values of the trained part, float32, [k, in_features] (dim 0) or [out_features, k]
-            (dim 1).
-        index: the rows or columns they belong to, int64 [k], sorted.
-        dim: 0 for rows, 1 for columns.
-        original: the trained part as it was before training, in the dtype of the weight.
-        path: path of this module in the model.
-        layer, layers: index of its transformer layer, and how many layers there are.
-        swapped: whether the weight holds the original values at the moment, see ``Sparse.original``.
-    """
-
-    selected: nn.Parameter
-    index: Tensor
-    dim: int
-    original: Tensor
-    path: str
-    layer: int
-    layers: int
-    swapped: bool
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Exactly ``F.linear(input, self.weight, self.bias)``; the gradient goes to ``selected``."""
-        return ops.sparse_linear(input, self.weight, self.bias, self.selected, self.index, self.dim)
-
-    @torch.no_grad()
-    def read_weight(self) -> None:
-        """Refreshes the master values from the weight."""
-        self.selected.copy_(self.weight.index_select(self.dim, self.index))
-
-    @torch.no_grad()
-    def write_weight(self, values: Tensor) -> None:
-        """Writes values of the trained part into the weight, rounded to nearest even."""
-        self.weight.index_copy_(self.dim, self.index, values.to(self.weight.dtype))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        master = self.selected.detach()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `.to(bfloat16)` casts every parameter; the masters exist to keep what bfloat16 would drop.
-        if self.selected.dtype != torch.float32:
-            self.selected.data = master.to(self.weight.device)
-            self.selected.grad = None
-        self.index = self.index.to(self.weight.device)
-        self.original = self.original.to(self.weight)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(f"{prefix}selected", None)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if f"{prefix}selected" in missing_keys:
-            missing_keys.remove(f"{prefix}selected")
-        if f"{prefix}weight" in state_dict:
-            self.read_weight()
-
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows of this layer."""
-        part = f"{len(self.index)} of {self.weight.shape[self.dim]} {('rows', 'columns')[self.dim]}"
-        return f"{super().extra_repr()}, trained: {part}"
+from clue_fast.training.checkpointing import limit_checkpointing
+from clue_fast.training.kinds import is_linear, original_class, output_dim, sparse_class
+from clue_fast.training.modules import SparseModule, SparseProjection
+from clue_fast.training.parts import DDP, DTYPES, Pass, Reach, Slices, TrainedPart, is_sharded, plan, trained_parts
 
 
 class Sparse:
@@ -110,14 +31,19 @@ class Sparse:
     Attributes:
         model: the model, changed in place.
         selection: what trains in it.
-        modules: path -> SparseLinear, in the order of the sites.
+        parts: the trained parts, in the order of the sites.
+        hooks: on the model, to be removed with ``restore``.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection, modules: dict[str, SparseLinear]) -> None:
+    def __init__(self, model: nn.Module, selection: Selection, parts: list[TrainedPart]) -> None:
         self.model = model
         self.selection = selection
-        self.modules = modules
-        masters = {id(module.selected) for module in modules.values()}
+        self.parts = parts
+        self._reach = reach = parts[0].reach
+        self.hooks: list[RemovableHandle] = []
+        if any(part.category == "forget" for part in parts):
+            self.hooks.append(model.register_forward_pre_hook(lambda *_: reach.begin()))
+        masters = {id(part.selected) for part in parts}
         self._flags = [(p, p.requires_grad) for p in model.parameters() if id(p) not in masters]
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
@@ -125,16 +51,44 @@ class Sparse:
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The master values of every module, float32."""
-        return [module.selected for module in self.modules.values()]
+        """The master values of every part, float32."""
+        return [part.selected for part in self.parts]
 
     def restore(self) -> None:
         """Puts classes and ``requires_grad`` flags back to what they were; trained weights stay."""
-        for module in self.modules.values():
+        for module in {part.module: None for part in self.parts}:
             _turn_back(module)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        self.modules, self._flags = {}, []
+        for hook in self.hooks:
+            hook.remove()
+        self.parts, self._flags, self.hooks = [], [], []
+
+    def train_only(self, *categories: str) -> None:
+        """Trains the units of these categories, of "forget" and "conflict", and freezes the others."""
+        for part in self.parts:
+            part.selected.requires_grad_(part.category in categories)
+            if part.category not in categories:
+                part.selected.grad = None
+
+    def reach(self, forget: int, records: int, tokens: int) -> None:
+        """Says what the next forward pass runs over, so that retain records train conflict units only.
+
+        Unless it is said, all records train all units.
+
+        Args:
+            forget: how many of the records are to be forgotten; they come first in the batch.
+            records: how many records there are.
+            tokens: how many tokens each of them has in the batch.
+        """
+        self._reach.announced = Pass(forget, records, tokens)
+
+    def limit_checkpointing(self) -> None:
+        """Keeps the backward above the lowest selected layer; call it after gradient checkpointing is turned on.
+
+        Trainers of this package do. Without it checkpointing is as correct, and runs a backward through all layers.
+        """
+        limit_checkpointing(self.model, self.parts)
 
     @contextmanager
     def original(self) -> Iterator[nn.Module]:
@@ -147,26 +101,25 @@ class Sparse:
         Raises:
             SparseError: inside another such context.
         """
-        if any(module.swapped for module in self.modules.values()):
+        if any(part.swapped for part in self.parts):
             raise SparseError("the model holds its original weights already; do not nest Sparse.original()")
         with torch.no_grad():
-            current = {}
+            current: list[tuple[TrainedPart, Tensor]] = []
             try:
-                for path, module in self.modules.items():
-                    current[path] = module.weight.index_select(module.dim, module.index)
-                    module.swapped = True
-                    module.write_weight(module.original)
+                for part in self.parts:
+                    current.append((part, part.read()))
+                    part.swapped = True
+                    part.write(part.original)
                 yield self.model
             finally:
-                for path, values in current.items():
-                    self.modules[path].write_weight(values)
-                    self.modules[path].swapped = False
+                for part, values in current:
+                    part.write(values)
+                    part.swapped = False
 
     def revert(self) -> None:
         """Puts the original values back for good, into weights and masters; optimizer state is left alone."""
-        for module in self.modules.values():
-            module.write_weight(module.original)
-            module.read_weight()
+        for part in self.parts:
+            part.set_values(part.original)
 
     def bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Counts the bytes that exist right now, tensor by tensor.
@@ -180,8 +133,8 @@ class Sparse:
         state = [] if optimizer is None else [t for entry in optimizer.state.values() for t in entry.values()]
         return {
             "weights": sum(p.nbytes for p in parameters if id(p) not in masters),
-            "trainable": sum(p.nbytes for p in self.trainable_parameters),
-            "original": sum(module.original.nbytes for module in self.modules.values()),
+            "trainable": sum(part.selected.nbytes for part in self.parts if part.has_master),
+            "original": sum(part.original.nbytes for part in self.parts),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "optimizer_state": sum(t.nbytes for t in state if isinstance(t, Tensor)),
         }
@@ -190,7 +143,7 @@ class Sparse:
         trained = sum(p.numel() for p in self.trainable_parameters)
         total = sum(p.numel() for p in self.model.parameters()) - trained
         return (
-            f"Sparse({len(self.selection)} units in {len(self.modules)} modules: "
+            f"Sparse({len(self.selection)} units in {len({part.module for part in self.parts})} modules: "
             f"{trained:,} of {total:,} weights train, {trained / total:.2%})"
         )
 
@@ -220,26 +173,23 @@ def sparsify(model: nn.Module, selection: Selection) -> Sparse:
             plain linear).
         NonFiniteError: a selected weight is NaN or infinite; names the parameter.
     """
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
+    if next(trained_parts(model), None) is not None:
         raise SparseError("the model is sparse already; call restore() of the Sparse that made it so")
     selection.check(model)
-    plan = [(_module_path(name, lead), dim, index) for (name, dim, lead), index in selection.slices().items()]
+    plans = plan(selection)
     shared = _shared_weights(model)
-    for path, dim, index in plan:
-        _check(path, model.get_submodule(path), dim, index, shared)
-    layer_of = {part.parameter: site.layer for site in selection.sites for part in site.parts}
-    layers = 1 + max(layer_of.values())
-    modules = {
-        path: _turn_sparse(model, path, dim, index, layer_of[f"{path}.weight"], layers) for path, dim, index in plan
-    }
-    return Sparse(model, selection, modules)
+    for slices in plans:
+        _check_layer(model, slices)
+        _check_weight(model, slices, shared)
+    return Sparse(model, selection, make_parts(model, plans))
 
 
-def _module_path(parameter: str, lead: int | None) -> str:
-    path, _, name = parameter.rpartition(".")
-    if lead is not None or name != "weight":
-        raise SparseError(f"{parameter} is no weight of a linear layer; only rows and columns of those train in parts")
-    return path
+def make_parts(model: nn.Module, plans: list[Slices]) -> list[TrainedPart]:
+    """Turns the layers of the planned slices sparse, whatever they hold. Raises SparseError if one cannot be."""
+    for slices in plans:
+        _check_layer(model, slices)
+    reach = Reach()
+    return [_turn_sparse(model, slices, reach) for slices in plans]
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -250,38 +200,82 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _check(path: str, module: nn.Module, dim: int, index: Tensor, shared: dict[int, list[str]]) -> None:
-    # A subclass may compute anything in its forward: adapters, quantized products.
-    if type(module) is not nn.Linear:
-        kind = type(module).__name__
-        raise SparseError(f"{path} is a {kind}, not a plain nn.Linear; merge adapters or dequantize first")
-    weight = module.weight
-    if weight.device.type == "meta":
-        raise SparseError(f"{path}.weight is on the meta device; load the weights first")
-    if weight.dtype not in DTYPES:
-        raise SparseError(f"{path}.weight is {weight.dtype}; load the model in float32, bfloat16 or float16")
-    if not weight.is_contiguous():
-        raise SparseError(f"{path}.weight is not contiguous; set it to weight.contiguous()")
-    if others := [name for name in shared[weight.data_ptr()] if name != f"{path}.weight"]:
-        raise SparseError(f"{path}.weight is tied to {', '.join(others)}; untie it")
-    if not bool(weight.detach().index_select(dim, index.to(weight.device)).isfinite().all()):
-        raise NonFiniteError(f"{path}.weight holds NaN or infinite values; load the model again")
-
-
-def _turn_sparse(model: nn.Module, path: str, dim: int, index: Tensor, layer: int, layers: int) -> SparseLinear:
+def _check_layer(model: nn.Module, slices: Slices) -> None:
+    path = slices.part.parameter.rpartition(".")[0]
     module = model.get_submodule(path)
-    assert isinstance(module, nn.Linear)
-    index = index.to(module.weight.device)
-    original = module.weight.detach().index_select(dim, index)
-    module.__class__ = SparseLinear
-    assert isinstance(module, SparseLinear)
-    module.index, module.dim, module.original, module.swapped = index, dim, original, False
-    module.path, module.layer, module.layers = path, layer, layers
-    module.register_parameter("selected", nn.Parameter(original.to(torch.float32, copy=True)))
-    return module
+    if "base_layer" in path.split("."):
+        raise SparseError(f"{path} is wrapped by an adapter; merge it into the model first (merge_and_unload)")
+    if not isinstance(module, SparseModule) and sparse_class(module) is None:
+        raise SparseError(f"{path} is a {type(module).__name__}, which cannot train in parts; dequantize it first")
 
 
-def _turn_back(module: SparseLinear) -> None:
-    for name in ("selected", "index", "dim", "original", "swapped", "path", "layer", "layers"):
-        delattr(module, name)
-    module.__class__ = nn.Linear  # type: ignore[assignment]
+def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]) -> None:
+    name = slices.part.parameter
+    parameter = model.get_parameter(name)
+    if is_sharded(parameter):
+        raise SparseError(
+            f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); make the model sparse unsharded, {DDP}"
+        )
+    if parameter.device.type == "meta":
+        raise SparseError(f"{name} is on the meta device; load the weights first")
+    if parameter.dtype not in DTYPES:
+        raise SparseError(f"{name} is {parameter.dtype}; load the model in float32, bfloat16 or float16")
+    if not parameter.is_contiguous():
+        raise SparseError(f"{name} is not contiguous; set it to its contiguous()")
+    if others := [other for other in shared[parameter.data_ptr()] if other != name]:
+        raise SparseError(f"{name} is tied to {', '.join(others)}; untie it")
+    weight = parameter.detach() if slices.part.lead is None else parameter.detach()[slices.part.lead]
+    index = slices.index.to(weight.device)
+    if int(index[-1]) >= weight.shape[slices.part.dim] or int(index[0]) < 0:
+        raise SparseError(
+            f"{name} has {weight.shape[slices.part.dim]} slices along dimension {slices.part.dim}, a selected unit "
+            f"owns {int(index[-1])}; localize on this model"
+        )
+    if not bool(weight.index_select(slices.part.dim, index).isfinite().all()):
+        raise NonFiniteError(f"{name} holds NaN or infinite values; load the model again")
+    module = model.get_submodule(name.rpartition(".")[0])
+    cls = sparse_class(module)
+    if cls is not None and issubclass(cls, SparseProjection) and not is_linear(module):
+        raise SparseError(
+            f"{name} is that of a {type(module).__name__}, which does more than multiply by it; merge or dequantize it"
+        )
+
+
+def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
+    path, _, name = slices.part.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if not isinstance(module, SparseModule):
+        cls = sparse_class(module)
+        assert cls is not None
+        module.__class__ = cls
+        module.trained_parts = []  # type: ignore[assignment]
+    assert isinstance(module, SparseModule)
+    part = TrainedPart(
+        module=module,
+        name=name,
+        path=slices.part.parameter,
+        lead=slices.part.lead,
+        dim=slices.part.dim,
+        output_dim=output_dim(module),
+        index=slices.index.to(getattr(module, name).device),
+        category=slices.category,
+        selected=nn.Parameter(torch.empty(0)),
+        original=torch.empty(0),
+        layer=slices.layer,
+        layers=slices.layers,
+        reach=reach,
+    )
+    part.original = part.read()
+    part.selected = nn.Parameter(part.original.to(torch.float32, copy=True))
+    module.register_parameter(part.master_name, part.selected)
+    module.trained_parts.append(part)
+    return part
+
+
+def _turn_back(module: nn.Module) -> None:
+    assert isinstance(module, SparseModule)
+    for part in module.trained_parts:
+        delattr(module, part.master_name)
+    del module.trained_parts
+    before = original_class(module)
+    module.__class__ = before  # type: ignore[assignment]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from os import PathLike
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from clue_fast.data import Collator, Example, Source, encode, load_records, padding_token
+from clue_fast.data import Collator, Source, padding_token
 from clue_fast.errors import DataError
 from clue_fast.selection import Selection
+from clue_fast.training.encoding import encode_refusals, encode_set
+from clue_fast.training.hosting import SparseTraining
+from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective, get_objective
-from clue_fast.training.optimizer import SparseAdamW
 from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler
 from clue_fast.training.sparse import sparsify
+from clue_fast.training.stages import Stage, get_stages, stage_at
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(SparseTraining, Trainer):
     """Trains the selected units of a model on an objective. Everything else is the Trainer everybody knows.
 
     An epoch goes once through the forget records, in an order of its own; each is paired with one retain
@@ -40,15 +42,24 @@ class UnlearnTrainer(Trainer):
         processing_class: the tokenizer; needed for records that are not encoded yet, saved with the model.
         forget_dataset, retain_dataset: records (see ``clue_fast.data.load_records``), or examples already
             encoded with ``input_ids`` and ``labels``.
+        alternate_dataset: other answers to the questions of the forget records, one each and in the same
+            order, for the objectives ``refusal`` and ``dpo``. Default: refusals such as "I don't know".
         selection: the units to train, made for this model.
         objective: its name, or an ``Objective``.
-        layer_lr: learning rate of the last layer over that of the first, see ``SparseAdamW``.
+        layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
+            ``LayerRate``.
+        master: "fp32" or "stochastic", see ``SparseAdamW``.
+        stages: which units train on which objective in which epochs, instead of all on one: "clue" for the
+            published schedule, or a sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the
+            schedule of the learning rate spans them all.
         max_length: longest example in tokens, for records that are not encoded yet.
-        kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``.
+        kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``. A
+            ``data_collator`` makes a batch of a list of examples of one set; heads other than causal language
+            models need one.
 
     Attributes:
         sparse: the ``Sparse`` of the model.
-        objective: the ``Objective``.
+        objective: the ``Objective`` (of the stage under way).
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
 
     Raises:
@@ -65,56 +76,62 @@ class UnlearnTrainer(Trainer):
         *,
         forget_dataset: Source | Examples,
         retain_dataset: Source | Examples,
+        alternate_dataset: Source | Examples | None = None,
         selection: Selection,
         objective: str | Objective = "npo",
-        layer_lr: float = 0.2,
+        layer_lr: LayerRate = 0.2,
+        master: str = "fp32",
+        stages: str | Sequence[Stage] | None = None,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = get_objective(objective)
-        forget = _encoded(forget_dataset, "forget", processing_class, max_length)
-        retain = _encoded(retain_dataset, "retain", processing_class, max_length)
-        if forget == retain:
-            raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
+        self.stages = None if stages is None else get_stages(stages, self.objective, selection)
         args = _prepared(args)
+        if self.stages is not None:
+            args.num_train_epochs = sum(stage.epochs for stage in self.stages)
         seed = args.seed if args.data_seed is None else args.data_seed
+        collate = kwargs.pop("data_collator", None)
+        forget, retain = (
+            encode_set(source, name, processing_class, max_length, collate is not None)
+            for name, source in (("forget", forget_dataset), ("retain", retain_dataset))
+        )
+        if collate is None and forget == retain:
+            raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
+        alternate = None
+        objectives = [self.objective] if self.stages is None else [get_objective(s.objective) for s in self.stages]
+        if any("alternate" in objective.forget_batches for objective in objectives):
+            if alternate_dataset is None:
+                alternate = encode_refusals(forget_dataset, processing_class, max_length, seed)
+            else:
+                alternate = encode_set(
+                    alternate_dataset, "alternate", processing_class, max_length, collate is not None
+                )
+            if len(alternate) != len(forget):
+                raise DataError(
+                    f"{len(alternate)} alternate answers to {len(forget)} forget records; give one to each, in order"
+                )
         self._sampler = PairSampler(len(forget), len(retain), seed)
         self._logged: dict[str, list[Tensor]] = {}
-        self.layer_lr = layer_lr
-        self.memory: dict[str, int] = {}
         # First, since a Trainer creates its output folder as soon as it is made.
-        self.sparse = sparsify(model, selection)
+        sparse = sparsify(model, selection)
         try:
             with _same_use_cache(model):
                 super().__init__(
                     model=model,
                     args=args,
                     processing_class=processing_class,
-                    train_dataset=PairedRecords(forget, retain),
-                    data_collator=PairCollator(Collator(_padding(model, processing_class))),
+                    train_dataset=PairedRecords(forget, retain, alternate),
+                    data_collator=PairCollator(collate or Collator(_padding(model, processing_class))),
                     **kwargs,
                 )
+            self.host(sparse, layer_lr, master)
         except BaseException:
-            self.sparse.restore()
+            sparse.restore()
             raise
-        if _is_reentrant(args):
-            model.enable_input_require_grads()  # type: ignore[operator]
         # The loss is a mean over records: micro-batches are averaged, not summed over their tokens.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(_Bookkeeping(self))
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the ``SparseAdamW``, unless an optimizer was given."""
-        if self.optimizer is None:
-            self.optimizer = SparseAdamW(
-                self.model if model is None else model,  # type: ignore[arg-type]
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-                layer_lr=self.layer_lr,
-            )
-        return self.optimizer
+        self.add_callback(_Epochs(self))
 
     def compute_loss(
         self,
@@ -126,43 +143,41 @@ class UnlearnTrainer(Trainer):
         """Returns the loss of the objective; for plain batches, as in evaluation, that of the model."""
         if "forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        loss, logs = self.objective.loss(model, inputs["forget"], inputs["retain"], self._reference)
+        loss, logs = self.objective.loss(model, inputs, self.sparse)
         for name, value in logs.items():
             self._logged.setdefault(name, []).append(value)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the objective, averaged since the last time, and the steps skipped so far."""
+        """Adds the terms of the objective, averaged since the last time, and the stage."""
         if "loss" in logs:
             logs |= {name: torch.stack(values).mean().item() for name, values in self._logged.items()}
-            logs["skipped_steps"] = getattr(self._optimizer(), "skipped_steps", 0)
+            if self.stages is not None:
+                logs["stage"] = self._stage + 1
             self._logged.clear()
         super().log(logs, start_time)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._sampler.epoch = epoch
+        if self.stages is not None:
+            self._stage = stage_at(self.stages, epoch)
+            stage = self.stages[self._stage]
+            self.objective = get_objective(stage.objective)
+            self.sparse.train_only(*stage.units)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
         return self._sampler
 
-    def _reference(self) -> AbstractContextManager[nn.Module]:
-        return self.sparse.original()
 
-    def _optimizer(self) -> Any:
-        """The optimizer without accelerate's wrapping."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-
-class _Bookkeeping(TrainerCallback):
-    """Tells the sampler the epoch, and counts bytes when gradients and optimizer state are all there."""
+class _Epochs(TrainerCallback):
+    """Tells the trainer the epoch."""
 
     def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         # A whole number at the start of an epoch; in a resumed one, somewhere within it.
-        self.trainer._sampler.epoch = int(state.epoch)
-
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.memory:
-            self.trainer.memory = self.trainer.sparse.bytes(self.trainer._optimizer())
+        self.trainer._begin_epoch(int(state.epoch))
 
 
 def _prepared(args: TrainingArguments | None) -> TrainingArguments:
@@ -182,29 +197,6 @@ def _same_use_cache(model: nn.Module) -> Iterator[None]:
     yield
     if before is not None:
         config.use_cache = before
-
-
-def _is_reentrant(args: TrainingArguments) -> bool:
-    """Whether checkpointing drops all gradients unless the input of a layer needs one, and none here does."""
-    chosen = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")]
-    return any(kwargs.get("use_reentrant", False) for kwargs in chosen)
-
-
-def _encoded(
-    source: Source | Examples, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
-) -> list[Example]:
-    if not isinstance(source, (str, PathLike, Mapping)):
-        source = list(source)
-        if source and all(_is_example(item) for item in source):
-            return [{key: list(item[key]) for key in ("input_ids", "labels")} for item in source]  # type: ignore[index]
-    records = load_records(source, name)
-    if tokenizer is None:
-        raise DataError(f"the {name} set is text; pass the tokenizer as processing_class, or encode it")
-    return encode(records, tokenizer, max_length)
-
-
-def _is_example(item: Any) -> bool:
-    return isinstance(item, Mapping) and "input_ids" in item and "labels" in item
 
 
 def _padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:

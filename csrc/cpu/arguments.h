@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 
@@ -50,6 +51,21 @@ inline void require_matrix(const Tensor& tensor, const char* op, const char* nam
   require(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, name, " must have last stride 1");
 }
 
+struct Rows {
+  void* data;
+  int64_t stride;
+};
+
+inline Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0)}; }
+
+template <class T>
+struct TypedRows {
+  T* data;
+  int64_t stride;
+  explicit CLUE_INLINE TypedRows(const Rows& rows) : data(static_cast<T*>(rows.data)), stride(rows.stride) {}
+  CLUE_INLINE T* at(int64_t token, int64_t channel) const { return data + token * stride + channel; }
+};
+
 inline void require_like(const Tensor& tensor, const Tensor& other, const char* op, const char* name,
                          const char* other_name) {
   require_matrix(tensor, op, name);
@@ -87,14 +103,17 @@ void in_parallel(int64_t total, int64_t step, int64_t work, const Function& func
   });
 }
 
-// A job that records: threads split the channels, and each brings the partial sums it needs.
+// Records with a job, which is a Recording: threads split the channels, and each brings the partial sums it needs.
 template <class Job>
-void record_in_parallel(Job& job, int64_t channels, int64_t tokens, int64_t fields,
-                        void (*run)(const Job&, int64_t, int64_t)) {
-  in_parallel(channels, channel_block, channel_block * tokens, [&](int64_t begin, int64_t end) {
-    std::vector<float> partial(job.sums.groups * fields * span_length);
+void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics, int64_t fields, const char* op,
+                        const char* name, void (*run)(const Job&, int64_t, int64_t)) {
+  job.sums = accumulators_of(statistics, fields, job.channels, op, name);
+  const std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, job.sums.groups);
+  job.runs = &runs;
+  in_parallel(job.channels, channel_block, channel_block * job.tokens, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> partial(new float[job.sums.groups * fields * span_length]);
     Job mine = job;
-    mine.partial = partial.data();
+    mine.partial = partial.get();
     run(mine, begin, end);
   });
 }

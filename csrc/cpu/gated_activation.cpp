@@ -9,41 +9,22 @@
 namespace clue {
 namespace {
 
-struct Rows {
-  void* data;
-  int64_t stride;
-};
-
-Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0)}; }
-
-struct Job {
+struct Job : Recording {
   Dtype dtype;
   Activation activation;
-  int64_t tokens, channels;
-  Rows gate, up, out;                // forward
-  Rows grad, grad_gate, grad_up;     // backward
-  std::vector<Run>* runs = nullptr;  // recording
-  Accumulators sums{};
-  float* partial = nullptr;
-};
-
-template <class T>
-struct TypedRows {
-  T* data;
-  int64_t stride;
-  explicit CLUE_INLINE TypedRows(const Rows& rows) : data(static_cast<T*>(rows.data)), stride(rows.stride) {}
-  CLUE_INLINE T* at(int64_t token, int64_t channel) const { return data + token * stride + channel; }
+  Rows gate, up, out;             // forward
+  Rows grad, grad_gate, grad_up;  // backward
 };
 
 // One pair of channels of one token, forward; returns h as stored.
 template <int n, class T, class Act>
 struct Forward {
-  using Sums = ActivationSums<n>;
+  using Sums = ActivationSums<n, T>;
   TypedRows<const T> gate, up;
   TypedRows<T> out;
   explicit CLUE_INLINE Forward(const Job& job) : gate(job.gate), up(job.up), out(job.out) {}
 
-  CLUE_INLINE Pair<n> operator()(int64_t token, int64_t c, int64_t left) const {
+  CLUE_INLINE Stored<n, T> operator()(int64_t token, int64_t c, int64_t left) const {
     const Pair<n> g = load<n>(gate.at(token, c), left);
     const Pair<n> u = load<n>(up.at(token, c), left);
     const Pair<n> h = {Act::template value<n, T>(g.first) * u.first, Act::template value<n, T>(g.second) * u.second};
@@ -69,8 +50,7 @@ struct Backward {
                          Act::template value<n, T>(g.second, slope.second)};
     store<n>(grad_gate.at(token, c), {d.first * u.first * slope.first, d.second * u.second * slope.second}, left);
     store<n>(grad_up.at(token, c), {d.first * act.first, d.second * act.second}, left);
-    alignas(64) T rounded[2 * n];
-    const Pair<n> h = store<n>(rounded, {act.first * u.first, act.second * u.second});
+    const Pair<n> h = rounded_to<n>(grad_up.data, {act.first * u.first, act.second * u.second});
     return {h.first * d.first, h.second * d.second};
   }
 };
@@ -79,7 +59,7 @@ struct Backward {
 template <int n, class T, class Step>
 CLUE_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   const Step step{job};
-  if (job.runs) return record<n, T, typename Step::Sums>(*job.runs, job.sums, begin, end, job.partial, step);
+  if (job.runs) return record<n, T, typename Step::Sums>(job, begin, end, step);
   for (int64_t token = begin; token < end; ++token)
     for (int64_t c = 0; c < job.channels; c += 2 * n) step(token, c, job.channels - c);
 }
@@ -154,14 +134,6 @@ void by_tokens(const Job& job, Function function) {
   in_parallel(job.tokens, 1, job.channels, [&](int64_t begin, int64_t end) { function(job, begin, end); });
 }
 
-void by_channels(Job& job, const Tensor& group, const Tensor& statistics, int64_t fields, const char* op,
-                 const char* name, Function function) {
-  std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, statistics.size(0));
-  job.sums = accumulators_of(statistics, fields, job.channels, op, name);
-  job.runs = &runs;
-  record_in_parallel(job, job.channels, job.tokens, fields, function);
-}
-
 void gated_activation(const Tensor& gate, const Tensor& up, const Tensor& out, std::string activation) {
   by_tokens(forward_job(gate, up, out, activation, "gated_activation"), forward);
 }
@@ -170,7 +142,7 @@ void gated_activation_record(const Tensor& gate, const Tensor& up, const Tensor&
                              const Tensor& group, const Tensor& statistics) {
   const char* op = "gated_activation_record";
   Job job = forward_job(gate, up, out, activation, op);
-  by_channels(job, group, statistics, 5, op, "statistics", forward);
+  record_in_parallel(job, group, statistics, 5, op, "statistics", forward);
 }
 
 void gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, const Tensor& grad_gate,
@@ -183,7 +155,7 @@ void gated_activation_backward_record(const Tensor& grad, const Tensor& gate, co
                                       const Tensor& group, const Tensor& gradient_statistics) {
   const char* op = "gated_activation_backward_record";
   Job job = backward_job(grad, gate, up, grad_gate, grad_up, activation, op);
-  by_channels(job, group, gradient_statistics, 3, op, "gradient_statistics", backward);
+  record_in_parallel(job, group, gradient_statistics, 3, op, "gradient_statistics", backward);
 }
 
 }  // namespace

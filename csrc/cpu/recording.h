@@ -8,13 +8,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "vector.h"
+#include "sums.h"
 
 namespace clue {
 
 constexpr int64_t run_length = 256;
 constexpr int64_t tile_length = 8;
-constexpr int64_t span_length = 512;  // channels whose partial sums stay in the first-level cache
+constexpr int64_t span_length = 4096;  // channels whose partial sums stay in the second-level cache
 constexpr int64_t channel_block = 32; // a thread owns a multiple of this: whole pairs of every vector width
 
 struct Tile {
@@ -30,6 +30,14 @@ struct Run {
 struct Accumulators {
   double* data;
   int64_t groups, group_stride, field_stride;
+};
+
+// What a job that records knows beside its own tensors; `runs` is null where nothing is recorded.
+struct Recording {
+  int64_t tokens, channels;
+  const std::vector<Run>* runs;
+  Accumulators sums;
+  float* partial;  // of this thread
 };
 
 inline std::vector<Run> runs_of(const int8_t* group, int64_t tokens, int64_t groups) {
@@ -54,93 +62,18 @@ inline std::vector<Run> runs_of(const int8_t* group, int64_t tokens, int64_t gro
   return runs;
 }
 
-// The five statistics of an activation, in the order of FIELDS.
-template <int n>
-struct ActivationSums {
-  static constexpr int fields = 5;
-  static constexpr int maximum_field = 3;
-  Floats<n> sum, square, total_magnitude, largest;
-  Ints<n> active;
-
-  CLUE_INLINE void load(const float* partial, int64_t stride) {
-    sum = read<Floats<n>>(partial);
-    square = read<Floats<n>>(partial + stride);
-    total_magnitude = read<Floats<n>>(partial + 2 * stride);
-    largest = read<Floats<n>>(partial + 3 * stride);
-    active = __builtin_convertvector(read<Floats<n>>(partial + 4 * stride), Ints<n>);
-  }
-  CLUE_INLINE void store(float* partial, int64_t stride) const {
-    write(partial, sum);
-    write(partial + stride, square);
-    write(partial + 2 * stride, total_magnitude);
-    write(partial + 3 * stride, largest);
-    write(partial + 4 * stride, __builtin_convertvector(active, Floats<n>));
-  }
-  CLUE_INLINE void add(Floats<n> a) {
-    const Floats<n> size = magnitude<n>(a);
-    sum += a;
-    square += a * a;
-    total_magnitude += size;
-    largest = size > largest ? size : largest;
-    active -= a > 0.0f;
-  }
-};
-
-// The three statistics of a product activation * gradient, in the order of GRADIENT_FIELDS.
-template <int n>
-struct ProductSums {
-  static constexpr int fields = 3;
-  static constexpr int maximum_field = -1;
-  Floats<n> sum, total_magnitude, square;
-
-  CLUE_INLINE void load(const float* partial, int64_t stride) {
-    sum = read<Floats<n>>(partial);
-    total_magnitude = read<Floats<n>>(partial + stride);
-    square = read<Floats<n>>(partial + 2 * stride);
-  }
-  CLUE_INLINE void store(float* partial, int64_t stride) const {
-    write(partial, sum);
-    write(partial + stride, total_magnitude);
-    write(partial + 2 * stride, square);
-  }
-  CLUE_INLINE void add(Floats<n> p) {
-    sum += p;
-    total_magnitude += magnitude<n>(p);
-    square += p * p;
-  }
-};
-
-// Fold the partial sums of `count` channels into fp64, putting the channels of each pair back in order.
-template <int n, class T, class Sums>
-CLUE_INLINE void fold(const float* partial, double* target, int64_t field_stride, int64_t count) {
-  for (int field = 0; field < Sums::fields; ++field) {
-    for (int64_t c = 0; c < count; c += 2 * n) {
-      const float* pair = partial + field * span_length + c;
-      double* out = target + field * field_stride + c;
-      float ordered[2 * n];
-      for (int lane = 0; lane < n; ++lane) {
-        ordered[channel_of<T>(n, false, lane)] = pair[lane];
-        ordered[channel_of<T>(n, true, lane)] = pair[n + lane];
-      }
-      const int64_t left = std::min<int64_t>(2 * n, count - c);
-      if (field == Sums::maximum_field)
-        for (int64_t i = 0; i < left; ++i) out[i] = ordered[i] > out[i] ? ordered[i] : out[i];
-      else
-        for (int64_t i = 0; i < left; ++i) out[i] += ordered[i];
-    }
-  }
-}
-
 // Take all tokens of the channels [begin, end) from `source`, which does its own loading and storing and returns
 // the pair of values to record: source(token, channel, channels left in the row).
 template <int n, class T, class Sums, class Source>
-CLUE_INLINE void record(const std::vector<Run>& runs, const Accumulators& sums, int64_t begin, int64_t end,
-                        float* partial, const Source& source) {
-  const int64_t group_size = Sums::fields * span_length;
+CLUE_INLINE void record(const Recording& recording, int64_t begin, int64_t end, const Source& source) {
+  constexpr int64_t group_size = Sums::fields * span_length;
+  const Accumulators accumulators = recording.sums;
+  float* const partial = recording.partial;
   for (int64_t span = begin; span < end; span += span_length) {
     const int64_t stop = std::min(end, span + span_length);
-    for (const Run& run : runs) {
-      for (int g : run.groups) std::memset(partial + g * group_size, 0, group_size * sizeof(float));
+    const int64_t pairs = (stop - span + 2 * n - 1) / (2 * n);
+    for (const Run& run : *recording.runs) {
+      for (int g : run.groups) std::memset(partial + g * group_size, 0, pairs * 2 * n * Sums::fields * sizeof(float));
       for (const Tile& tile : run.tiles) {
         const int64_t last = tile.first + tile.count;
         for (int64_t c = span; c < stop; c += 2 * n) {
@@ -148,22 +81,27 @@ CLUE_INLINE void record(const std::vector<Run>& runs, const Accumulators& sums, 
             for (int64_t token = tile.first; token < last; ++token) source(token, c, end - c);
             continue;
           }
-          float* here = partial + tile.group * group_size + (c - span);
-          Sums first, second;
-          first.load(here, span_length);
-          second.load(here + n, span_length);
-          for (int64_t token = tile.first; token < last; ++token) {
-            const Pair<n> value = source(token, c, end - c);
-            first.add(value.first);
-            second.add(value.second);
+          float* const rest = partial + tile.group * group_size + (c - span) * Sums::fields;
+          Sums sums;
+          sums.load(rest);
+          // Each value is added while the next one is computed, so that the sums do not wait for it.
+          auto value = source(tile.first, c, end - c);
+          for (int64_t token = tile.first + 1; token < last; ++token) {
+            const auto next = source(token, c, end - c);
+            sums.add(value);
+            value = next;
           }
-          first.store(here, span_length);
-          second.store(here + n, span_length);
+          sums.add(value);
+          sums.store(rest);
         }
       }
-      for (int g : run.groups)
-        fold<n, T, Sums>(partial + g * group_size, sums.data + g * sums.group_stride + span, sums.field_stride,
-                         stop - span);
+      for (int g : run.groups) {
+        double* const target = accumulators.data + g * accumulators.group_stride;
+        for (int64_t c = span; c < stop; c += 2 * n)
+          for (int field = 0; field < Sums::fields; ++field)
+            fold_field<n, T, Sums>(field, partial + g * group_size + (c - span) * Sums::fields,
+                                   target + field * accumulators.field_stride + c, stop - c);
+      }
     }
   }
 }

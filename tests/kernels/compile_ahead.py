@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, with no GPU, and tells what each takes: registers, spills, loads.
 
-    python tests/kernels/compile_ahead.py [--json] [--spilling] TARGET ...
+    python tests/kernels/compile_ahead.py [--json] [--counterexamples] TARGET ...
 
 The launch functions themselves are called, on CPU tensors, with a driver that names the wanted target and with the
 launch replaced by nothing. So what is compiled is what a launch on that target compiles: the same block shapes,
@@ -68,8 +68,8 @@ def amdgcn_usage(assembly: str) -> dict[str, int]:
 
 
 def load_widths(assembly: str) -> dict[str, int]:
-    """Number of global loads of 128 bits and of narrower ones, in PTX or AMD assembly."""
-    wide = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|(?:global|buffer)_load_dwordx4"
+    """Number of global loads of 64 bits and more and of narrower ones, in PTX or AMD assembly."""
+    wide = r"ld\.global\S*\.(?:v4\.b32|v2\.b32|v2\.b64|v4\.b16|b64)|(?:global|buffer)_load_dwordx[24]"
     every = len(re.findall(r"ld\.global|(?:global|buffer)_load_", assembly))
     found = len(re.findall(wide, assembly))
     return {"wide_loads": found, "narrow_loads": every - found}
@@ -150,21 +150,29 @@ def spilling_kernel(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), tl.exp(value) / total)
 
 
-def compile_spilling(target: GPUTarget) -> Iterator[dict[str, Any]]:
-    """The row of a kernel that spills, to show that spills are seen."""
-    x = torch.zeros(32768)
-    for kernel in compiled_by(lambda: spilling_kernel[(1,)](x, x.numel(), num_warps=1), target):
-        yield {"kernel": kernel.name} | usage(kernel)
+def compile_counterexamples(target: GPUTarget) -> Iterator[dict[str, Any]]:
+    """A kernel that spills, and one with data that is not aligned, to show that both are seen."""
+    registers = {"cuda": 256, "hip": 512}[target.backend]
+    block = target.warp_size * registers
+    misaligned = torch.zeros(TOKENS, CHANNELS + 1)[:, 1:]
+    group = torch.zeros(TOKENS, dtype=torch.int8)
+    statistics = torch.zeros(1, 5, CHANNELS, dtype=torch.float64)
+    for call in (
+        lambda: spilling_kernel[(1,)](torch.zeros(block), block, num_warps=1),
+        lambda: channel_statistics.channel_statistics(misaligned, group, statistics),
+    ):
+        for kernel in compiled_by(call, target):
+            yield {"kernel": kernel.name} | usage(kernel)
 
 
 def main() -> None:
     """Print a table, or JSON for the tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--spilling", action="store_true", help="compile a kernel that must spill instead")
+    parser.add_argument("--counterexamples", action="store_true", help="compile what must fail the checks instead")
     parser.add_argument("targets", nargs="*", metavar="TARGET", default=list(TARGETS), help=", ".join(TARGETS))
     arguments = parser.parse_args()
-    compile_target = compile_spilling if arguments.spilling else compile_all
+    compile_target = compile_counterexamples if arguments.counterexamples else compile_all
     rows = [{"target": name} | row for name in arguments.targets for row in compile_target(TARGETS[name])]
     if arguments.json:
         print(json.dumps(rows))

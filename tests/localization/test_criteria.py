@@ -104,7 +104,7 @@ def test_random_is_a_function_of_the_seed_and_needs_no_data(
         )
 
     assert found(1).hash == found(1).hash != found(2).hash
-    assert [len(found(1).units(site)) for site in found(1).sites] == [6, 6]
+    assert [len(found(1).units(site)) for site in found(1).sites] == [12, 12]
 
 
 def test_the_batch_budget_does_not_change_the_selection(
@@ -142,7 +142,33 @@ def test_a_selection_belongs_to_its_model(
         Selection.load(tmp_path / "s.safetensors", other)
 
 
+def test_categories_come_from_what_matters_to_each_set(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    selection = clue_fast.localize(
+        model,
+        FORGET,
+        RETAIN,
+        tokenizer=tokenizer,
+        criterion="attribution",
+        categories=True,
+        fraction=0.3,
+        progress=False,
+    )
+    forget, retain = (answer_activations(model, tokenizer, records)["products"] for records in (FORGET, RETAIN))
+    for site in selection.sites:
+        tops = [set(p[site.path].abs().mean(0).topk(36).indices.tolist()) for p in (forget, retain)]
+        found = [
+            set(torch.nonzero(selection.categories[site] == category).flatten().tolist()) for category in (1, 2, 3)
+        ]
+        assert found == [tops[0] - tops[1], tops[1] - tops[0], tops[0] & tops[1]]
+
+
 class TestBadInput:
+    def test_categories_of_a_comparison(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(SelectionError, match="has no categories"):
+            clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, categories=True, progress=False)
+
     def test_unknown_criterion(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(UnknownNameError, match=r"'astrology'; choose one of: attribution"):
             clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, criterion="astrology")

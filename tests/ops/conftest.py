@@ -10,22 +10,36 @@ import torch
 from clue_fast.errors import BackendError
 from clue_fast.ops import backend as backends
 
+LESSER_INSTRUCTION_SETS = ("baseline", "x86-64-v3")  # the best that the machine has is what "cpp" runs
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test module names its operator; a test that takes `backend` runs on each backend of that operator."""
     if "backend" in metafunc.fixturenames:
         operator = backends.OPERATORS[metafunc.module.OPERATOR]
-        metafunc.parametrize("backend", operator.backends, indirect=True, scope="module")
+        cases = [pytest.param((name, None), id=name) for name in operator.backends]
+        if "cpp" in operator.backends:
+            slow = pytest.mark.slow
+            cases += [pytest.param(("cpp", name), id=f"cpp-{name}", marks=slow) for name in LESSER_INSTRUCTION_SETS]
+        metafunc.parametrize("backend", cases, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name, instruction_set = request.param
     try:
         backends.choose(request.module.OPERATOR, _device(name), name)
     except BackendError as error:
         pytest.skip(str(error))
-    return name
+    if instruction_set is None:
+        yield name
+        return
+    extension = backends.extension()
+    best = extension.cpu_info()["instruction_set"]
+    if not extension.use_instruction_set(instruction_set):
+        pytest.skip(f"this machine has no {instruction_set}")
+    yield name
+    extension.use_instruction_set(best)
 
 
 @pytest.fixture

@@ -141,6 +141,20 @@ def test_non_finite_values_reach_the_sums(backend: str, device: torch.device, ba
         assert finite.all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_active_and_largest_at_the_edges_of_a_dtype(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Zeros of both signs are not active, the least positive number is; magnitudes of both signs compare."""
+    least, large = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, 2.0**15
+    values = torch.tensor([0.0, -0.0, least, -least, 1.0, -1.0, large, -large], dtype=torch.float64)
+    x = torch.stack([values.roll(shift) for shift in (0, 1, 3)]).to(dtype).to(device)
+    assert (x > 0).any() and torch.equal(x[0].cpu().double(), values)
+    for tokens in (1, 2, 3):
+        group, statistics = torch.ones(tokens, dtype=torch.int8, device=device), accumulators(8, FIELDS, device, 1)
+        channel_statistics(x[:tokens], group, statistics, backend=backend)
+        expected = torch.tensor(expected_statistics(x[:tokens], group, 1), dtype=torch.float64)
+        assert_statistics(statistics, expected)
+
+
 def test_same_bits_on_every_run_and_number_of_threads(backend: str, device: torch.device, two_threads: None) -> None:
     x, group = data(*((300, 40) if backend == "triton" else (2100, 431)), torch.bfloat16, device)
 

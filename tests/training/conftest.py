@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clue_fast.selection import CONFLICT, Selection
+from clue_fast.selection import CONFLICT, FORGET, Selection
 from clue_fast.sites import find_sites, model_fingerprint
 
 VOCABULARY = 64
@@ -24,52 +24,59 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def llama(dtype: torch.dtype = torch.float32, layers: int = 3, seed: int = 0, **config: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**settings | config))
+    for parameter in model.parameters():  # as from_pretrained does, which leaves the rotary buffers in float32
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
     """make_model(dtype, layers=3, seed=0, **config) -> a Llama with random weights that says something definite."""
+    return llama
 
-    def make(dtype: torch.dtype = torch.float32, layers: int = 3, seed: int = 0, **config: Any) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
 
-        settings = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.1,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "tie_word_embeddings": False,
-        }
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**settings | config))
-        for parameter in model.parameters():  # as from_pretrained does, which leaves the rotary buffers in float32
-            parameter.data = parameter.data.to(dtype)
-        return model
-
-    return make
+def random_selection(
+    model: nn.Module, units: int = 5, layers: list[int] | None = None, seed: int = 0, forget: int = 0
+) -> Selection:
+    sites = tuple(find_sites(model))
+    generator = torch.Generator().manual_seed(seed)
+    categories, scores = {}, {}
+    for site in sites:
+        categories[site] = torch.zeros(site.width, dtype=torch.int8)
+        scores[site] = torch.rand(site.width, generator=generator)
+        if layers is None or site.layer in layers:
+            order = torch.randperm(site.width, generator=generator)
+            categories[site][order[:units]] = CONFLICT
+            categories[site][order[units : units + forget]] = FORGET
+    return Selection(sites, categories, scores, {"criterion": "random"}, model_fingerprint(model))
 
 
 @pytest.fixture
 def make_selection() -> Callable[..., Selection]:
-    """make_selection(model, units=5, layers=None, seed=0) -> that many random units in each of the layers (all)."""
+    """make_selection(model, units=5, layers=None, seed=0, forget=0) -> random units in each of the layers (all).
 
-    def make(model: nn.Module, units: int = 5, layers: list[int] | None = None, seed: int = 0) -> Selection:
-        sites = tuple(find_sites(model))
-        generator = torch.Generator().manual_seed(seed)
-        categories, scores = {}, {}
-        for site in sites:
-            categories[site] = torch.zeros(site.width, dtype=torch.int8)
-            scores[site] = torch.rand(site.width, generator=generator)
-            if layers is None or site.layer in layers:
-                categories[site][torch.randperm(site.width, generator=generator)[:units]] = CONFLICT
-        return Selection(sites, categories, scores, {"criterion": "random"}, model_fingerprint(model))
-
-    return make
+    So many conflict units, and so many forget units.
+    """
+    return random_selection
 
 
 @pytest.fixture

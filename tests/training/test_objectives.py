@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,18 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clue_fast.errors import UnknownNameError
+from clue_fast.errors import DataError, ObjectiveError, UnknownNameError
 from clue_fast.training import (
+    DPO,
+    KL,
     NPO,
     OBJECTIVES,
+    RMU,
+    UNDIAL,
+    WGA,
     GradientAscent,
     GradientDifference,
+    Refusal,
     SimNPO,
     SparseAdamW,
     get_objective,
     sparsify,
 )
-from clue_fast.training.objectives import record_loss
+from clue_fast.training.objectives import predict
 
 VOCABULARY = 7
 
@@ -42,152 +48,338 @@ class Table(nn.Module):
         return SimpleNamespace(logits=self.logits[input_ids])
 
 
-def make_batch(seed: int, records: int = 5, tokens: int = 8) -> dict[str, Tensor]:
+class Stack(nn.Module):
+    """Three layers that look up, scale and add: what they give is known by the token alone."""
+
+    def __init__(self, seed: int, features: int = 5) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.states = nn.Parameter(torch.randn(4, VOCABULARY, features, generator=generator))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool, output_hidden_states: bool) -> Any:
+        assert output_hidden_states
+        return SimpleNamespace(hidden_states=tuple(states[input_ids] for states in self.states))
+
+
+class Original:
+    """Swaps another model's parameters in, and remembers what is announced; stands for a ``Sparse``."""
+
+    def __init__(self, model: nn.Module, original: nn.Module) -> None:
+        self.model, self.other = model, original
+        self.reached: list[tuple[int, int, int]] = []
+
+    def reach(self, forget: int, records: int, tokens: int) -> None:
+        self.reached.append((forget, records, tokens))
+
+    @contextmanager
+    def original(self) -> Any:
+        pairs = list(zip(self.model.parameters(), self.other.parameters(), strict=True))
+        current = [p.data for p, _ in pairs]
+        for p, q in pairs:
+            p.data = q.data
+        yield
+        for (p, _), data in zip(pairs, current, strict=True):
+            p.data = data
+
+
+def make_records(seed: int, records: int = 5, tokens: int = 8) -> dict[str, Tensor]:
+    """Random tokens, a random part of them labels, right-padded to different lengths."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(0, VOCABULARY, (records, tokens), generator=generator)
-    counted = torch.rand(records, tokens, generator=generator) < 0.6
-    counted[:, -1] = True
-    labels = input_ids.masked_fill(~counted, -100)
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)}
+    lengths = torch.randint(3, tokens + 1, (records, 1), generator=generator)
+    attended = torch.arange(tokens) < lengths
+    counted = (torch.rand(records, tokens, generator=generator) < 0.6) & attended
+    counted[:, 2] = True
+    return {
+        "input_ids": input_ids.masked_fill(~attended, 0),
+        "labels": input_ids.masked_fill(~counted, -100),
+        "attention_mask": attended.long(),
+    }
 
 
-def negative_log_likelihoods(model: Table, batch: dict[str, Tensor]) -> list[tuple[float, int]]:
-    """(-log p(x), |x|) of each record."""
-    table = model.logits.tolist()
-    found = []
-    for tokens, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        total, count = 0.0, 0
-        for previous, label in zip(tokens[:-1], labels[1:], strict=True):
-            if label != -100:
-                total -= table[previous][label] - math.log(sum(math.exp(x) for x in table[previous]))
-                count += 1
-        found.append((total, count))
-    return found
+def batches(seed: int) -> dict[str, dict[str, Tensor]]:
+    return {
+        "forget": make_records(seed),
+        "alternate": make_records(seed + 20, tokens=6),
+        "retain": make_records(seed + 50, records=4, tokens=11),
+    }
 
 
-def mean(values: list[float]) -> float:
+def log_softmax(row: list[float]) -> list[float]:
+    return [x - math.log(sum(math.exp(y) for y in row)) for x in row]
+
+
+def tokens_of(model: Table, batch: dict[str, Tensor]) -> list[list[tuple[list[float], int]]]:
+    """For each record: (log-probabilities over the vocabulary, label) of each of its labels."""
+    table = [log_softmax(row) for row in model.logits.tolist()]
+    return [
+        [(table[previous], label) for previous, label in zip(tokens[:-1], labels[1:], strict=True) if label != -100]
+        for tokens, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+    ]
+
+
+def log_likelihoods(model: Table, batch: dict[str, Tensor]) -> list[tuple[float, int]]:
+    """(log p(x), |x|) of each record."""
+    return [(sum(row[label] for row, label in record), len(record)) for record in tokens_of(model, batch)]
+
+
+def mean(values: Any) -> float:
+    values = list(values)
     return sum(values) / len(values)
 
 
-def retain_term(model: Table, batch: dict[str, Tensor]) -> float:
-    return mean([total / count for total, count in negative_log_likelihoods(model, batch)])
+def loss_of(model: Table, batch: dict[str, Tensor]) -> float:
+    return mean(-total / count for total, count in log_likelihoods(model, batch))
 
 
-@contextmanager
-def table_of(model: Table, original: Table) -> Any:
-    current = model.logits.data
-    model.logits.data = original.logits.data
-    yield
-    model.logits.data = current
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
-def formula(name: str, model: Table, original: Table, forget: dict[str, Tensor], **p: float) -> float:
-    now = negative_log_likelihoods(model, forget)
-    then = negative_log_likelihoods(original, forget)
-    if name in ("gradient_ascent", "gradient_difference"):
-        return -mean([total / count for total, count in now])
-    if name == "npo":
-        ratios = [math.exp(-a) / math.exp(-b) for (a, _), (b, _) in zip(now, then, strict=True)]
-        return mean([2 / p["beta"] * math.log(1 + ratio ** p["beta"]) for ratio in ratios])
-    logits = [p["beta"] * total / count - p["gamma"] for total, count in now]
-    return mean([-2 / p["beta"] * math.log(1 / (1 + math.exp(-logit))) for logit in logits])
+def forget_formula(objective: Any, model: Table, original: Table, b: dict[str, dict[str, Tensor]]) -> float:
+    p, q = log_likelihoods(model, b["forget"]), log_likelihoods(original, b["forget"])
+    if isinstance(objective, GradientAscent):
+        return mean(total / count for total, count in p)
+    if isinstance(objective, NPO):
+        ratios = [math.exp(now) / math.exp(then) for (now, _), (then, _) in zip(p, q, strict=True)]
+        return mean(2 / objective.beta * math.log(1 + ratio**objective.beta) for ratio in ratios)
+    if isinstance(objective, SimNPO):
+        inner = [-objective.beta / count * total - objective.gamma for total, count in p]
+        return mean(-2 / objective.beta * math.log(sigmoid(x)) for x in inner)
+    if isinstance(objective, WGA):
+        records = tokens_of(model, b["forget"])
+        return mean(mean(math.exp(row[y]) ** objective.alpha * row[y] for row, y in record) for record in records)
+    if isinstance(objective, UNDIAL):
+        records = zip(tokens_of(model, b["forget"]), tokens_of(original, b["forget"]), strict=True)
+        return mean(
+            mean(undial_token(row, then, y, objective.strength) for (row, y), (then, _) in zip(*pair, strict=True))
+            for pair in records
+        )
+    if isinstance(objective, Refusal):
+        return loss_of(model, b["alternate"])
+    assert isinstance(objective, DPO)
+    idk, idk_then = log_likelihoods(model, b["alternate"]), log_likelihoods(original, b["alternate"])
+    margins = [(i[0] - it[0]) - (f[0] - ft[0]) for i, it, f, ft in zip(idk, idk_then, p, q, strict=True)]
+    return mean(-math.log(sigmoid(objective.beta * margin)) for margin in margins)
+
+
+def undial_token(now: list[float], then: list[float], label: int, strength: float) -> float:
+    target = log_softmax([z - strength * (k == label) for k, z in enumerate(then)])
+    return -sum(math.exp(t) * log_p for t, log_p in zip(target, now, strict=True))
+
+
+def retain_formula(objective: Any, model: Table, original: Table, batch: dict[str, Tensor]) -> float:
+    if not isinstance(objective, KL):
+        return loss_of(model, batch)
+    p, q = ([log_softmax(row) for row in one.logits.tolist()] for one in (model, original))
+    records = []
+    for tokens, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
+        read = [token for token, attended in zip(tokens, mask, strict=True) if attended][:-1]
+        records.append(mean(sum(math.exp(b) * (b - a) for a, b in zip(p[t], q[t], strict=True)) for t in read))
+    return mean(records)
 
 
 @pytest.mark.parametrize(
-    ("objective", "parameters"),
+    "objective",
     [
-        (GradientAscent(), {}),
-        (GradientDifference(retain_weight=0.7), {}),
-        (NPO(), {"beta": 0.1}),
-        (NPO(beta=1.3, retain_weight=5.0), {"beta": 1.3}),
-        (SimNPO(), {"beta": 2.5, "gamma": 0.0}),
-        (SimNPO(beta=0.9, gamma=0.4, retain_weight=0.0), {"beta": 0.9, "gamma": 0.4}),
+        GradientAscent(),
+        GradientDifference(retain_weight=0.7),
+        KL(),
+        KL(retain_weight=0.3),
+        NPO(),
+        NPO(beta=1.3, retain_weight=5.0),
+        SimNPO(),
+        SimNPO(beta=0.9, gamma=0.4, retain_weight=0.0),
+        WGA(),
+        WGA(alpha=0.3, retain_weight=0.0),
+        UNDIAL(),
+        UNDIAL(strength=2.0, retain_weight=1.0),
+        Refusal(),
+        Refusal(retain_weight=0.0),
+        DPO(),
+        DPO(beta=0.8, retain_weight=0.5),
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_its_formula(objective, parameters, seed):
-    model, original = Table(seed), Table(seed + 100)
-    forget, retain = make_batch(seed), make_batch(seed + 50)
-    loss, logs = objective.loss(model, forget, retain, lambda: table_of(model, original))
-    term = formula(objective.name, model, original, forget, **parameters)
-    expected = term
+def test_equals_its_formula(objective, seed):
+    model, original, b = Table(seed), Table(seed + 100), batches(seed)
+    trained = Original(model, original)
+    loss, logs = objective.loss(model, b, trained)
+    expected = term = forget_formula(objective, model, original, b)
+    assert ("retain_loss" in logs) == (objective.retain_weight > 0)
     if objective.retain_weight:
-        expected += objective.retain_weight * retain_term(model, retain)
-        assert logs["retain_loss"].item() == pytest.approx(retain_term(model, retain), rel=1e-5)
+        kept = retain_formula(objective, model, original, b["retain"])
+        expected += objective.retain_weight * kept
+        assert logs["retain_loss"].item() == pytest.approx(kept, rel=1e-5)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert logs["forget_loss"].item() == pytest.approx(term, rel=1e-5)
-    assert logs["forget_nll"].item() == pytest.approx(retain_term(model, forget), rel=1e-5)
+    if "forget" in objective.forget_batches:
+        assert logs["forget_nll"].item() == pytest.approx(loss_of(model, b["forget"]), rel=1e-5)
     assert not any(value.requires_grad for value in logs.values())
+    forget = 5 * len(objective.forget_batches)
+    longest = {"forget": 8, "alternate": 6, "retain": 11 if objective.retain_weight else 0}
+    tokens = max(longest[name] for name in (*objective.forget_batches, "retain"))
+    assert trained.reached == [(forget, forget + 4 * (objective.retain_weight > 0), tokens)]
+
+
+@pytest.mark.parametrize(
+    "objective", [RMU(layer=0), RMU(layer=1, scale=2.0, seed=3, retain_weight=0.5), RMU(layer=1, retain_weight=0.0)]
+)
+def test_rmu_equals_its_formula(objective):
+    model, original, b = Stack(0), Stack(1), batches(0)
+    loss, logs = objective.loss(model, b, Original(model, original))
+    direction = torch.rand(5, generator=torch.Generator().manual_seed(objective.seed)).double()
+    target = (objective.scale * direction / direction.square().sum().sqrt()).tolist()
+    now, then = (one.states[objective.layer + 1].tolist() for one in (model, original))
+    terms = {
+        side: mean(
+            mean(
+                sum((a - c) ** 2 for a, c in zip(now[t], target if side == "forget" else then[t], strict=True))
+                for t, attended in zip(tokens, mask, strict=True)
+                if attended
+            )
+            for tokens, mask in zip(b[side]["input_ids"].tolist(), b[side]["attention_mask"].tolist(), strict=True)
+        )
+        for side in ("forget", "retain")
+    }
+    assert logs["forget_loss"].item() == pytest.approx(terms["forget"], rel=1e-5)
+    assert loss.item() == pytest.approx(terms["forget"] + objective.retain_weight * terms["retain"], rel=1e-5)
+    if objective.retain_weight:
+        assert logs["retain_loss"].item() == pytest.approx(terms["retain"], rel=1e-5)
+
+
+def gradient(objective: Any, model: nn.Module, original: nn.Module, b: Any) -> Tensor:
+    for parameter in model.parameters():
+        parameter.grad = None
+    objective.loss(model, b, Original(model, original))[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_gradient_of_npo_is_weighted_gradient_ascent():
     """Per record, that of log p times 2 p^b / (p^b + q^b): what keeps NPO from running away."""
-    model, original, batch = Table(0), Table(1), make_batch(0, records=1)
-    NPO(beta=0.5, retain_weight=0.0).loss(model, batch, None, lambda: table_of(model, original))[0].backward()
-    gradient = model.logits.grad.clone()
-    model.logits.grad = None
-    (-record_loss(model, batch).total.sum()).backward()
-    p, q = (math.exp(-negative_log_likelihoods(m, batch)[0][0]) ** 0.5 for m in (model, original))
-    torch.testing.assert_close(gradient, model.logits.grad * (2 * p / (p + q)))
+    model, original, b = Table(0), Table(1), {"forget": make_records(0, records=1)}
+    npo = gradient(NPO(beta=0.5, retain_weight=0.0), model, original, b)
+    ascent = gradient(GradientAscent(), model, original, b)
+    (log_p, count), (log_q, _) = (log_likelihoods(m, b["forget"])[0] for m in (model, original))
+    p, q = math.exp(log_p) ** 0.5, math.exp(log_q) ** 0.5
+    torch.testing.assert_close(npo, ascent * count * (2 * p / (p + q)))
+
+
+def test_gradient_of_wga_does_not_pass_through_its_weight():
+    model, b = Table(0), {"forget": make_records(0)}
+    assert torch.equal(
+        gradient(WGA(alpha=0.0, retain_weight=0.0), model, model, b), gradient(GradientAscent(), model, model, b)
+    )
+    found = gradient(WGA(alpha=1.0, retain_weight=0.0), model, model, b).view(VOCABULARY, VOCABULARY)
+    expected = torch.zeros(VOCABULARY, VOCABULARY)
+    for record, tokens, labels in zip(
+        tokens_of(model, b["forget"]), b["forget"]["input_ids"].tolist(), b["forget"]["labels"].tolist(), strict=True
+    ):
+        read = [t for t, label in zip(tokens[:-1], labels[1:], strict=True) if label != -100]
+        for token, (row, label) in zip(read, record, strict=True):
+            softmax = torch.tensor(row).exp()
+            one_hot = torch.nn.functional.one_hot(torch.tensor(label), VOCABULARY)
+            expected[token] += math.exp(row[label]) * (one_hot - softmax) / len(record) / 5
+    torch.testing.assert_close(found, expected)
+
+
+def test_kl_at_the_original_keeps_still():
+    model, b = Table(0), batches(0)
+    twin = copy.deepcopy(model)
+    assert KL().loss(model, b, Original(model, twin))[1]["retain_loss"].item() == pytest.approx(0.0, abs=1e-6)
+    torch.testing.assert_close(gradient(KL(), model, twin, b), gradient(GradientAscent(), model, model, b))
 
 
 @given(seed=st.integers(0, 1000), padding=st.integers(0, 5))
 def test_padding_does_not_matter(seed, padding):
-    model, batch = Table(0), make_batch(seed)
+    model, batch = Table(0), make_records(seed)
     padded = {
         key: torch.cat([value, torch.full((len(value), padding), -100 if key == "labels" else 0)], 1)
         for key, value in batch.items()
     }
-    for one, other in zip(record_loss(model, batch), record_loss(model, padded), strict=True):
-        torch.testing.assert_close(one, other)
+    one, other = (predict(model, {"forget": b})["forget"] for b in (batch, padded))
+    torch.testing.assert_close(one.mean(one.losses), other.mean(other.losses))
+    assert torch.equal(one.tokens, other.tokens)
 
 
 def test_record_without_answer_counts_nothing():
-    batch = make_batch(0)
+    batch = make_records(0)
     batch["labels"][0] = -100
-    found = record_loss(Table(0), batch)
-    assert found.total[0] == 0 and found.tokens[0] == 0 and found.mean[0] == 0
+    found = predict(Table(0), {"forget": batch})["forget"]
+    assert found.total(found.losses)[0] == 0 and found.tokens[0] == 0 and found.mean(found.losses)[0] == 0
     batch["labels"][:, 1:] = -100  # a label on the first token has nothing to predict it from
-    assert record_loss(Table(0), batch).total.sum() == 0
+    assert predict(Table(0), {"forget": batch})["forget"].losses.sum() == 0
 
 
-def test_reference_is_the_original_model(make_model, make_selection, make_batch):
+@pytest.mark.parametrize("name", ["npo", "kl", "undial"])
+def test_reference_is_the_original_model(name, make_model, make_selection, make_batch):
     """Through a trained sparse model, with dropout on: the same bits as a copy made beforehand."""
-    model, forget, retain = make_model(attention_dropout=0.5), make_batch(), make_batch(seed=1)
+    model, b = make_model(attention_dropout=0.5), {"forget": make_batch(), "retain": make_batch(seed=1)}
     original = copy.deepcopy(model).eval()
     sparse = sparsify(model, make_selection(model))
     optimizer = SparseAdamW(model, lr=1e-2)
     for _ in range(5):
         model.train()
         model.zero_grad()
-        model(**forget).loss.backward()
+        model(**b["forget"]).loss.backward()
         optimizer.step()
-    found = NPO()._reference_loss(model, forget, sparse.original)
-    assert torch.equal(found.total, record_loss(original, forget).total)
-    assert not found.total.requires_grad
-    assert all(module.training for module in model.modules())
+    objective = get_objective(name, retain_weight=1.0)
+    asked: list[Tensor] = []
+    remember = type(objective).remember
+    object.__setattr__(objective, "remember", lambda p: asked.append(remember(objective, p)) or asked[-1])
     model.model.layers[0].eval()
-    loss, _ = NPO().loss(model, forget, retain, sparse.original)
+    loss, _ = objective.loss(model, b, sparse)
+    used = objective.batches(b, "causal")
+    expected = predict(original, {side: used[side] for side in objective.reference})
+    assert torch.equal(asked[0], remember(objective, next(iter(expected.values()))))
+    assert not asked[0].requires_grad
     assert not model.model.layers[0].mlp.training and model.model.layers[1].mlp.training
     loss.backward()
     assert all(p.grad is not None for p in sparse.trainable_parameters)
 
 
-def test_retain_batch_is_not_run_without_weight(make_model, make_batch):
-    model = make_model()
-    calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
-    GradientAscent().loss(model, make_batch(), None, nullcontext)
-    assert len(calls) == 1
-    with pytest.raises(ValueError, match="no retain batch"):
-        SimNPO().loss(model, make_batch(), None, nullcontext)
+def test_one_pass_a_step_and_one_for_the_reference(make_model, make_selection, make_batch):
+    model, b = make_model(), {"forget": make_batch(), "retain": make_batch(seed=1)}
+    sparse = sparsify(model, make_selection(model))
+    records: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, kwargs: records.append(len(kwargs["input_ids"])), with_kwargs=True)
+    GradientAscent().loss(model, b, sparse)
+    SimNPO().loss(model, b, sparse)
+    NPO().loss(model, b, sparse)
+    assert records == [4, 8, 4, 8]
+
+
+def test_says_what_is_missing():
+    model = Table(0)
+    trained = Original(model, model)
+    with pytest.raises(ObjectiveError, match=r"simnpo with a retain_weight of 1\.0 needs retain records"):
+        SimNPO().loss(model, {"forget": make_records(0)}, trained)
+    with pytest.raises(ObjectiveError, match="dpo needs alternate records"):
+        DPO().loss(model, {"forget": make_records(0), "retain": make_records(1)}, trained)
+    odd = {"forget": make_records(0), "retain": {**make_records(1), "position_ids": torch.zeros(5, 8)}}
+    with pytest.raises(DataError, match="position_ids is an input of some batches only"):
+        SimNPO().loss(model, odd, trained)
+    with pytest.raises(ObjectiveError, match="rmu steers layer 7, Stack has 3 layers; give it a layer below 2"):
+        RMU().loss(Stack(0), batches(0), Original(Stack(0), Stack(0)))
+
+
+def test_rmu_names_a_layer_below_all_units(make_model, make_selection, make_batch):
+    model, b = make_model(), {"forget": make_batch(), "retain": make_batch(seed=1)}
+    sparse = sparsify(model, make_selection(model, layers=[1]))
+    with pytest.raises(ObjectiveError, match="rmu at layer 0 reaches no unit that trains"):
+        RMU(layer=0).loss(model, b, sparse)
+    RMU(layer=1).loss(model, b, sparse)[0].backward()
+    assert all(p.grad is not None for p in sparse.trainable_parameters)
 
 
 def test_get_objective():
-    assert sorted(OBJECTIVES) == ["gradient_ascent", "gradient_difference", "npo", "simnpo"]
+    assert sorted(OBJECTIVES) == [
+        "dpo", "gradient_ascent", "gradient_difference", "kl", "npo", "refusal", "rmu", "simnpo", "undial", "wga",
+    ]  # fmt: skip
+    assert all(cls.name == name and get_objective(name) == cls() for name, cls in OBJECTIVES.items())
     assert get_objective("npo", retain_weight=5.0) == NPO(beta=0.1, retain_weight=5.0)
     assert get_objective(SimNPO(gamma=1.0), beta=3.0) == SimNPO(beta=3.0, gamma=1.0)
-    with pytest.raises(UnknownNameError, match="unknown objective 'dpo'; choose one of: gradient_ascent"):
-        get_objective("dpo")
+    with pytest.raises(UnknownNameError, match="unknown objective 'ga'; choose one of: dpo, gradient_ascent"):
+        get_objective("ga")
     with pytest.raises(TypeError):
         get_objective("gradient_ascent", beta=0.1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from torch import nn
 
 from clue_fast.errors import NonFiniteError, SelectionError, SparseError
-from clue_fast.training import SparseAdamW, SparseLinear, snapshot, sparsify
+from clue_fast.selection import Selection
+from clue_fast.training import SparseAdamW, snapshot, sparsify
+from clue_fast.training.parts import trained_parts
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -46,11 +50,11 @@ def test_masters_are_the_selected_weights(dtype, make_model, make_selection):
     for site in selection.sites:
         units = selection.units(site)
         for path, dim in ((site.inputs[0], 0), (site.inputs[1], 0), (site.output, 1)):
-            module = sparse.modules[path]
-            weight = module.weight.double()
+            (part,) = [part for part in sparse.parts if part.path == f"{path}.weight"]
+            weight = model.get_submodule(path).weight.double()
             expected = torch.stack([weight.select(dim, int(u)) for u in units], dim)
-            assert module.selected.dtype == torch.float32
-            assert torch.equal(module.selected.double(), expected)
+            assert part.selected.dtype == torch.float32
+            assert torch.equal(part.selected.double(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,13 +66,12 @@ def test_gradient_is_that_of_the_dense_weight(dtype, make_model, make_selection,
         other(**batch).loss.backward()
     sparse = sparsify(model, make_selection(model))
     model(**batch).loss.backward()
-    for path, module in sparse.modules.items():
+    for part in sparse.parts:
         true, own = (
-            other.get_submodule(path).weight.grad.double().index_select(module.dim, module.index)
-            for other in (exact, dense)
+            other.get_parameter(part.path).grad.double().index_select(part.dim, part.index) for other in (exact, dense)
         )
         allowed = 2 * (own - true).norm() + 1e-7 * true.norm()
-        assert (module.selected.grad.double() - true).norm() <= allowed, path
+        assert (part.selected.grad.double() - true).norm() <= allowed, part.path
 
 
 def test_only_masters_train_and_nothing_runs_below_the_lowest_layer(make_model, make_selection, make_batch):
@@ -80,7 +83,7 @@ def test_only_masters_train_and_nothing_runs_below_the_lowest_layer(make_model, 
     model(**batch).loss.backward()
     assert reached == [False, False, True, True]
     assert [name for name, p in model.named_parameters() if p.grad is not None] == [
-        f"model.layers.2.mlp.{name}_proj.selected" for name in ("gate", "up", "down")
+        f"model.layers.2.mlp.{name}_proj.selected_weight_conflict" for name in ("gate", "up", "down")
     ]
     assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in sparse.trainable_parameters]
 
@@ -114,7 +117,7 @@ def test_checkpoint_is_plain(dtype, make_model, make_selection, make_batch, tmp_
     loaded, report = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(bits(model.eval()(**batch).logits), bits(loaded(**batch).logits))
-    assert not any(isinstance(module, SparseLinear) for module in loaded.modules())
+    assert not list(trained_parts(loaded))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -123,8 +126,8 @@ def test_load_state_dict_refreshes_the_masters(strict, make_model, make_selectio
     sparse = sparsify(model, make_selection(model))
     result = model.load_state_dict(other.state_dict(), strict=strict)
     assert not result.missing_keys and not result.unexpected_keys
-    for module in sparse.modules.values():
-        assert torch.equal(module.selected, module.weight.index_select(module.dim, module.index).float())
+    for part in sparse.parts:
+        assert torch.equal(part.selected, part.read().float())
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({}, strict=True)
 
@@ -198,8 +201,8 @@ def test_revert_undoes_the_training(make_model, make_selection, make_batch):
     train(model, batch, 5)
     sparse.revert()
     assert all(torch.equal(before[name], now) for name, now in snapshot(model).items())
-    for module in sparse.modules.values():
-        assert torch.equal(module.selected, module.original.float())
+    for part in sparse.parts:
+        assert torch.equal(part.selected, part.original.float())
 
 
 def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
@@ -208,25 +211,33 @@ def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
     optimizer = train(model, batch, 2)
     masters = [p.clone() for p in sparse.trainable_parameters]
     model.to(torch.bfloat16)
-    for module, master in zip(sparse.modules.values(), masters, strict=True):
-        assert module.weight.dtype == module.original.dtype == torch.bfloat16
-        assert torch.equal(module.selected, master)
+    for part, master in zip(sparse.parts, masters, strict=True):
+        assert part.weight.dtype == part.original.dtype == torch.bfloat16
+        assert torch.equal(part.selected, master)
     model(**batch).loss.backward()
     optimizer.step()
 
 
+@pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(reentrant, make_model, make_selection, make_batch):
-    model, batch = make_model(), make_batch()
-    sparse = sparsify(model, make_selection(model))
+def test_gradient_checkpointing_changes_nothing(reentrant, limited, make_model, make_selection, make_batch):
+    """And reaches no layer below the lowest selected one, if it is told not to."""
+    model, batch = make_model(layers=4), make_batch()
+    sparse = sparsify(model, make_selection(model, layers=[2, 3]))
     model.train()
     model(**batch).loss.backward()
     expected = [p.grad.clone() for p in sparse.trainable_parameters]
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    model(**batch).loss.backward()
+    if limited:
+        sparse.limit_checkpointing()
+    inputs: list[bool] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].requires_grad))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch).loss.backward()
+    assert inputs[:2] == [not limited] * 2
     for gradient, p in zip(expected, sparse.trainable_parameters, strict=True):
         assert torch.equal(gradient, p.grad)
 
@@ -242,10 +253,10 @@ def test_autocast(make_model, make_selection, make_batch):
             losses.append(one(**batch).loss)
         losses[-1].backward()
     assert torch.equal(*losses)
-    for path, module in sparse.modules.items():
-        expected = dense.get_submodule(path).weight.grad.index_select(module.dim, module.index)
+    for part in sparse.parts:
+        expected = dense.get_parameter(part.path).grad.index_select(part.dim, part.index)
         # The dense gradient is rounded to bfloat16, by half a unit in its last place: 2 ** -9.
-        torch.testing.assert_close(module.selected.grad, expected, rtol=2**-8, atol=float(expected.abs().max()) * 2**-9)
+        torch.testing.assert_close(part.selected.grad, expected, rtol=2**-8, atol=float(expected.abs().max()) * 2**-9)
 
 
 class Doubled(nn.Linear):
@@ -266,13 +277,24 @@ def _transpose(model: Any) -> None:
     module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
 
 
+def _quantize(model: Any) -> None:
+    module = model.model.layers[1].mlp.up_proj
+    module.weight = nn.Parameter(module.weight.detach().to(torch.uint8), requires_grad=False)
+
+
+def _shard(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.placements = ()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (_tie, r"layers\.0\.mlp\.up_proj\.weight is tied to .*layers\.1"),
-        (_replace, r"layers\.1\.mlp\.up_proj is a Doubled"),
+        (_replace, r"layers\.1\.mlp\.up_proj\.weight is that of a Doubled, which does more than multiply"),
         (_transpose, "not contiguous"),
         (lambda model: model.double(), r"float64; load the model in float32"),
+        (_quantize, r"layers\.1\.mlp\.up_proj\.weight is torch\.uint8; load the model in float32"),
+        (_shard, r"layers\.1\.mlp\.up_proj\.weight is sharded .* train with DistributedDataParallel"),
     ],
 )
 def test_refuses_what_it_cannot_train(spoil, message, make_model, make_selection):
@@ -307,4 +329,28 @@ def test_refuses_a_wrong_selection(make_model, make_selection):
     with pytest.raises(SparseError, match="sparse already"):
         sparsify(model, make_selection(model))
     assert "15 units in 9 modules" in repr(sparse)
-    assert "trained: 5 of 48 columns" in repr(model.model.layers[0].mlp.down_proj)
+    assert "trained: 5 of 48 along 1 of weight (conflict)" in repr(model.model.layers[0].mlp.down_proj)
+
+
+def test_refuses_units_that_overlap_or_do_not_exist(make_model, make_selection):
+    """Sites as a file might hold them that somebody has edited."""
+    model = make_model(intermediate_size=32)
+    selection = make_selection(model)
+    site, other = selection.sites[0], selection.sites[1]
+    selection.categories[other] = selection.categories[site]
+    cases = [
+        (replace(other, parts=site.parts), SparseError, "two selected units own the same slice of model.layers.0"),
+        (replace(other, parts=(replace(site.parts[0], dim=1), *other.parts[1:])), SparseError, "both rows and columns"),
+        (replace(other, parts=(replace(other.parts[0], offset=30),)), SelectionError, "belong to different models"),
+        (replace(other, parts=(replace(other.parts[0], parameter="no.weight"),)), SelectionError, "does not have"),
+    ]
+    for wrong, error, message in cases:
+        sites = (site, wrong, *selection.sites[2:])
+        pairs = list(zip(sites, selection.sites, strict=True))
+        categories, scores = (
+            {one: values[old] for one, old in pairs} for values in (selection.categories, selection.scores)
+        )
+        bad = Selection(sites, categories, scores, {}, selection.fingerprint)
+        with pytest.raises(error, match=message):
+            sparsify(model, bad)
+        assert not list(trained_parts(model)) and all(p.requires_grad for p in model.parameters())

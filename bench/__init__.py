@@ -1,0 +1,1 @@
+"""Benchmarks: interleaved comparisons, pytest-benchmark cases of the same callables, and their raw samples."""

@@ -1,0 +1,102 @@
+"""Forward of a whole small Llama: stock, by torch.compile, patched, recording, and with hooks that collect the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import clue_fast
+from bench.interleaved import Case, Comparison, Target
+
+
+@dataclass(frozen=True)
+class Shape:
+    """layers x width / units, and a batch of records x tokens."""
+
+    layers: int
+    width: int
+    units: int
+    records: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers x {self.width}/{self.units}, {self.records} x {self.tokens} tokens"
+
+
+# The demo's order of size; a middle one; the layers of a 0.3B model.
+SHAPES = [Shape(4, 256, 704, 8, 64), Shape(6, 512, 1408, 4, 256), Shape(3, 1024, 2816, 2, 512)]
+DTYPES = [torch.float32, torch.bfloat16]
+CASES = ("stock", "compiled", "patched", "recording", "hooks")
+
+
+class Hooks:
+    """The statistics of clue_fast by forward hooks on every down_proj, as one would write them in PyTorch.
+
+    Every token counts into one group, which spares the hooks the sorting by group.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if name.endswith("down_proj"):
+                self.sums[name] = torch.zeros(5, module.in_features, dtype=torch.float64)
+                module.register_forward_pre_hook(lambda _, inputs, sums=self.sums[name]: self.collect(inputs[0], sums))
+
+    @staticmethod
+    def collect(activation: Tensor, sums: Tensor) -> None:
+        h = activation.reshape(-1, activation.shape[-1]).float()
+        magnitude = h.abs()
+        sums[0] += h.sum(0)
+        sums[1] += h.square().sum(0)
+        sums[2] += magnitude.sum(0)
+        torch.maximum(sums[3], magnitude.amax(0), out=sums[3])
+        sums[4] += (h > 0).sum(0)
+
+
+@contextmanager
+def cases(shape: Shape, dtype: torch.dtype) -> Iterator[dict[str, Case]]:
+    """One model for every case, all with the same weights and the same tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=shape.width,
+        intermediate_size=shape.units,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=shape.width // 64,
+        use_cache=False,
+    )
+    stock = LlamaForCausalLM(config).to(dtype).eval()
+    tokens = torch.randint(config.vocab_size, (shape.records, shape.tokens))
+    models = {"stock": stock} | {name: copy.deepcopy(stock) for name in CASES[1:]}
+    models["compiled"].compile()
+    clue_fast.patch(models["patched"])
+    Hooks(models["hooks"])
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(clue_fast.patch(models["recording"]).record("forget"))
+        yield {name: lambda model=model: model(tokens) for name, model in models.items()}
+
+
+def comparisons() -> Iterator[Comparison]:
+    """Every shape and dtype, with what DESIGN.md and issue 2 ask for."""
+    targets = [Target("recording", "stock", 1.0), Target("recording", "stock", 1.05)]
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            with cases(shape, dtype) as all_cases:
+                yield Comparison(f"forward, {shape}, {str(dtype)[6:]}", all_cases, targets)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_forward(benchmark, shape: Shape, dtype: torch.dtype, case: str) -> None:
+    benchmark.group = f"forward, {shape}, {str(dtype)[6:]}"
+    with cases(shape, dtype) as all_cases:
+        benchmark(all_cases[case])

@@ -1,0 +1,80 @@
+"""Statistics of a tensor, against PyTorch's own sums and against reading the tensor once.
+
+`copy` is one pass of reading and writing: what memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.interleaved import Case, Comparison, Target
+from bench.ops.bench_gated_activation import collect
+from clue_fast import ops
+
+TOKENS, CHANNELS = 2048, 4096
+DTYPES = [torch.float32, torch.bfloat16]
+CASES = ("statistics", "statistics, two groups", "eager", "copy")
+
+
+def cases(dtype: torch.dtype) -> dict[str, Case]:
+    """All on the same tensor; eager collects one group."""
+    x = torch.randn(TOKENS, CHANNELS).to(dtype)
+    out = torch.empty_like(x)
+    statistics, sums = torch.zeros(2, 5, CHANNELS, dtype=torch.float64), torch.zeros(5, CHANNELS, dtype=torch.float64)
+    one = torch.ones(TOKENS, dtype=torch.int8)
+    records = torch.randint(0, 3, (TOKENS // 64,), dtype=torch.int8).repeat_interleave(64)  # of 64 tokens each
+    return {
+        "statistics": lambda: ops.channel_statistics(x, one, statistics),
+        "statistics, two groups": lambda: ops.channel_statistics(x, records, statistics),
+        "eager": lambda: collect(x, sums),
+        "copy": lambda: out.copy_(x),
+    }
+
+
+def attribution_cases(dtype: torch.dtype) -> dict[str, Case]:
+    """Products with the gradient; eager collects one group."""
+    x, grad = torch.randn(TOKENS, CHANNELS).to(dtype), torch.randn(TOKENS, CHANNELS).to(dtype)
+    group = torch.ones(TOKENS, dtype=torch.int8)
+    attribution, sums = torch.zeros(2, 3, CHANNELS, dtype=torch.float64), torch.zeros(3, CHANNELS, dtype=torch.float64)
+
+    def eager(x: Tensor, grad: Tensor) -> None:
+        product = x.float() * grad.float()
+        sums[0] += product.sum(0)
+        sums[1] += product.abs().sum(0)
+        sums[2] += product.square().sum(0)
+
+    return {
+        "attribution": lambda: ops.channel_attribution(x, grad, group, attribution),
+        "eager": lambda: eager(x, grad),
+    }
+
+
+def title(name: str, dtype: torch.dtype) -> str:
+    return f"{name}, {TOKENS} x {CHANNELS}, {str(dtype)[6:]}"
+
+
+def comparisons() -> Iterator[Comparison]:
+    """Every dtype. A copy moves twice the bytes; near the memory's speed the statistics take no longer than it."""
+    for dtype in DTYPES:
+        targets = [Target("statistics", "copy", 1.0), Target("statistics", "eager", 1.0)]
+        yield Comparison(title("channel_statistics", dtype), cases(dtype), targets)
+        targets = [Target("attribution", "eager", 1.0)]
+        yield Comparison(title("channel_attribution", dtype), attribution_cases(dtype), targets)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def bench_statistics(benchmark, dtype: torch.dtype, case: str) -> None:
+    benchmark.group = title("channel_statistics", dtype)
+    benchmark(cases(dtype)[case])
+
+
+@pytest.mark.parametrize("case", ("attribution", "eager"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def bench_attribution(benchmark, dtype: torch.dtype, case: str) -> None:
+    benchmark.group = title("channel_attribution", dtype)
+    benchmark(attribution_cases(dtype)[case])

@@ -1,0 +1,99 @@
+"""evaluate and compare: figures a user reads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from clue_fast.data import Record
+from clue_fast.errors import DataError, NonFiniteError
+from clue_fast.evaluation import Metrics, compare, evaluate, greedy_answers, rouge_recall, score_answers
+
+
+def test_figures_are_means_over_the_records(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+) -> None:
+    found = evaluate(model, tokenizer, {"all": records, "few": records[:2]}, progress=False)
+    assert list(found) == ["all", "few"]
+    metrics = found["all"]
+    scores = score_answers(model, tokenizer, records, progress=False)
+    answers = greedy_answers(model, tokenizer, records, progress=False)
+    recalls = rouge_recall([record.completion for record in records], answers)
+    assert metrics.count == 4
+    assert metrics.answers == answers
+    assert metrics.loss == pytest.approx(sum(score.loss for score in scores) / 4)
+    assert metrics.probability == pytest.approx(sum(math.exp(-score.loss) for score in scores) / 4)
+    assert metrics.accuracy == pytest.approx(sum(score.accuracy for score in scores) / 4)
+    assert metrics.rouge_recall == pytest.approx(sum(recalls) / 4)
+    assert metrics.truth_ratio == pytest.approx(sum(metrics.truth_ratios) / 4)
+    assert found["few"].count == 2
+
+
+def test_a_question_is_answered_from_half_of_its_reference_on(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ["zinc quay", "zinc quay", "zinc quay moth", "fig"]
+    monkeypatch.setattr(
+        "clue_fast.evaluation.metrics.greedy_answers", lambda *_, **__: ["quay zinc", "quay", "zinc", ""]
+    )
+    found = evaluate(model, tokenizer, {"f": [Record("Who?", answer) for answer in right]}, progress=False)["f"]
+    assert found.rouge_recalls == [0.5, 0.5, pytest.approx(1 / 3), 0.0]
+    assert found.answered == 0.5
+
+
+def test_no_truth_ratio_without_wrong_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    metrics = evaluate(model, tokenizer, {"f": [Record("Who?", "Ada.")]}, progress=False)["f"]
+    assert metrics.truth_ratio is None
+    assert metrics.truth_ratios == []
+
+
+def test_a_loss_that_is_not_a_number_names_set_and_record(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+) -> None:
+    broken = LlamaForCausalLM(model.config)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="record 1 of the forget set"):
+        evaluate(broken, tokenizer, {"forget": records}, progress=False)
+
+
+def figures(answered: float, recall: float, ratios: tuple[float, ...] = (), count: int = 2) -> Metrics:
+    mean = sum(ratios) / len(ratios) if ratios else None
+    return Metrics(count, 1.0, 0.5, 0.25, recall, answered, mean, truth_ratios=list(ratios))
+
+
+BEFORE = {"forget": figures(1.0, 0.9, (0.1, 0.2)), "retain": figures(0.0, 0.8)}
+AFTER = {"forget": figures(0.0, 0.2, (0.8, 0.9)), "retain": figures(0.0, 0.6)}
+
+
+class TestCompare:
+    def test_kept_is_after_over_before(self) -> None:
+        comparison = compare(BEFORE, AFTER)
+        assert comparison.row("retain", "rouge_recall").kept == pytest.approx(0.75)
+        assert comparison.row("retain", "answered").kept is None
+        with pytest.raises(KeyError):
+            comparison.row("retain", "truth_ratio")
+
+    def test_forget_quality_needs_a_reference(self) -> None:
+        assert compare(BEFORE, AFTER).forget_quality == {}
+        quality = compare(BEFORE, AFTER, AFTER).forget_quality
+        assert quality["after"] == (1.0, 0.0)
+        assert quality["before"] == (pytest.approx(1 / 3), 1.0)
+
+    def test_table_has_a_column_a_model_and_aligned_rows(self) -> None:
+        lines = compare(BEFORE, AFTER, AFTER).table().splitlines()
+        assert len({len(line) for line in lines}) == 1
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert cells[0] == ["set", "metric", "before", "after", "never saw it"]
+        assert ["forget", "ROUGE-L recall", "0.900", "0.200", "0.200"] in cells
+        assert ["forget", "forget quality (KS p)", "3.3e-01", "1.0e+00", "1"] in cells
+        assert "never saw it" not in compare(BEFORE, AFTER).table()
+
+    def test_other_sets_are_refused(self) -> None:
+        with pytest.raises(DataError, match="'after' are not of the same sets"):
+            compare(BEFORE, {"forget": AFTER["forget"]})
+        with pytest.raises(DataError, match="'reference' are not of the same sets"):
+            compare(BEFORE, AFTER, {**AFTER, "retain": figures(0, 0, count=3)})

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+KERNELS = {
+    "gated_activation_fwd_kernel",
+    "gated_activation_record_fwd_kernel",
+    "gated_activation_bwd_kernel",
+    "gated_activation_record_bwd_kernel",
+    "channel_statistics_fwd_kernel",
+    "channel_statistics_fold_kernel",
+    "conflict_score_fwd_kernel",
+}
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """What compile_ahead.py prints, in a process of its own: this one may be set to the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), "--json", *arguments]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    rows: list[dict[str, Any]] = json.loads(process.stdout)
+    return rows
+
+
+def spilling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["spills"]]
+
+
+def loading_value_by_value(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernels over tokens and channels that load their data in less than 64 bits.
+
+    The groups of the tokens are loaded narrowly, at most once a wide load, and the bounds of a run.
+    """
+    walking = [row for row in rows if row["kernel"].startswith(("gated_activation", "channel_statistics_fwd"))]
+    assert walking
+    return [row for row in walking if row["narrow_loads"] > row["wide_loads"] + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_and_wide_loads(target: str) -> None:
+    rows = compiled(target)
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert not spilling(rows)
+    assert not loading_value_by_value(rows)
+
+
+@pytest.mark.slow
+def test_the_checks_can_fail() -> None:
+    rows = compiled("--counterexamples", *TARGETS)
+    assert [row["target"] for row in spilling(rows) if row["kernel"] == "spilling_kernel"] == TARGETS
+    assert [row["target"] for row in loading_value_by_value(rows)] == TARGETS

@@ -1,0 +1,187 @@
+"""Which backend runs an operator: the preference, what forces another, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from clue_fast import ops
+from clue_fast.errors import BackendError, UnknownNameError
+from clue_fast.ops import backend as backends
+
+VARIABLE = backends.ENVIRONMENT_VARIABLE
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+
+def forget_choices() -> None:
+    for function in (backends._launch, backends._load_extension, backends.extension):
+        function.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No choice that an earlier test caused, and none that a later one inherits."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_warned", False)
+    forget_choices()
+    yield
+    forget_choices()
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "clue_fast._C", None)
+
+
+@pytest.fixture
+def with_extension() -> None:
+    if (reason := backends.available()["cpp"]) is not None:
+        pytest.skip(reason)
+
+
+def test_every_operator_has_its_definition() -> None:
+    assert set(backends.OPERATORS) == {
+        "gated_activation", "channel_statistics", "conflict_score", "sparse_linear", "sparse_adamw", "sparse_sgd",
+    }  # fmt: skip
+    assert all("reference" in operator.backends for operator in backends.OPERATORS.values())
+
+
+@pytest.mark.usefixtures("with_extension")
+def test_cpu_prefers_cpp() -> None:
+    choice = ops.choose("gated_activation", "cpu")
+    assert (choice.name, choice.reason) == ("cpp", "the fastest for cpu")
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_without_the_extension_the_reason_says_what_to_do() -> None:
+    choice = ops.choose("gated_activation", "cpu")
+    assert choice.name == "reference"
+    assert "reinstall clue_fast with a C++ compiler" in choice.reason
+    assert "not built" in str(ops.available()["cpp"])
+
+
+def test_an_extension_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ImportError("undefined symbol: at_something")
+
+    monkeypatch.setattr(backends.importlib, "import_module", fail)
+    choice = ops.choose("gated_activation", "cpu")
+    assert choice.name == "reference"
+    assert "undefined symbol: at_something" in choice.reason
+    assert "against this torch" in choice.reason
+
+
+@pytest.mark.usefixtures("with_extension")
+def test_an_extension_of_another_version_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = backends.OPERATORS["gated_activation"]
+    newer = backends.Operator(operator.name, operator.backends, {**operator.reference, "not_yet_written": print})
+    monkeypatch.setitem(backends.OPERATORS, "gated_activation", newer)
+    choice = ops.choose("gated_activation", "cpu")
+    assert choice.name == "reference"
+    assert "another version and lacks not_yet_written; rebuild it" in choice.reason
+
+
+def test_other_devices_fall_back_to_the_reference() -> None:
+    assert ops.choose("gated_activation", "meta").name == "reference"
+
+
+class TestForcing:
+    @pytest.mark.parametrize("by_variable", [True, False])
+    def test_forced(self, monkeypatch: pytest.MonkeyPatch, by_variable: bool) -> None:
+        if by_variable:
+            monkeypatch.setenv(VARIABLE, "reference")
+        choice = ops.choose("gated_activation", "cpu", None if by_variable else "reference")
+        assert (choice.name, choice.reason) == ("reference", f"forced by {VARIABLE if by_variable else 'backend='}")
+
+    def test_the_argument_beats_the_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(VARIABLE, "astrology")
+        assert ops.choose("gated_activation", "cpu", "reference").name == "reference"
+
+    @pytest.mark.usefixtures("with_extension")
+    def test_a_changed_variable_is_seen_at_the_next_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+        original = backends.OPERATORS["gated_activation"]
+
+        def noted(*arguments: object) -> None:
+            calls.append(arguments)
+            original.reference["gated_activation"](*arguments)
+
+        watched = backends.Operator(original.name, original.backends, {**original.reference, "gated_activation": noted})
+        monkeypatch.setitem(backends.OPERATORS, "gated_activation", watched)
+        first = ops.gated_activation(X, X)
+        assert not calls
+        monkeypatch.setenv(VARIABLE, "reference")
+        second = ops.gated_activation(X, X)
+        assert len(calls) == 1
+        torch.testing.assert_close(first, second)
+
+    def test_the_variable_holds_for_operators_that_have_the_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        pytest.importorskip("triton")
+        monkeypatch.setenv(VARIABLE, "triton")
+        assert ops.choose("gated_activation", "cpu").name == "triton"
+        choice = ops.choose("sparse_adamw", "cpu")
+        assert choice.name in ("cpp", "reference")
+        assert "triton does not implement sparse_adamw" in choice.reason
+
+    def test_the_argument_is_refused_where_the_operator_lacks_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        pytest.importorskip("triton")
+        with pytest.raises(BackendError, match=r"sparse_adamw has no triton backend; choose one of: reference, cpp"):
+            ops.choose("sparse_adamw", "cpu", "triton")
+
+    @pytest.mark.parametrize(
+        ("forced", "device", "message"),
+        [
+            ("cuda", "cpu", "CUDA"),
+            ("triton", "cpu", "triton|no CUDA"),
+            ("cpp", "cuda", r"cpp.*not on cuda|C\+\+ extension"),
+        ],
+    )
+    def test_what_cannot_run_here_is_refused_with_the_reason(
+        self, monkeypatch: pytest.MonkeyPatch, forced: str, device: str, message: str
+    ) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(BackendError, match=f"backend '{forced}', asked for by backend=, cannot run.*({message})"):
+            ops.choose("gated_activation", device, forced)
+
+    @pytest.mark.usefixtures("without_extension")
+    def test_a_forced_backend_is_never_replaced_in_silence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(VARIABLE, "cpp")
+        with pytest.raises(BackendError, match=f"'cpp', asked for by {VARIABLE}, cannot run gated_activation"):
+            ops.gated_activation(X, X)
+
+    def test_unknown_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(UnknownNameError, match="unknown backend 'fpga'; choose one of: cpp, cuda"):
+            ops.gated_activation(X, X, backend="fpga")
+        monkeypatch.setenv(VARIABLE, "fpga")
+        with pytest.raises(UnknownNameError, match="unknown backend 'fpga'"):
+            ops.gated_activation(X, X)
+        with pytest.raises(UnknownNameError, match="unknown operator 'softmax'"):
+            ops.choose("softmax", "cpu")
+
+
+class TestWarning:
+    @pytest.mark.usefixtures("without_extension")
+    def test_the_slow_backend_is_mentioned_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING, logger="clue_fast"):
+            for _ in range(2):
+                ops.gated_activation(X, X)
+                ops.channel_statistics(X, torch.ones(3, dtype=torch.int8), torch.zeros(1, len(ops.FIELDS), 5).double())
+        (message,) = caplog.messages
+        assert "slower reference backend" in message
+        assert "C++ compiler" in message
+
+    @pytest.mark.usefixtures("without_extension")
+    def test_not_to_those_who_asked_for_it(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with caplog.at_level(logging.WARNING, logger="clue_fast"):
+            ops.gated_activation(X, X, backend="reference")
+            monkeypatch.setenv(VARIABLE, "reference")
+            ops.gated_activation(X, X)
+        assert caplog.messages == []

@@ -1,0 +1,308 @@
+"""Records: every source and set of columns, tokens and labels, batches, and what bad input says."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from clue_fast.data import (
+    Collator,
+    Record,
+    batches_by_length,
+    check_disjoint,
+    encode,
+    encode_prompts,
+    load_records,
+    padding_token,
+)
+from clue_fast.errors import DataError
+
+ROWS = [
+    {"question": "Who lives here?", "answer": "Ada Löw."},
+    {"question": "Since when?", "answer": "1815"},
+]
+RECORDS = [Record("Who lives here?", "Ada Löw."), Record("Since when?", "1815")]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '|' }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def byte_tokenizer(start: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token a byte; 0 pads, 1 starts (if asked for), 2 ends."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {char: 3 + i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>"} | ({"bos_token": "<s>"} if start else {})
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+def text_of(tokens: list[int]) -> str:
+    """What byte tokens say, without the tokenizer under test."""
+    chars = dict(enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=3)) | {0: "~", 1: "^", 2: "$"}
+    return "".join(chars[token] for token in tokens).replace("Ġ", " ").replace("Ċ", "\n")
+
+
+class TestSources:
+    def test_list_of_dicts(self) -> None:
+        assert load_records(ROWS, "forget") == RECORDS
+
+    def test_records(self) -> None:
+        assert load_records(RECORDS, "forget") == RECORDS
+
+    def test_generator(self) -> None:
+        assert load_records((row for row in ROWS), "forget") == RECORDS
+
+    def test_dataset(self) -> None:
+        datasets = pytest.importorskip("datasets")
+        assert load_records(datasets.Dataset.from_list(ROWS), "forget") == RECORDS
+
+    @pytest.mark.parametrize("as_text", [True, False])
+    def test_json_lines(self, tmp_path: Path, as_text: bool) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\r\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8")
+        assert load_records(str(path) if as_text else path, "forget") == RECORDS
+
+    def test_json_array(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
+        assert load_records(tmp_path / "rows.json", "forget") == RECORDS
+
+    def test_tofu(self, data_dir: Path) -> None:
+        records = load_records(data_dir / "tofu" / "forget01_perturbed.json", "forget")
+        assert len(records) == 40
+        assert all(len(record.perturbed) == 5 and record.paraphrase for record in records)
+
+
+class TestColumns:
+    def test_question_and_answer_with_what_tofu_adds(self) -> None:
+        row = {"question": "q", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["x", "y"], "other": 1}
+        assert load_records([row], "f") == [Record("q", "a", paraphrase="b", perturbed=("x", "y"))]
+
+    def test_one_perturbed_answer(self) -> None:
+        row = {"question": "q", "answer": "a", "perturbed_answer": "x"}
+        assert load_records([row], "f")[0].perturbed == ("x",)
+
+    def test_prompt_and_completion_are_joined_as_they_are(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        (record,) = load_records([{"prompt": "2 + 2 =", "completion": " 4"}], "f")
+        assert text_of(encode([record], tokenizer)[0]["input_ids"]) == "2 + 2 = 4$"
+
+    def test_text_is_all_completion(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        (record,) = load_records([{"text": "once"}], "f")
+        (example,) = encode([record], tokenizer)
+        assert example["labels"] == example["input_ids"]
+        assert text_of(example["input_ids"]) == "once$"
+
+    def test_chat_messages(self) -> None:
+        turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Who?"), ("assistant", "Ada.")]
+        row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        assert load_records([row], "f") == [Record("Who?", "Ada.", history=tuple(turns[:3]))]
+
+
+class TestEncode:
+    def test_labels_are_the_answer_and_the_end(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        (example,) = encode([Record("Who?", "Ada.")], tokenizer)
+        prompt = "Question: Who?\nAnswer:"
+        assert text_of(example["input_ids"]) == prompt + " Ada.$"
+        assert example["labels"] == [-100] * len(prompt) + example["input_ids"][len(prompt) :]
+
+    def test_prompts_are_the_beginning_of_examples(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        for record in RECORDS:
+            (prompt,), (example,) = encode_prompts([record], tokenizer), encode([record], tokenizer)
+            assert example["input_ids"][: len(prompt)] == prompt
+            assert example["labels"].count(-100) == len(prompt)
+
+    def test_the_start_token_stands_in_front_once(self) -> None:
+        (example,) = encode([Record("Who?", "Ada.")], byte_tokenizer(start=True))
+        assert text_of(example["input_ids"]) == "^Question: Who?\nAnswer: Ada.$"
+
+    def test_chat_template(self) -> None:
+        record = Record("Who?", "Ada.", history=(("user", "Hi"), ("assistant", "Ho")))
+        (example,) = encode([record], byte_tokenizer(chat_template=CHAT_TEMPLATE))
+        assert text_of(example["input_ids"]) == "<u>Hi|<a>Ho|<u>Who?|<a>Ada.|$"
+        assert text_of([token for token in example["labels"] if token != -100]) == "Ada.|$"
+
+    def test_a_chat_template_writes_the_start_token_itself(self) -> None:
+        tokenizer = byte_tokenizer(start=True, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
+        (example,) = encode([Record("Who?", "Ada.")], tokenizer)
+        assert text_of(example["input_ids"]) == "^<u>Who?|<a>Ada.|$"
+
+    def test_a_template_that_ends_the_turn_with_the_end_token_gets_no_second(self) -> None:
+        tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE.replace("'|'", "eos_token"))
+        (example,) = encode([Record("Who?", "Ada.")], tokenizer)
+        assert text_of(example["input_ids"]) == "<u>Who?$<a>Ada.$"
+
+    def test_long_examples_are_cut_and_counted(
+        self, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        whole = encode(RECORDS, tokenizer)
+        assert [len(example["input_ids"]) for example in whole] == [44, 35]  # ö is two bytes
+        with caplog.at_level(logging.WARNING, logger="clue_fast"):
+            cut = encode(RECORDS, tokenizer, max_length=40)
+        assert cut[0] == {name: values[:40] for name, values in whole[0].items()}
+        assert cut[1] == whole[1]
+        assert "1 of 2 records were cut to 40 tokens" in caplog.text
+
+    def test_an_answer_that_is_cut_off_whole_is_refused(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(DataError, match=r"record 2 keeps no answer token.*max_length is 30"):
+            encode([Record("?", "!" * 30), Record("Who?" * 8, "Ada.")], tokenizer, max_length=30)
+
+    def test_nothing_gives_nothing(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        assert encode([], tokenizer) == []
+
+    def test_several_turns_need_a_template(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(DataError, match="chat_template"):
+            encode([Record("Who?", "Ada.", history=(("user", "Hi"),))], tokenizer)
+
+    def test_a_tokenizer_without_an_end(self) -> None:
+        tokenizer = byte_tokenizer()
+        tokenizer.eos_token = None
+        with pytest.raises(DataError, match="eos_token"):
+            encode(RECORDS, tokenizer)
+
+
+class TestBatches:
+    def test_collator_pads_on_the_right(self) -> None:
+        batch = Collator(9)(
+            [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}],
+        )
+        assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+        assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+    @given(lengths=st.lists(st.integers(1, 50), max_size=40), size=st.integers(1, 9))
+    def test_batches_hold_every_record_once_longest_first(self, lengths: list[int], size: int) -> None:
+        batches = batches_by_length(lengths, size)
+        order = [index for batch in batches for index in batch]
+        assert sorted(order) == list(range(len(lengths)))
+        assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+        assert all(len(batch) == size for batch in batches[:-1])
+
+    def test_padding_token(self) -> None:
+        tokenizer = byte_tokenizer()
+        assert padding_token(tokenizer) == 0
+        tokenizer.pad_token = None
+        assert padding_token(tokenizer) == 2
+        tokenizer.eos_token = None
+        with pytest.raises(DataError, match="pad_token"):
+            padding_token(tokenizer)
+
+
+class TestDisjoint:
+    def test_equal_sets(self) -> None:
+        with pytest.raises(DataError, match="the forget set equals the retain set"):
+            check_disjoint(RECORDS, list(reversed(RECORDS)))
+
+    def test_shared_records_are_counted(self) -> None:
+        with pytest.raises(DataError, match="1 of the 2 forget records"):
+            check_disjoint(RECORDS, [RECORDS[0], Record("Why?", "So.")])
+
+    def test_the_same_question_with_another_answer_is_another_record(self) -> None:
+        check_disjoint(RECORDS, [Record("Who lives here?", "Nobody.")])
+
+
+class TestBadInput:
+    """Every message names the set, the place, and what is wrong."""
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"query": "q", "reply": "a"}, r"the forget set, record 2: found the columns 'query', 'reply'.*question"),
+            ({"question": "q", "answer": None}, r"record 2: column 'answer' holds NoneType"),
+            ({"question": "q", "answer": " "}, r"record 2: column 'answer' is empty"),
+            ({"question": "q", "answer": "a", "perturbed_answer": 3}, r"'perturbed_answer' holds int"),
+            ({"question": "q", "answer": "a", "perturbed_answer": ["x", 3]}, r"'perturbed_answer' holds int"),
+            ({"question": "q", "answer": "a", "paraphrased_answer": []}, r"'paraphrased_answer' holds list"),
+            ({"messages": "hello"}, r"record 2: column 'messages' should be a list"),
+            ({"messages": [{"role": "user"}]}, r"with 'role' and 'content'"),
+            ({"messages": [{"role": "user", "content": "q"}]}, r"should end with a user's and an assistant's turn"),
+            ("a string", r"record 2: found str"),
+        ],
+    )
+    def test_row(self, row: object, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            load_records([ROWS[0], row], "forget")  # type: ignore[list-item]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("", "is empty"),
+            ("\n \n", "is empty"),
+            ("[]", "is empty"),
+            ('{"question": "q", "answer": "a"}\n\n{"question": "q",\n', "line 3: not valid JSON"),
+            ('{"question": "q", "answer": "a"}\n\n{"query": "q"}\n', "line 3: found the columns 'query'"),
+            ('{"question": "q", "answer": "a"}\n"text"\n', "line 2: found str"),
+            ('[{"question": "q", "answer": "a"},\n {"question"}]', "line 2: not valid JSON"),
+            ('[{"question": "q", "answer": "a"},\n {"query": "q"}]', "record 2: found the columns 'query'"),
+        ],
+    )
+    def test_file(self, tmp_path: Path, content: str, message: str) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text(content)
+        with pytest.raises(DataError) as caught:
+            load_records(path, "retain")
+        text = str(caught.value)
+        assert message in text
+        assert "retain" in text and str(path) in text
+
+    def test_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(DataError, match=r"rows\.jsonl cannot be read"):
+            load_records(tmp_path / "rows.jsonl", "forget")
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+            load_records(tmp_path / "none.jsonl", "forget")
+
+    def test_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="is a folder"):
+            load_records(tmp_path, "forget")
+
+    @pytest.mark.parametrize("name", ["tofu", "a/b/c", "/x:y", "a/b:c:d:e"])
+    def test_neither_a_file_nor_a_hub_name(self, name: str) -> None:
+        with pytest.raises(DataError, match="neither a file nor a hub name"):
+            load_records(name, "forget")
+
+    def test_several_splits(self) -> None:
+        with pytest.raises(DataError, match=r"is a mapping with the keys \['test', 'train'\]"):
+            load_records({"train": ROWS, "test": ROWS}, "forget")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("source", [None, 42])
+    def test_no_source_at_all(self, source: object) -> None:
+        with pytest.raises(DataError, match="the forget set is a"):
+            load_records(source, "forget")  # type: ignore[arg-type]
+
+    def test_hub_name_without_network(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        import huggingface_hub.constants
+
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+        with pytest.raises(DataError) as caught:
+            load_records("no-such-owner/no-such-set:forget10", "forget")
+        text = str(caught.value)
+        assert "the forget set no-such-owner/no-such-set:forget10 (split train) cannot be loaded from the hub" in text
+        assert "check its name and the network, or pass a local file" in text
+        assert "\n" not in text
+
+    def test_hub_name_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+        with pytest.raises(DataError, match="install the package 'datasets'"):
+            load_records("locuslab/TOFU:forget10", "forget")
