@@ -128,7 +128,8 @@ class Statistics:
     def tensors(self) -> list[Tensor]:
         """Returns everything that recording adds to."""
         gradients = [] if self.gradient_values is None else [self.gradient_values]
-        return [self.values, self.count, self.nonfinite, self.records, *self.record_sums.values(), *gradients]
+        record_sums = [self.record_sums[name] for name in sorted(self.record_sums)]
+        return [self.values, self.count, self.nonfinite, self.records, *record_sums, *gradients]
 
     def of(self, site: Site, group: str) -> UnitStatistics:
         """Returns the statistics of one site and group.

@@ -34,6 +34,23 @@ class ExpertsState:
     slices: tuple[slice, slice]
 
 
+@dataclass(frozen=True)
+class _Sorted:
+    """Tokens sorted by the expert that they are sent to, one row for each expert of a token.
+
+    Attributes:
+        order: [rows], the place of each among the choices of all tokens, flattened.
+        expert: [rows] int64, ascending.
+        token: [rows] int64.
+        bounds: [experts + 1] int64, where the rows of each expert begin.
+    """
+
+    order: Tensor
+    expert: Tensor
+    token: Tensor
+    bounds: Tensor
+
+
 class RecordedExperts(nn.Module):
     """Mixed into the class of stacked experts: its own forward, unless it is recorded."""
 
@@ -48,7 +65,16 @@ class RecordedExperts(nn.Module):
             raise PatchError(f"{point.site.path} is split over devices by expert; record without expert parallelism")
         hidden, chosen, weights = (*args, *kwargs.values())
         refuse_distributed(point.site, hidden)
-        return self.by_expert(hidden, chosen, weights, point.recorder.groups_at(point, hidden).group)
+        group = point.recorder.groups_at(point, hidden).group
+        if torch.is_grad_enabled() and len(self._parameters) > len(state.stack.names):
+            # Parts of the experts train, through a forward of their own, which does not show its activations.
+            if point.recorder.gradients:
+                raise PatchError(f"{point.site.path} trains in parts; record its gradients before it does, or after")
+            with torch.no_grad():
+                self._activations(hidden, _sort(chosen, state.stack.experts), group)
+            y = super().forward(*args, **kwargs)
+            return y
+        return self.by_expert(hidden, chosen, weights, group)
 
     def by_expert(self, hidden: Tensor, chosen: Tensor, weights: Tensor, group: Tensor | None) -> Tensor:
         """Returns the weighted sum of the chosen experts, computed expert by expert.
@@ -60,14 +86,21 @@ class RecordedExperts(nn.Module):
             group: of the tokens, [tokens] int8, to record them, or None.
         """
         state: ExpertsState = getattr(self, STATE)
+        stack, rows = state.stack, _sort(chosen, state.stack.experts)
+        h = self._activations(hidden, rows, group)
+        y = expert_linear(h, getattr(self, stack.down), rows.bounds, stack.transposed)
+        y = y if stack.down_bias is None else y + getattr(self, stack.down_bias)[rows.expert]
+        y = y * weights.flatten()[rows.order][:, None]
+        back = torch.empty_like(rows.order)
+        back.scatter_(0, rows.order, torch.arange(len(back), device=back.device))
+        return y[back].reshape(len(hidden), chosen.shape[-1], -1).sum(1).to(hidden.dtype)
+
+    def _activations(self, hidden: Tensor, rows: _Sorted, group: Tensor | None) -> Tensor:
+        """What the experts' down projections read, [rows, width], recorded if the tokens have groups."""
+        state: ExpertsState = getattr(self, STATE)
         recorder, stack = state.point.recorder, state.stack
-        per_token = chosen.shape[-1]
-        expert, order = torch.sort(chosen.flatten(), stable=True)
-        token = order // per_token
-        edges = torch.arange(stack.experts + 1, device=expert.device)
-        bounds = torch.searchsorted(expert, edges)
-        z = expert_linear(hidden[token], getattr(self, stack.gate_up), bounds, stack.transposed)
-        z = z if stack.gate_up_bias is None else z + getattr(self, stack.gate_up_bias)[expert]
+        z = expert_linear(hidden[rows.token], getattr(self, stack.gate_up), rows.bounds, stack.transposed)
+        z = z if stack.gate_up_bias is None else z + getattr(self, stack.gate_up_bias)[rows.expert]
         if state.activation is None:
             gate_function: Callable[[Tensor], Tensor] = getattr(self, "_apply_gate")  # noqa: B009
             h = gate_function(z)
@@ -75,9 +108,11 @@ class RecordedExperts(nn.Module):
             gate, up = (z[..., part] for part in state.slices)
             h = ops.gated_activation(gate, up, state.activation, backend=recorder.backend)
         if group is not None:
-            h = recorder.observe_experts(state.point, h, group[token], expert, bounds)
-        y = expert_linear(h, getattr(self, stack.down), bounds, stack.transposed)
-        y = y if stack.down_bias is None else y + getattr(self, stack.down_bias)[expert]
-        y = y * weights.flatten()[order][:, None]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return y[back].reshape(len(hidden), per_token, -1).sum(1).to(hidden.dtype)
+            h = recorder.observe_experts(state.point, h, group[rows.token], rows.expert, rows.bounds)
+        return h
+
+
+def _sort(chosen: Tensor, experts: int) -> _Sorted:
+    expert, order = torch.sort(chosen.flatten(), stable=True)
+    bounds = torch.searchsorted(expert, torch.arange(experts + 1, device=expert.device))
+    return _Sorted(order, expert, order // chosen.shape[-1], bounds)

@@ -40,6 +40,12 @@ class Installation:
     entries: list[Installed] = field(default_factory=list)
     changes: list[ForwardSwap | Hook | Override] = field(default_factory=list)
 
+    def check(self) -> None:
+        """Raises PatchError if a forward that was put in place was covered by another since."""
+        for change in self.changes:
+            if isinstance(change, ForwardSwap) and (reason := change.hidden()):
+                raise PatchError(reason)
+
     def undo(self) -> None:
         """Takes every change back, or none. Raises PatchError, naming what is in the way."""
         obstacles = [obstacle for change in self.changes if (obstacle := change.obstacle())]

@@ -199,6 +199,8 @@ class Patched:
         decoder_given = kwargs.pop("decoder_token_group", None)
         recorder = self._recorder
         if recorder.recording:
+            if self._installation is not None and not torch.compiler.is_compiling():
+                self._installation.check()
             inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
             batch = self._batch(inputs, given, decoder_given)
             recorder.begin(batch)

@@ -305,11 +305,13 @@ class TestSparseTraining:
         scores = {site: torch.zeros(site.width) for site in sites}
         return Selection(sites, categories, scores, {}, model_fingerprint(model))
 
-    @pytest.mark.parametrize("order", ["sparsify first", "patch first"])
-    def test_together(self, order: str) -> None:
-        model, batch = make_model("llama"), make_batch("llama")
+    @pytest.mark.parametrize("first", ["sparsify", "patch"])
+    @pytest.mark.parametrize("last", ["restore", "unpatch"])
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_together(self, name: str, first: str, last: str) -> None:
+        model, batch = make_model(name), make_batch(name)
         expected, selection, before = record(model, batch, gradients=True), self.selection(model), trace(model)
-        if order == "sparsify first":
+        if first == "sparsify":
             sparse = clue_fast.sparsify(model, selection)
             patched = clue_fast.patch(model)
         else:
@@ -319,8 +321,43 @@ class TestSparseTraining:
             model(**batch).loss.backward()
         assert_same(patched.statistics, expected)
         assert all(parameter.grad is not None for parameter in sparse.trainable_parameters)
-        patched.unpatch()
+        for undo in (patched.unpatch, sparse.restore) if last == "restore" else (sparse.restore, patched.unpatch):
+            undo()
+        assert trace(model) == before
+
+    @pytest.mark.parametrize("last", ["restore", "unpatch"])
+    def test_experts_that_train_in_parts(self, last: str) -> None:
+        """Their activations are recorded in training as outside of it, and their parts get their gradients."""
+        model, batch = make_model("mixtral"), make_batch("mixtral")
+        expected, selection, before = record(model, batch), self.selection(model), trace(model)
+        sparse = clue_fast.sparsify(model, selection)
+        model(**batch).loss.backward()
+        gradients = [parameter.grad.clone() for parameter in sparse.trainable_parameters]
+        sparse.model.zero_grad()
+        patched = clue_fast.patch(model)
+        with patched.record("forget"):
+            model(**batch).loss.backward()
+        assert_same(patched.statistics, expected)
+        for parameter, gradient in zip(sparse.trainable_parameters, gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        with patched.record("forget", gradients=True), pytest.raises(PatchError, match="trains in parts"):
+            model(**batch)
+        for undo in (patched.unpatch, sparse.restore) if last == "restore" else (sparse.restore, patched.unpatch):
+            undo()
+        assert trace(model) == before
+
+    def test_experts_made_to_train_in_parts_while_patched(self) -> None:
+        model, batch = make_model("mixtral"), make_batch("mixtral")
+        before = trace(model)
+        patched = clue_fast.patch(model)
+        sparse = clue_fast.sparsify(model, self.selection(model))
+        with patched.record("forget"), pytest.raises(PatchError, match="patch again after what changed it"):
+            model(**batch)
         sparse.restore()
+        with patched.record("forget"):
+            model(**batch)
+        assert int(patched.statistics.count.sum()) > 0
+        patched.unpatch()
         assert trace(model) == before
 
 
