@@ -102,7 +102,7 @@ class Hook:
 
 @dataclass(eq=False)
 class Override:
-    """A method of one instance that hides that of its class."""
+    """A method of one instance that hides that of its class, or another of the instance."""
 
     module: nn.Module
     name: str
@@ -110,6 +110,7 @@ class Override:
 
     def apply(self) -> None:
         """Sets it."""
+        self.before = self.module.__dict__.get(self.name)
         self.module.__dict__[self.name] = self.method
 
     def obstacle(self) -> str | None:
@@ -119,5 +120,7 @@ class Override:
         return f"{type(self.module).__name__}.{self.name} was replaced since the model was patched; undo that first"
 
     def undo(self) -> None:
-        """Lets the method of the class be seen again."""
-        self.module.__dict__.pop(self.name, None)
+        """Lets what it hid be seen again."""
+        del self.module.__dict__[self.name]
+        if self.before is not None:
+            self.module.__dict__[self.name] = self.before

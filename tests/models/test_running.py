@@ -458,6 +458,22 @@ def test_copies_and_checkpoints(name: str, tmp_path: Path) -> None:
         assert torch.equal(type(model).from_pretrained(tmp_path)(**batch).logits, twin(**batch).logits)
 
 
+def test_replicas_of_data_parallel_are_refused_by_name() -> None:
+    model = make_model("llama")
+    with clue_fast.patch(model) as patched, patched.record("forget"):
+        model._is_replica = True
+        with pytest.raises(PatchError, match="DistributedDataParallel"):
+            model(**make_batch("llama"))
+        del model._is_replica
+
+
+def test_inference_mode() -> None:
+    model, batch = make_model("phi3"), make_batch("phi3")
+    expected = record(model, batch, kinds=KINDS)
+    with torch.inference_mode():
+        assert_same(record(model, batch, kinds=KINDS), expected)
+
+
 def test_a_tensor_spread_over_devices_is_refused_by_name() -> None:
     class Spread(torch.Tensor):
         def full_tensor(self) -> Tensor:
