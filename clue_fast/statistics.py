@@ -128,7 +128,8 @@ class Statistics:
     def tensors(self) -> list[Tensor]:
         """Returns everything that recording adds to."""
         gradients = [] if self.gradient_values is None else [self.gradient_values]
-        return [self.values, self.count, self.nonfinite, self.records, *self.record_sums.values(), *gradients]
+        record_sums = [self.record_sums[name] for name in sorted(self.record_sums)]
+        return [self.values, self.count, self.nonfinite, self.records, *record_sums, *gradients]
 
     def of(self, site: Site, group: str) -> UnitStatistics:
         """Returns the statistics of one site and group.
@@ -143,7 +144,7 @@ class Statistics:
         count = int(self.count[row, self.number(site)])
         if count == 0:
             raise PatchError(f"no token of group {group!r} was recorded at {site.name}; record it first")
-        self.check_finite()
+        self._check_finite(site)
         total, square, magnitude, maximum, active = self.values[row, :, units]
         mean = total / count
         # The squares of single tokens were rounded to float32, so that of one token alone is not that of its mean.
@@ -168,6 +169,16 @@ class Statistics:
             active_fraction=active / count,
             **gradients,
         )
+
+    def _check_finite(self, site: Site) -> None:
+        units = self.units(site)
+        sums = [self.values[..., units], *(record_sums[..., units] for record_sums in self.record_sums.values())]
+        sums += [] if self.gradient_values is None else [self.gradient_values[..., units]]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in sums):
+            raise NonFiniteError(
+                f"NaN or infinite activations at {site.name}; check the weights and the precision of the model, "
+                "then record anew"
+            )
 
     def check_finite(self) -> None:
         """Raises NonFiniteError naming the sites where an activation or gradient was NaN or infinite."""

@@ -56,7 +56,7 @@ def _expert_statistics(
     a: Tensor, group: Tensor, statistics: Tensor, bounds: Tensor, backend: str | None = None
 ) -> None:
     width = a.shape[-1]
-    for expert, (start, end) in _ranges(bounds):
+    for expert, (start, end) in expert_ranges(bounds):
         columns = slice(expert * width, (expert + 1) * width)
         ops.channel_statistics(a[start:end], group[start:end], statistics[:, :, columns], backend=backend)
 
@@ -78,13 +78,13 @@ def _add_attribution(
         ops.channel_attribution(h, grad, group, statistics, backend=backend)
         return
     width = h.shape[-1]
-    for expert, (start, end) in _ranges(bounds):
+    for expert, (start, end) in expert_ranges(bounds):
         rows, columns = slice(start, end), slice(expert * width, (expert + 1) * width)
         ops.channel_attribution(h[rows], grad[rows], group[rows], statistics[:, :, columns], backend=backend)
 
 
-def _ranges(bounds: Tensor) -> list[tuple[int, tuple[int, int]]]:
-    """The experts that have tokens, and the range of their tokens."""
+def expert_ranges(bounds: Tensor) -> list[tuple[int, tuple[int, int]]]:
+    """Returns the experts that have rows, and the range of their rows."""
     edges = bounds.tolist()
     return [(e, (start, end)) for e, (start, end) in enumerate(pairwise(edges)) if end > start]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from clue_fast.errors import PatchError, SiteError
 from clue_fast.ops import backend as backends
-from clue_fast.patching.fused import ExpertsState, FusedGatedMLP, GatedState, RecordedExperts
+from clue_fast.patching.experts import ExpertsState, RecordedExperts
+from clue_fast.patching.fused import FusedGatedMLP, GatedState
 from clue_fast.patching.inputs import RecordInput
 from clue_fast.patching.probe import can_probe, probe, random_input
 from clue_fast.patching.recorder import Point, Recorder
@@ -38,6 +39,12 @@ class Installation:
 
     entries: list[Installed] = field(default_factory=list)
     changes: list[ForwardSwap | Hook | Override] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises PatchError if a forward that was put in place was covered by another since."""
+        for change in self.changes:
+            if isinstance(change, ForwardSwap) and (reason := change.hidden()):
+                raise PatchError(reason)
 
     def undo(self) -> None:
         """Takes every change back, or none. Raises PatchError, naming what is in the way."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from clue_fast.patching.install import Installation, install
 from clue_fast.patching.recorder import ON_NONFINITE, Recorder
 from clue_fast.patching.replacement import Hook, Override
 from clue_fast.patching.report import Report, SiteReport
-from clue_fast.patching.tokens import ANSWERS, ATTENDED, DECODER, ENCODER, TEXT, Batch
+from clue_fast.patching.tokens import ANSWERS, ATTENDED, DECODER, ENCODER, TEXT, Batch, Images
 from clue_fast.patching.towers import entry, find_towers, image_token, tower_of
 from clue_fast.sites import Survey, model_fingerprint, survey, unwrap
 from clue_fast.sites.find import DEFAULT_KINDS, no_sites
@@ -45,7 +45,8 @@ class Patched:
         self._entry = entry(model)
         device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         statistics = Statistics(self.sites, model_fingerprint(model), device=device)
-        self._recorder = Recorder(statistics, backend, image_token(self._entry))
+        self._recorder = Recorder(statistics, backend)
+        self._image_token = image_token(self._entry)
         model = unwrap(model)
         paths = {module: path for path, module in model.named_modules()}
         towers = {paths[module]: name for module, name in find_towers(self._entry).items()}
@@ -189,7 +190,7 @@ class Patched:
                 hook = _AssignTower(self, name)
                 changes.append(Hook(towers[name].register_forward_pre_hook(hook, with_kwargs=True)))
         if callable(getattr(model, "generate", None)):
-            override = Override(model, "generate", _Generate(self))
+            override = Override(model, "generate", _Generate(self, model.__dict__.get("generate")))
             override.apply()
             changes.append(override)
 
@@ -201,6 +202,10 @@ class Patched:
         decoder_given = kwargs.pop("decoder_token_group", None)
         recorder = self._recorder
         if recorder.recording:
+            if getattr(model, "_is_replica", False):
+                raise PatchError("replicas of DataParallel cannot record; use one device, or DistributedDataParallel")
+            if self._installation is not None and not torch.compiler.is_compiling():
+                self._installation.check()
             inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
             batch = self._batch(inputs, given, decoder_given)
             recorder.begin(batch)
@@ -214,8 +219,9 @@ class Patched:
 
     def _batch(self, inputs: dict[str, Any], given: Tensor | None = None, decoder: Tensor | None = None) -> Batch:
         recorder = self._recorder
-        groups = len(recorder.statistics.groups)
-        return Batch(recorder.default_group, groups, recorder.tokens, inputs, given, decoder, recorder.image_token)
+        groups, labels = len(recorder.statistics.groups), inputs.get("labels")
+        images = Images.among(inputs, self._image_token)
+        return Batch(recorder.default_group, groups, recorder.tokens, labels, images, given, decoder)
 
     def _seen(self, tower: str, inputs: dict[str, Any]) -> int:
         """How many positions ``generate`` has fed to a tower before, where it feeds all of them again."""
@@ -249,13 +255,15 @@ class _AssignTower:
 class _Generate:
     """``generate`` of the model, during which every token counts once."""
 
-    def __init__(self, patched: Patched) -> None:
-        self.patched = patched
+    def __init__(self, patched: Patched, own: Callable[..., Any] | None) -> None:
+        self.patched, self.own = patched, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, recorder = self.patched._entry, self.patched._recorder
         recorder.generating = {}
         try:
+            if self.own is not None:
+                return self.own(*args, **kwargs)
             return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
             recorder.generating = None

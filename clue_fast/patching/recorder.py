@@ -51,7 +51,6 @@ class Recorder:
     Attributes:
         statistics: the accumulators.
         backend: forces a backend of the operators.
-        image_token: id of the token that stands for a piece of an image.
         recording, gradients, tokens, on_nonfinite, default_group: see ``Patched.record``.
         batch: the pass in flight, or the last one.
         in_flight: whether the model is running.
@@ -65,7 +64,6 @@ class Recorder:
 
     statistics: Statistics
     backend: str | None = None
-    image_token: int | None = None
     recording: bool = False
     gradients: bool = False
     tokens: str | None = None
@@ -87,6 +85,7 @@ class Recorder:
         refuse_distributed(point.site, gate)
         if not self.recording:
             return ops.gated_activation(gate, up, activation, backend=self.backend)
+        check_channels(point.site, gate)
         if self.on_nonfinite == "count":
             return self.observe(point, ops.gated_activation(gate, up, activation, backend=self.backend))
         found = self.groups_at(point, gate)
@@ -109,12 +108,8 @@ class Recorder:
     def observe(self, point: Point, h: Tensor) -> Tensor:
         """Records activations, [..., units * channels], and returns them, watched where gradients are recorded."""
         refuse_distributed(point.site, h)
+        check_channels(point.site, h)
         channels = point.site.channels
-        if h.shape[-1] != point.site.width * channels:
-            raise PatchError(
-                f"{point.site.name} has {point.site.width} units of {channels} channels, but its activations have "
-                f"{h.shape[-1]} channels; is the model split over devices?"
-            )
         found = self.groups_at(point, h)
         statistics = self._accumulators(h.device)
         if not self.is_recomputing():
@@ -166,7 +161,7 @@ class Recorder:
         if point.tower == IMAGES:
             found = batch.towers.get(IMAGES)
             if found is None or found.group.numel() != tokens:
-                found = batch.images(tokens, h.device)
+                found = batch.assign_images(tokens, h.device)
         else:
             known = batch.towers.get(point.tower)
             if known is None:
@@ -240,7 +235,7 @@ class Recorder:
         if self.batch is not None and self.in_flight:
             return self.batch
         if point.tower == IMAGES:  # images may be read before the text, by generate
-            return Batch(self.default_group, len(self.statistics.groups), self.tokens, {})
+            return Batch(self.default_group, len(self.statistics.groups), self.tokens)
         raise PatchError("recording needs the patched model itself to be called, not one of its parts")
 
     def _recomputed_batch(self, point: Point) -> Batch:
@@ -267,6 +262,8 @@ class Recorder:
             if self.gradients:
                 other.allocate_gradients()
             self.elsewhere[device] = other
+            if self.snapshots:
+                self.snapshots += [tensor.clone() for tensor in other.tensors()]
         return self.elsewhere[device]
 
     def _count(self, point: Point, statistics: Statistics, counts: Tensor) -> None:
@@ -300,6 +297,15 @@ def refuse_distributed(site: Site, x: Tensor) -> None:
         raise PatchError(
             f"{site.name} computes on a {type(x).__name__}; clue_fast records plain tensors: turn tensor parallelism "
             "off, or make its projections return local tensors of all channels"
+        )
+
+
+def check_channels(site: Site, h: Tensor) -> None:
+    """Raises PatchError unless activations [..., channels] are those of all units of a site."""
+    if h.shape[-1] != site.width * site.channels:
+        raise PatchError(
+            f"{site.name} has {site.width} units of {site.channels} channels, but its activations have "
+            f"{h.shape[-1]} channels; is the model split over devices?"
         )
 
 

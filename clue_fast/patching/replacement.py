@@ -55,8 +55,19 @@ class ForwardSwap:
     def _instance_forwards(self) -> dict[str, Any]:
         return {name: self.module.__dict__.get(name) for name in ("forward", "_old_forward")}
 
+    def hidden(self) -> str | None:
+        """Returns why the forward that was put in place does not run, or None if it does."""
+        if type(self.module).forward is self.swapped.forward:
+            return None
+        return (
+            f"{self.path} is a {type(self.module).__name__} since it was patched, whose forward records nothing; "
+            "unpatch, and patch again after what changed it"
+        )
+
     def obstacle(self) -> str | None:
         """Returns why this cannot be undone now, or None."""
+        if self.mixin not in type(self.module).__mro__:  # given another class since, without this forward
+            return None
         if type(self.module) is not self.swapped:
             return (
                 f"{self.path} is a {type(self.module).__name__} now and was a {self.swapped.__name__} when it was "
@@ -68,7 +79,8 @@ class ForwardSwap:
 
     def undo(self) -> None:
         """Gives the module its class and forward back."""
-        self.module.__class__ = self.original
+        if type(self.module) is self.swapped:
+            self.module.__class__ = self.original
         self.module.__dict__.pop(STATE, None)
         self.module.__dict__.update(self.aside)
 
@@ -90,7 +102,7 @@ class Hook:
 
 @dataclass(eq=False)
 class Override:
-    """A method of one instance that hides that of its class."""
+    """A method of one instance that hides that of its class, or another of the instance."""
 
     module: nn.Module
     name: str
@@ -98,6 +110,7 @@ class Override:
 
     def apply(self) -> None:
         """Sets it."""
+        self.before = self.module.__dict__.get(self.name)
         self.module.__dict__[self.name] = self.method
 
     def obstacle(self) -> str | None:
@@ -107,5 +120,7 @@ class Override:
         return f"{type(self.module).__name__}.{self.name} was replaced since the model was patched; undo that first"
 
     def undo(self) -> None:
-        """Lets the method of the class be seen again."""
-        self.module.__dict__.pop(self.name, None)
+        """Lets what it hid be seen again."""
+        del self.module.__dict__[self.name]
+        if self.before is not None:
+            self.module.__dict__[self.name] = self.before

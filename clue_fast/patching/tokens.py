@@ -33,6 +33,67 @@ class TokenGroups:
     counts: Tensor
 
 
+@dataclass(frozen=True)
+class Images:
+    """The images of a batch: what is needed to tell which row each belongs to.
+
+    Attributes:
+        count: number of images, where all are of one size.
+        grids: [images, 3] of images and of videos, where each has its own.
+        held: [rows], tokens of the text that stand for pieces of images, or None.
+    """
+
+    count: int
+    grids: tuple[Tensor, ...]
+    held: Tensor | None
+
+    @classmethod
+    def among(cls, inputs: Mapping[str, Any], token: int | None) -> Images | None:
+        """Returns the images among the inputs of a model, or None.
+
+        Args:
+            inputs: arguments of the model's forward, by name.
+            token: id that stands for a piece of an image.
+        """
+        grids = [inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
+        pixels, ids = inputs.get("pixel_values"), inputs.get("input_ids")
+        if not isinstance(pixels, Tensor) and all(grid is None for grid in grids):
+            return None
+        held = None if token is None or not isinstance(ids, Tensor) else (ids == token).sum(1)
+        count = len(pixels) if isinstance(pixels, Tensor) else 0
+        return cls(count, tuple(grid for grid in grids if isinstance(grid, Tensor)), held)
+
+    def sizes_of(self, tokens: int) -> list[int]:
+        """Returns how many of so many tokens of the image tower each image has. Raises PatchError if that is open."""
+        for grid in self.grids:
+            if int(grid.prod(1).sum()) == tokens:
+                return [int(size) for size in grid.prod(1)]
+        if self.count and tokens % self.count == 0:
+            return [tokens // self.count] * self.count
+        raise PatchError(f"cannot tell how {tokens} image tokens are shared by the images; give batches of one group")
+
+    def rows_of(self, sizes: list[int]) -> list[int]:
+        """Returns which row each image belongs to, by the image tokens in the text. Raises PatchError if that is open.
+
+        Args:
+            sizes: of the images, in their order.
+        """
+        held = [] if self.held is None else self.held.tolist()
+        total, whole = sum(held), sum(sizes)
+        owners, row, left = [], 0, held[0] * whole if held else 0
+        for size in sizes:
+            while left == 0 and row + 1 < len(held):
+                row += 1
+                left = held[row] * whole
+            left -= size * total
+            owners.append(row)
+            if left < 0:
+                break
+        if not held or total == 0 or left != 0 or len(owners) != len(sizes):
+            raise PatchError("cannot tell which image belongs to which row; give batches of one group")
+        return owners
+
+
 @dataclass
 class Batch:
     """One forward pass: what decides on the groups of its tokens, tower by tower.
@@ -41,20 +102,20 @@ class Batch:
         default: group of the rows where the batch does not say.
         groups: number of groups there are.
         tokens: ``answers``, ``attended`` or None, see ``Patched.record``.
-        inputs: arguments of the model's forward, by name.
+        labels: of the batch, if it has any.
+        images: how many there are, or how large each is, and the token ids of the text that they belong to.
         given: the batch's own ``token_group``, [batch] or [batch, tokens], or None.
         decoder_given: its ``decoder_token_group``, [batch, tokens], or None.
-        image_token: id of the token that stands for a piece of an image, or None.
         towers: what was found so far.
     """
 
     default: int
     groups: int
     tokens: str | None
-    inputs: Mapping[str, Any]
+    labels: Tensor | None = None
+    images: Images | None = None
     given: Tensor | None = None
     decoder_given: Tensor | None = None
-    image_token: int | None = None
     towers: dict[str, TokenGroups] = field(default_factory=dict)
 
     def assign(self, tower: str, inputs: Mapping[str, Any], seen: int = 0) -> None:
@@ -115,15 +176,17 @@ class Batch:
                 )
         return rows.to(torch.int8)
 
-    def images(self, tokens: int, device: torch.device) -> TokenGroups:
+    def assign_images(self, tokens: int, device: torch.device) -> TokenGroups:
         """Returns the groups of the pieces of images in flight: those of the rows that the images belong to."""
         rows = self.rows()
         numbers = None if rows is None else rows.tolist()
         if numbers is None or len(set(numbers)) <= 1:
             value = self.default if not numbers else numbers[0]
             return self.put(IMAGES, torch.full((tokens,), value, dtype=torch.int8, device=device))
-        sizes = self._image_sizes(tokens)
-        owners = self._image_rows(sizes)
+        if self.images is None:
+            raise PatchError("images are read outside of the forward of the model; give batches of one group")
+        sizes = self.images.sizes_of(tokens)
+        owners = self.images.rows_of(sizes)
         group = torch.tensor([numbers[row] for row in owners], dtype=torch.int8)
         return self.put(IMAGES, group.repeat_interleave(torch.tensor(sizes)).to(device))
 
@@ -160,7 +223,7 @@ class Batch:
         """Which tokens count if nothing but masks and labels decides, [batch, tokens] bool."""
         counted = torch.ones(shape, dtype=torch.bool, device=device)
         mask = inputs.get("attention_mask")
-        labels = self.inputs.get("labels") if tower in (TEXT, DECODER) else None
+        labels = self.labels if tower in (TEXT, DECODER) else None
         fitting = isinstance(labels, Tensor) and tuple(labels.shape) == shape
         # Where the decoder is given no mask, labels are all that tells its padding.
         answers = fitting and (self.tokens != ATTENDED or (tower == DECODER and mask is None))
@@ -177,32 +240,3 @@ class Batch:
         if answers:
             counted &= labels.to(device) != IGNORED_LABEL  # type: ignore[union-attr]
         return counted
-
-    def _image_sizes(self, tokens: int) -> list[int]:
-        """How many tokens of the image tower each image has."""
-        for grid in (self.inputs.get("image_grid_thw"), self.inputs.get("video_grid_thw")):
-            if isinstance(grid, Tensor) and int(grid.prod(1).sum()) == tokens:
-                return [int(size) for size in grid.prod(1)]
-        pixels = self.inputs.get("pixel_values")
-        images = len(pixels) if isinstance(pixels, Tensor) else 0
-        if images and tokens % images == 0:
-            return [tokens // images] * images
-        raise PatchError(f"cannot tell how {tokens} image tokens are shared by the images; give batches of one group")
-
-    def _image_rows(self, sizes: list[int]) -> list[int]:
-        """Which row each image belongs to, by the number of image tokens in the text of the rows."""
-        ids = self.inputs.get("input_ids")
-        held = [] if ids is None or self.image_token is None else (ids == self.image_token).sum(1).tolist()
-        total, whole = sum(held), sum(sizes)
-        owners, row, left = [], 0, held[0] * whole if held else 0
-        for size in sizes:
-            while left == 0 and row + 1 < len(held):
-                row += 1
-                left = held[row] * whole
-            left -= size * total
-            owners.append(row)
-            if left < 0:
-                break
-        if not held or total == 0 or left != 0 or len(owners) != len(sizes):
-            raise PatchError("cannot tell which image belongs to which row; give batches of one group")
-        return owners

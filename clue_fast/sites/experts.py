@@ -39,6 +39,12 @@ class Stack:
     experts: int
     width: int
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters."""
+        names = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return tuple(name for name in names if name is not None)
+
 
 def find_experts(module: nn.Module, path: str) -> list[Site] | Unmatched | None:
     """Returns one site for each expert stacked in a module, or why it is not understood, or None without a stack."""
@@ -109,10 +115,8 @@ def _rehearse(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str |
         small[stack.gate_up_bias] = gate_up_bias
     if stack.down_bias:
         small[stack.down_bias] = down_bias
-    if unknown := set(module._parameters) - set(small):
-        raise ValueError(f"nobody knows what {', '.join(sorted(unknown))} is for")
     actor = copy.copy(module)
-    actor.__dict__["_parameters"] = {name: nn.Parameter(value) for name, value in small.items()}
+    actor.__dict__["_parameters"] = module._parameters | {name: nn.Parameter(value) for name, value in small.items()}
     if hasattr(module, "config"):
         actor.__dict__["config"] = _Eager(module.config)
     x, weights = draw(4, TOKENS, HIDDEN), draw(5, TOKENS, 2)

@@ -19,7 +19,7 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     model = unwrap(model)
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_saved_tensors(model).items()):
         digest.update(f"{name}:{tuple(tensor.shape)};".encode())
     embedding = _input_embedding(model)
     if embedding is not None and embedding.device.type != "meta":
@@ -28,6 +28,19 @@ def model_fingerprint(model: nn.Module) -> str:
         stride = max(1, sample.numel() // 4096)
         digest.update(sample[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds, by name."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if any(hasattr(parameter, "quant_state") for parameter in module._parameters.values()):
+            # To save a layer of 4 bits rearranges its weight; its shape is known without.
+            found |= {f"{prefix}{name}": p for name, p in module._parameters.items() if p is not None}
+        else:
+            module._save_to_state_dict(found, prefix, keep_vars=True)
+    return found
 
 
 def _input_embedding(model: nn.Module) -> Tensor | None:

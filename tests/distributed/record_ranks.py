@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from families import make_batch, make_model
 
 import clue_fast
-from clue_fast.errors import SelectionError
+from clue_fast.errors import PatchError, SelectionError
 
 BATCHES = 6
 KINDS = ("mlp", "expert", "attention")
@@ -76,6 +76,29 @@ def refuse(rank: int) -> None:
         raise AssertionError("statistics of different groups were added up")
 
 
+def refuse_tensor_parallel() -> None:
+    """Activations that are spread over ranks are refused by name, and the model stays usable."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for local in (False, True):
+        model = make_model("llama")
+        plan = {name: ColwiseParallel(use_local_output=local) for name in ("gate_proj", "up_proj")}
+        parallelize_module(model.model.layers[1].mlp, mesh, plan)
+        patched = clue_fast.patch(model)
+        expected = "has 48 units of 1 channels, but its activations have 24" if local else "computes on a DTensor"
+        with patched.record("forget"):
+            try:
+                model(**make_batch("llama"))
+            except PatchError as error:
+                assert "model.layers.1.mlp" in str(error), error
+                assert expected in str(error), error
+            else:
+                raise AssertionError("activations spread over ranks were recorded")
+        patched.unpatch()
+
+
 def main() -> None:
     """Runs one rank."""
     torch.set_num_threads(1)
@@ -84,6 +107,7 @@ def main() -> None:
     for way in WAYS:
         record(way, rank, dist.get_world_size()).save(Path(sys.argv[1]) / f"{way} {rank}.safetensors")
     refuse(rank)
+    refuse_tensor_parallel()
     dist.destroy_process_group()
 
 

@@ -265,8 +265,9 @@ class TestBadInput:
                 patched.record("forget"),
             ):
                 llama(TOKENS)
-            with pytest.raises(NonFiniteError):
-                patched.statistics.of(patched.sites[0], "forget")
+            with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp"):
+                patched.statistics.of(patched.sites[1], "forget")
+            assert patched.statistics.of(patched.sites[0], "forget").count == TOKENS.numel()
 
     def test_unknown_backend(self, llama: LlamaForCausalLM) -> None:
         with pytest.raises(UnknownNameError, match="fpga"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import clue_fast
@@ -19,7 +20,7 @@ from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import find_sites, model_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
-from families import make_batch, make_model
+from families import SIZES, make_batch, make_model
 from test_families import assert_same, cast, compiled_batch, record, trace
 
 KINDS = ("mlp", "expert", "attention")
@@ -168,6 +169,22 @@ class TestAccelerate:
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, stock)
 
+    @pytest.mark.gpu
+    def test_layers_on_different_devices(self) -> None:
+        """Each device has accumulators of its own, which are added up at the end."""
+        accelerate = pytest.importorskip("accelerate")
+        model, batch = make_model("llama"), make_batch("llama")
+        expected = record(copy.deepcopy(model), batch, kinds=KINDS, gradients=True)
+        places = {
+            "model.embed_tokens": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": 0,
+            "model.norm": 0,
+            "lm_head": 0,
+        }
+        accelerate.dispatch_model(model, {**places, "model.rotary_emb": 0}, main_device=0)
+        assert_same(record(model, batch, kinds=KINDS, gradients=True), expected)
+
     @pytest.mark.parametrize("name", SOME)
     def test_hooks_on_the_patched_modules_themselves(self, name: str) -> None:
         """A device_map that names them puts hooks there; they still run, around the recorded forward."""
@@ -235,6 +252,50 @@ class TestPeft:
         clue_fast.unpatch(adapted)
 
 
+class TestQuantized:
+    @pytest.mark.parametrize("bits", [8, 4])
+    @pytest.mark.parametrize("config", ["LlamaConfig", "OPTConfig"])
+    def test_linear_layers_of_few_bits(self, config: str, bits: int) -> None:
+        """Their weights are packed, their activations are not; what is recorded is what the layers are given."""
+        bnb = pytest.importorskip("bitsandbytes")
+        sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "ffn_dim": 128, "word_embed_proj_dim": 64}
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes)).eval()
+        for path, linear in list(model.named_modules()):
+            if isinstance(linear, nn.Linear) and "layers" in path:
+                model.set_submodule(path, quantized(bnb, linear, bits))
+        batch, seen = make_batch("llama"), {}
+        with torch.no_grad():
+            model(**batch)  # packs the weights anew
+            stock = model(**batch).logits
+            with clue_fast.patch(model, kinds=KINDS) as patched, patched.record("forget"):
+                found = model(**batch).logits
+            sites = [site for site in patched.sites if site.kind == "mlp"]
+            for site in sites:
+                model.get_submodule(site.output).register_forward_pre_hook(
+                    lambda _, args, site=site: seen.__setitem__(site, args[0].flatten(0, -2))
+                )
+            model(**batch)
+        torch.testing.assert_close(found, stock, rtol=1e-3, atol=1e-3)
+        assert len(sites) == 2
+        for site in sites:
+            kept = seen[site].double()[(batch["labels"] != -100).flatten()]
+            mean = patched.statistics.of(site, "forget").mean
+            torch.testing.assert_close(mean, kept.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def quantized(bnb: Any, linear: nn.Linear, bits: int) -> nn.Module:
+    shape = linear.in_features, linear.out_features, linear.bias is not None
+    if bits == 8:
+        layer = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(*shape, compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    layer.bias = linear.bias
+    return layer.to("cpu").eval()
+
+
 class TestSparseTraining:
     def selection(self, model: nn.Module) -> Selection:
         sites = find_sites(model)
@@ -244,11 +305,13 @@ class TestSparseTraining:
         scores = {site: torch.zeros(site.width) for site in sites}
         return Selection(sites, categories, scores, {}, model_fingerprint(model))
 
-    @pytest.mark.parametrize("order", ["sparsify first", "patch first"])
-    def test_together(self, order: str) -> None:
-        model, batch = make_model("llama"), make_batch("llama")
+    @pytest.mark.parametrize("first", ["sparsify", "patch"])
+    @pytest.mark.parametrize("last", ["restore", "unpatch"])
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_together(self, name: str, first: str, last: str) -> None:
+        model, batch = make_model(name), make_batch(name)
         expected, selection, before = record(model, batch, gradients=True), self.selection(model), trace(model)
-        if order == "sparsify first":
+        if first == "sparsify":
             sparse = clue_fast.sparsify(model, selection)
             patched = clue_fast.patch(model)
         else:
@@ -258,8 +321,43 @@ class TestSparseTraining:
             model(**batch).loss.backward()
         assert_same(patched.statistics, expected)
         assert all(parameter.grad is not None for parameter in sparse.trainable_parameters)
-        patched.unpatch()
+        for undo in (patched.unpatch, sparse.restore) if last == "restore" else (sparse.restore, patched.unpatch):
+            undo()
+        assert trace(model) == before
+
+    @pytest.mark.parametrize("last", ["restore", "unpatch"])
+    def test_experts_that_train_in_parts(self, last: str) -> None:
+        """Their activations are recorded in training as outside of it, and their parts get their gradients."""
+        model, batch = make_model("mixtral"), make_batch("mixtral")
+        expected, selection, before = record(model, batch), self.selection(model), trace(model)
+        sparse = clue_fast.sparsify(model, selection)
+        model(**batch).loss.backward()
+        gradients = [parameter.grad.clone() for parameter in sparse.trainable_parameters]
+        sparse.model.zero_grad()
+        patched = clue_fast.patch(model)
+        with patched.record("forget"):
+            model(**batch).loss.backward()
+        assert_same(patched.statistics, expected)
+        for parameter, gradient in zip(sparse.trainable_parameters, gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        with patched.record("forget", gradients=True), pytest.raises(PatchError, match="trains in parts"):
+            model(**batch)
+        for undo in (patched.unpatch, sparse.restore) if last == "restore" else (sparse.restore, patched.unpatch):
+            undo()
+        assert trace(model) == before
+
+    def test_experts_made_to_train_in_parts_while_patched(self) -> None:
+        model, batch = make_model("mixtral"), make_batch("mixtral")
+        before = trace(model)
+        patched = clue_fast.patch(model)
+        sparse = clue_fast.sparsify(model, self.selection(model))
+        with patched.record("forget"), pytest.raises(PatchError, match="patch again after what changed it"):
+            model(**batch)
         sparse.restore()
+        with patched.record("forget"):
+            model(**batch)
+        assert int(patched.statistics.count.sum()) > 0
+        patched.unpatch()
         assert trace(model) == before
 
 
@@ -358,6 +456,22 @@ def test_copies_and_checkpoints(name: str, tmp_path: Path) -> None:
     clue_fast.unpatch(twin)
     with torch.no_grad():
         assert torch.equal(type(model).from_pretrained(tmp_path)(**batch).logits, twin(**batch).logits)
+
+
+def test_replicas_of_data_parallel_are_refused_by_name() -> None:
+    model = make_model("llama")
+    with clue_fast.patch(model) as patched, patched.record("forget"):
+        model._is_replica = True
+        with pytest.raises(PatchError, match="DistributedDataParallel"):
+            model(**make_batch("llama"))
+        del model._is_replica
+
+
+def test_inference_mode() -> None:
+    model, batch = make_model("phi3"), make_batch("phi3")
+    expected = record(model, batch, kinds=KINDS)
+    with torch.inference_mode():
+        assert_same(record(model, batch, kinds=KINDS), expected)
 
 
 def test_a_tensor_spread_over_devices_is_refused_by_name() -> None:

@@ -174,6 +174,16 @@ class TestGeneration:
             assert "generate" in causal.__dict__
         assert "generate" not in causal.__dict__
 
+    def test_a_generate_of_the_instance_is_called_and_comes_back(self, causal: Any) -> None:
+        own = causal.__dict__["generate"] = lambda ids: causal(ids)
+        try:
+            with clue_fast.patch(causal) as patched, patched.record("forget"):
+                causal.generate(IDS)
+            assert causal.__dict__["generate"] is own
+            assert int(patched.statistics.count[0, 0]) == 28
+        finally:
+            del causal.__dict__["generate"]
+
 
 class TestImages:
     @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
