@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import widened
-from .launch import INTERPRETED, on_device, warps
+from .launch import INTERPRETED, on_device, options
 
 FIELDS = 5  # sum, square_sum, magnitude_sum, magnitude_max, active_count
 GRADIENT_FIELDS = 3  # product_sum, product_magnitude_sum, product_square_sum
@@ -288,7 +288,7 @@ class Reduction:
         """Add the partial rows to the statistics."""
         channel_statistics_fold_kernel[(triton.cdiv(self.channels, FOLD_CHANNELS),)](
             self.partial, self.bounds, self.statistics, self.statistics.stride(0), self.statistics.stride(1),
-            self.runs, self.channels, self.groups, self.fields, FOLD_RUNS, FOLD_CHANNELS, num_warps=warps(THREADS),
+            self.runs, self.channels, self.groups, self.fields, FOLD_RUNS, FOLD_CHANNELS, **options(THREADS),
         )  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def _reduce(x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tenso
         channel_statistics_fwd_kernel[reduction.grid](
             x, grad, x.stride(0), grad.stride(0), group, reduction.partial, reduction.bounds,
             tokens, channels, reduction.groups, reduction.fields, reduction.run_length,
-            *tile(x.dtype, inputs, reduction.groups), CHANNELS, num_warps=warps(THREADS),
+            *tile(x.dtype, inputs, reduction.groups), CHANNELS, **options(THREADS),
         )  # fmt: skip
         reduction.fold()
 
