@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with Python >= 3.10, a C++ compiler and make:
 #   make demo    learns invented people, forgets a tenth of them, and leaves the evidence in demo/
 #   make test    every test that needs no GPU
+#   make bench   every benchmark, some twenty minutes on a machine with nothing else to do; samples in bench/results
 # Each makes its own environment in .venv. Name another interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3
@@ -26,6 +27,7 @@ lint: $(VENV)/test.installed
 
 bench: $(VENV)/test.installed
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.training
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: one binary for it and every later release
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
 
 def sources(folder: str, suffix: str) -> list[str]:

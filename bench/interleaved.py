@@ -10,7 +10,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -131,16 +131,21 @@ def sample(cases: Mapping[str, Case], seconds: float) -> tuple[dict[str, list[fl
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for number in range(rounds):
-            start = number % len(names)
-            for name in names[start:] + names[:start]:
+        for turns in rounds_of(names, rounds):
+            for name in turns:
                 samples[name].append(_time(cases[name], repeats[name]))
-            if number % 8 == 0:
-                gc.collect()
+            gc.collect(0)
     finally:
         if collecting:
             gc.enable()
     return samples, repeats
+
+
+def rounds_of(names: Sequence[str], count: int) -> Iterator[list[str]]:
+    """The order of the cases in each round: in turn, each round begun by the next."""
+    for number in range(count):
+        start = number % len(names)
+        yield [*names[start:], *names[:start]]
 
 
 def _time(case: Case, repeats: int) -> float:

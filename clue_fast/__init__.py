@@ -16,11 +16,12 @@ _EXPORTS = {
     "Scores": "selection",
     "Selection": "selection",
     "Site": "sites",
-    "SparseAdamW": "training.optimizer",
+    "SparseAdamW": "training.adamw",
     "Statistics": "statistics",
     "UnlearnTrainer": "training.trainer",
     "attach": "training.attaching",
     "categorize": "selection",
+    "estimate_memory": "training.memory",
     "evaluate": "evaluation",
     "find_sites": "sites",
     "load_records": "data",
@@ -44,8 +45,9 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.selection import Scores, Selection, categorize, select
     from clue_fast.sites import Site, find_sites
     from clue_fast.statistics import Statistics
+    from clue_fast.training.adamw import SparseAdamW
     from clue_fast.training.attaching import attach
-    from clue_fast.training.optimizer import SparseAdamW
+    from clue_fast.training.memory import estimate_memory
     from clue_fast.training.sparse import sparsify
     from clue_fast.training.trainer import UnlearnTrainer
     from clue_fast.workflow import unlearn

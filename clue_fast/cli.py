@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(unlearn)
     unlearn.add_argument("--output", required=True, metavar="DIR", help="folder for checkpoint, results and plots")
     unlearn.add_argument("--selection", metavar="FILE", help="a selection made by localize, instead of a new one")
-    unlearn.add_argument("--objective", help="loss to minimize (default: simnpo with a margin of 2)")
+    unlearn.add_argument("--objective", help="loss to minimize (default: simnpo with a margin of 1)")
     unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1.2 / width)")
     unlearn.add_argument("--layer-lr", type=float, default=0.2, help="rate of the last layer over the first (0.2)")
     unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (30)")

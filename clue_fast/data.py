@@ -34,6 +34,7 @@ class Record:
         completion: the answer, the only part that is learned, forgotten and measured.
         paraphrase: the same answer in other words (TOFU column `paraphrased_answer`).
         perturbed: wrong answers of the same form (TOFU column `perturbed_answer`).
+        corrupted_prompt: the question with what the answer hinges on replaced, for circuits.
         history: earlier chat turns, as (role, content).
         verbatim: prompt and completion are joined as they are, without a chat template or "Question:".
     """
@@ -42,6 +43,7 @@ class Record:
     completion: str
     paraphrase: str | None = None
     perturbed: tuple[str, ...] = ()
+    corrupted_prompt: str | None = None
     history: tuple[tuple[str, str], ...] = ()
     verbatim: bool = False
 
@@ -67,7 +69,7 @@ def load_records(source: Source, name: str) -> list[Record]:
             "locuslab/TOFU:forget10" (its split "train"; append ":validation" for another). Only a hub name
             can cause a download. Columns: `question`/`answer`, `prompt`/`completion`, `text`, or chat
             `messages` that end with the assistant. Optional: `paraphrased_answer` (a string) and
-            `perturbed_answer` (a string or a list of strings).
+            `perturbed_answer` (a string or a list of strings), and `corrupted_prompt` (a string).
         name: what to call the data set in errors, such as "forget".
 
     Raises:
@@ -275,12 +277,13 @@ def _record(row: object, where: str) -> Record:
         completion = _text(row[columns[-1]], columns[-1], where)
         if len(columns) == 2:
             prompt = _text(row[columns[0]], columns[0], where, optional=columns[0] == "prompt")
-    paraphrase = row.get("paraphrased_answer")
+    paraphrase, corrupted = row.get("paraphrased_answer"), row.get("corrupted_prompt")
     return Record(
         prompt,
         completion,
         paraphrase=None if paraphrase is None else _text(paraphrase, "paraphrased_answer", where),
         perturbed=_texts(row.get("perturbed_answer"), "perturbed_answer", where),
+        corrupted_prompt=None if corrupted is None else _text(corrupted, "corrupted_prompt", where),
         history=tuple(history),
         verbatim=columns[0] in ("prompt", "text"),
     )

@@ -29,6 +29,10 @@ class SelectionError(ClueFastError, ValueError):
     """A selection is empty, out of range, or belongs to another model."""
 
 
+class CircuitError(ClueFastError, ValueError):
+    """A model whose residual stream cannot be taken apart, or a circuit that cannot be made or solved."""
+
+
 class BudgetError(ClueFastError, ValueError):
     """A fraction, count or threshold outside its range."""
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from clue_fast.budget import NORMALIZATIONS, check_budget, pools, top
 from clue_fast.errors import FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
 from clue_fast.sites import Site, check_sites, model_fingerprint
+
+if TYPE_CHECKING:
+    from clue_fast.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,9 @@ class Selection:
         scores: per site [width] float32.
         source: how it was made (criterion, budget, seed), anything JSON can hold.
         fingerprint: of the model it belongs to, see ``model_fingerprint``.
+
+    Attributes:
+        statistics: what it was made from, in this process; it is not saved.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Selection:
         self.scores = {site: scores[site].to("cpu", torch.float32) for site in self.sites}
         self.source = dict(source)
         self.fingerprint = fingerprint
+        self.statistics: Statistics | None = None
         for site in self.sites:
             if self.categories[site].shape != (site.width,) or self.scores[site].shape != (site.width,):
                 raise SelectionError(f"{site.name} has {site.width} units, its categories or scores have not")

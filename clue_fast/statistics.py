@@ -146,6 +146,8 @@ class Statistics:
         self.check_finite()
         total, square, magnitude, maximum, active = self.values[row, :, units]
         mean = total / count
+        # The squares of single tokens were rounded to float32, so that of one token alone is not that of its mean.
+        variance = (square / count - mean.square()).clamp_min(0.0) if count > 1 else torch.zeros_like(mean)
         gradients = (
             {}
             if self.gradient_values is None
@@ -160,7 +162,7 @@ class Statistics:
         return UnitStatistics(
             count=count,
             mean=mean,
-            variance=(square / count - mean.square()).clamp_min(0.0),
+            variance=variance,
             abs_mean=magnitude / count,
             max_abs=maximum.clone(),
             active_fraction=active / count,

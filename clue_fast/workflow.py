@@ -21,12 +21,10 @@ from clue_fast.data import Record, Source, check_disjoint, load_records
 from clue_fast.errors import ModelError, NonFiniteError, SettingError
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.files import check_output, output_folder, save_json
-from clue_fast.localization import measure, score
-from clue_fast.localization.criteria import get_criterion
+from clue_fast.localization import check_criterion, localize
 from clue_fast.ops import choose
 from clue_fast.report import RESULTS, results_table, write_plots
-from clue_fast.selection import Selection, select
-from clue_fast.statistics import Statistics
+from clue_fast.selection import Selection
 from clue_fast.training import audit
 from clue_fast.training.objectives import Objective, SimNPO, get_objective
 from clue_fast.training.sparse import Sparse
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_OBJECTIVE = SimNPO(gamma=2.0)
+DEFAULT_OBJECTIVE = SimNPO(gamma=1.0)
 """Forgets no further than it must: a record whose answer has become improbable stops pulling."""
 
 WIDTH_RATE = 1.2
@@ -101,7 +99,7 @@ def unlearn(
         reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
         criterion, fraction, scope: see ``localize``.
-        objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 2.
+        objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
         learning_rate: of the first layer; default see ``default_learning_rate``.
         layer_lr: rate of the last layer over that of the first, geometric in between.
         epochs: passes over the forget set; default 30.
@@ -116,7 +114,7 @@ def unlearn(
         ClueFastError: bad input, see its children; nothing half-written stays behind.
     """
     check_output(output_dir)
-    get_criterion(criterion)
+    check_criterion(criterion)
     check_budget(fraction, scope=scope)
     chosen_objective = get_objective(objective)
     training = {
@@ -138,21 +136,20 @@ def unlearn(
     with _stage("evaluate before", seconds):
         evaluation["before"] = evaluate(model, tokenizer, sets, progress=progress)
     with _stage("localize", seconds):
-        statistics: Statistics | None = None
         if selection is None:
-            statistics = measure(
+            selection = localize(
                 model,
                 sets["forget"],
                 sets["retain"],
                 tokenizer=tokenizer,
                 criterion=criterion,
+                fraction=fraction,
+                scope=scope,
+                seed=seed,
                 max_length=max_length,
                 backend=backend,
                 progress=progress,
             )
-            scores = score(statistics, criterion, seed=seed, backend=backend)
-            selection = select(scores, fraction, scope=scope)
-            selection.source["seed"] = seed
     with _stage("train", seconds):
         before = audit.snapshot(model)
         sparse, history = _train(
@@ -206,7 +203,7 @@ def unlearn(
         tokenizer.save_pretrained(folder)
         selection.save(folder / "selection.safetensors")
         save_json(folder / RESULTS, results)
-        write_plots(folder, selection, statistics, history)
+        write_plots(folder, selection, selection.statistics, history)
     return UnlearnResult(selection, results, Path(output_dir))
 
 

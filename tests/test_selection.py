@@ -19,7 +19,7 @@ from clue_fast.errors import (
     UnknownNameError,
 )
 from clue_fast.selection import CONFLICT, FORGET, IRRELEVANT, RETAIN, Scores, Selection, categorize, select
-from clue_fast.sites import Site
+from clue_fast.sites import Part, Site
 
 
 def make_site(layer: int, width: int, kind: str = "mlp") -> Site:
@@ -262,3 +262,42 @@ class TestBadInput:
         site = make_site(0, 4)
         with pytest.raises(SelectionError, match="4 units"):
             Selection([site], {site: torch.zeros(3)}, {site: torch.zeros(4)}, {}, "f")
+
+
+def test_parts_of_stacked_and_interleaved_parameters_are_kept_apart(tmp_path: Path) -> None:
+    """Two experts of three units: gate and up interleaved, down transposed; and query heads in blocks of two."""
+    experts = [
+        Site(
+            "experts",
+            "expert",
+            3,
+            0,
+            "experts",
+            "experts.down",
+            (
+                Part("experts.gate_up", 1, 0, 2, lead=e),
+                Part("experts.gate_up", 1, 1, 2, lead=e),
+                Part("experts.down", 0, lead=e),
+            ),
+            index=e,
+        )
+        for e in range(2)
+    ]
+    heads = Site("attention", "attention_query", 4, 0, "heads", "o", (Part("qkv", 0, 0, 8, 8, block=2, gap=16),))
+    sites = (*experts, heads)
+    categories = {
+        experts[0]: torch.tensor([0, CONFLICT, 0]),
+        experts[1]: torch.tensor([CONFLICT, 0, CONFLICT]),
+        heads: torch.tensor([0, CONFLICT, CONFLICT, 0]),
+    }
+    selection = Selection(sites, categories, {site: torch.zeros(site.width) for site in sites}, {}, "f")
+    assert {key: index.tolist() for key, index in selection.slices().items()} == {
+        ("experts.gate_up", 1, 0): [2, 3],
+        ("experts.down", 0, 0): [1],
+        ("experts.gate_up", 1, 1): [0, 1, 4, 5],
+        ("experts.down", 0, 1): [0, 2],
+        ("qkv", 0, None): [*range(8, 16), *range(32, 40)],
+    }
+    selection.save(tmp_path / "s.safetensors")
+    assert Selection.load(tmp_path / "s.safetensors").sites == sites
+    assert [site.name for site in sites] == ["experts[0]", "experts[1]", "attention:attention_query"]

@@ -19,7 +19,7 @@ and ``formulas`` holds those of the field. A criterion of one's own::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -131,10 +131,10 @@ def criterion(
     return register
 
 
-def get_criterion(name: str) -> Criterion:
-    """Returns a criterion by its name. Raises UnknownNameError."""
+def get_criterion(name: str, choices: Iterable[str] = CRITERIA) -> Criterion:
+    """Returns a criterion by its name. Raises UnknownNameError, which names the choices there are."""
     if name not in CRITERIA:
-        raise UnknownNameError("criterion", name, CRITERIA)
+        raise UnknownNameError("criterion", name, choices)
     return CRITERIA[name]
 
 

@@ -8,14 +8,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.budget import check_budget
-from clue_fast.localization.criteria import importances, score
+from clue_fast.data import Record, check_disjoint, load_records
+from clue_fast.errors import SelectionError
+from clue_fast.localization.circuit import CircuitSettings, discover, select_units
+from clue_fast.localization.circuit.units import check_circuit_budget
+from clue_fast.localization.criteria import CRITERIA, get_criterion, importances, score
 from clue_fast.localization.measure import TOKENS_PER_BATCH, measure
+from clue_fast.localization.targets import check_target
 from clue_fast.selection import Selection, categorize, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+CIRCUIT = "circuit"
+UNIT_CRITERION = "attribution"
+"""Ranks the units inside a node of a circuit."""
 
 
 def localize(
@@ -31,6 +40,7 @@ def localize(
     scope: str = "layer",
     normalize: str | None = None,
     categories: bool = False,
+    circuit: CircuitSettings | None = None,
     target: str | None = None,
     seed: int = 0,
     max_length: int = 512,
@@ -42,46 +52,97 @@ def localize(
 
     Args:
         model: a causal language model with sites, see ``find_sites``. It comes back as it was.
-        forget, retain: data sets, see ``clue_fast.data.load_records``.
+        forget, retain: data sets, see ``clue_fast.data.load_records``. For the criterion ``circuit``, ``retain`` may
+            be a mapping of several, by name.
         tokenizer: of the model.
-        criterion: a key of ``CRITERIA``.
+        criterion: a key of ``CRITERIA``, or ``circuit`` for the logic of circuits.
         fraction, count, threshold, scope, normalize: the budget, see ``select``; default the top 10 % of every layer.
         categories: give every unit one of the four categories, from its importance to each set, instead of ranking
-            units by one score; see ``categorize``.
+            units by one score; see ``categorize``. The criterion ``circuit`` always does.
+        circuit: of the criterion ``circuit``.
         seed: of the criterion ``random``.
         target, max_length, tokens_per_batch, backend, progress: see ``measure``.
+
+    Returns:
+        The selection; its ``statistics`` are what was measured for it.
 
     Raises:
         DataError: a data set is empty, unreadable, or both share records.
         UnknownNameError: no such criterion or target.
         BudgetError: the budget is out of range.
         SelectionError: categories are wanted of a criterion that only compares.
+        CircuitError: see ``clue_fast.localization.circuit.discover``.
         SiteError: the model has no sites.
         NonFiniteError: weights or activations are NaN or infinite.
     """
     started = time.perf_counter()
+    check_criterion(criterion)
     check_budget(fraction, count=count, threshold=threshold, scope=scope)
-    statistics = measure(
-        model,
-        forget,
-        retain,
-        tokenizer=tokenizer,
-        criterion=criterion,
-        target=target,
-        max_length=max_length,
-        tokens_per_batch=tokens_per_batch,
-        backend=backend,
-        progress=progress,
-    )
-    budget: dict[str, Any] = {"count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
-    if categories:
-        selection = categorize(*importances(statistics, criterion), fraction, **budget)
+    measuring: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "target": target,
+        "max_length": max_length,
+        "tokens_per_batch": tokens_per_batch,
+        "backend": backend,
+        "progress": progress,
+    }
+    if criterion == CIRCUIT:
+        check_circuit_budget(threshold, scope, normalize)
+        budget: dict[str, Any] = {"fraction": fraction, "count": count}
+        selection = _localize_by_circuits(model, forget, retain, circuit, budget, measuring)
     else:
-        selection = select(score(statistics, criterion, seed=seed, backend=backend), fraction, **budget)
+        if isinstance(retain, Mapping):
+            raise SelectionError(f"several retain sets need the criterion {CIRCUIT!r}; {criterion!r} compares two sets")
+        statistics = measure(model, forget, retain, criterion=criterion, **measuring)
+        budget = {"count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
+        if categories:
+            selection = categorize(*importances(statistics, criterion), fraction, **budget)
+        else:
+            selection = select(score(statistics, criterion, seed=seed, backend=backend), fraction, **budget)
+        selection.statistics = statistics
     selection.source["seed"] = seed
     if target is not None:
         selection.source["target"] = target
     units = sum(site.width for site in selection.sites)
     seconds = time.perf_counter() - started
     logger.info("localize: %d of %d units by %s in %.1f s", len(selection), units, criterion, seconds)
+    return selection
+
+
+def check_criterion(name: str) -> str:
+    """Returns the name of a criterion that ``localize`` takes. Raises UnknownNameError."""
+    return name if name == CIRCUIT else get_criterion(name, (*CRITERIA, CIRCUIT)).name
+
+
+def _localize_by_circuits(
+    model: PreTrainedModel,
+    forget: Any,
+    retain: Any,
+    settings: CircuitSettings | None,
+    budget: dict[str, Any],
+    measuring: dict[str, Any],
+) -> Selection:
+    settings = settings or CircuitSettings()
+    target = check_target(measuring["target"] or "log_odds")
+    forget_records = load_records(forget, "forget")
+    sources = retain if isinstance(retain, Mapping) else {"retain": retain}
+    sets: dict[str, list[Record]] = {name: load_records(source, name) for name, source in sources.items()}
+    for records in sets.values():
+        check_disjoint(forget_records, records)
+    discovery = discover(
+        model,
+        forget_records,
+        sets,
+        tokenizer=measuring["tokenizer"],
+        settings=settings,
+        target=target,
+        max_length=measuring["max_length"],
+        progress=measuring["progress"],
+    )
+    logger.info("%s", discovery.table())
+    retain_records = [record for records in sets.values() for record in records]
+    statistics = measure(model, forget_records, retain_records, criterion=UNIT_CRITERION, **measuring)
+    units = importances(statistics, UNIT_CRITERION)
+    selection = select_units(discovery, *units, **budget, grain=settings.grain)
+    selection.statistics = statistics
     return selection

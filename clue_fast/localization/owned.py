@@ -89,7 +89,7 @@ def _is_transposed(module: nn.Module) -> bool:
 def _bind(model: nn.Module, part: Part, number: int, site_index: int, units: slice, site: Site) -> Owned:
     path, _, kind = part.parameter.rpartition(".")
     module = model.get_submodule(path)
-    if not is_linear(module) or kind not in ("weight", "bias"):
+    if not is_linear(module) or kind not in ("weight", "bias") or getattr(part, "lead", None) is not None:
         raise SiteError(
             f"{part.parameter} of {site.path} belongs to no linear module; gradients of its weights cannot be reduced "
             "to units; choose a criterion that needs activations only, or attribution"

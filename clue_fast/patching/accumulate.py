@@ -23,9 +23,12 @@ def unit_activations(h: Tensor, channels: int) -> Tensor:
     """
     if channels == 1:
         return h
-    dtype = h.dtype if h.dtype == torch.float64 else torch.float32
-    a: Tensor = torch.linalg.vector_norm(h.reshape(*h.shape[:-1], -1, channels), dim=-1, dtype=dtype)
+    a: Tensor = torch.linalg.vector_norm(_wide(h).reshape(*h.shape[:-1], -1, channels), dim=-1)
     return a
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def add_statistics(
@@ -69,7 +72,7 @@ def _add_attribution(
 ) -> None:
     h, grad, group = h.flatten(0, -2), grad.flatten(0, -2), group.flatten()
     if channels > 1:
-        h = (h.float() * grad.float()).reshape(len(h), -1, channels).sum(-1)
+        h = (_wide(h) * _wide(grad)).reshape(len(h), -1, channels).sum(-1)
         grad = torch.ones_like(h)
     if bounds is None:
         ops.channel_attribution(h, grad, group, statistics, backend=backend)
@@ -115,7 +118,12 @@ class _Attribution(torch.autograd.Function):
 
 
 def _watched(
-    h: Tensor, group: Tensor, statistics: Tensor, channels: int, bounds: Tensor | None, backend: str | None = None
+    h: Tensor,
+    group: Tensor,
+    statistics: Tensor,
+    channels: int = 1,
+    bounds: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     out: Tensor = _Attribution.apply(h, group, statistics, channels, bounds, backend, True)  # type: ignore[no-untyped-call]
     return out

@@ -19,7 +19,7 @@ from clue_fast.patching.replacement import Hook, Override
 from clue_fast.patching.report import Report, SiteReport
 from clue_fast.patching.tokens import ANSWERS, ATTENDED, DECODER, ENCODER, TEXT, Batch
 from clue_fast.patching.towers import entry, find_towers, image_token, tower_of
-from clue_fast.sites import Survey, model_fingerprint, survey
+from clue_fast.sites import Survey, model_fingerprint, survey, unwrap
 from clue_fast.sites.find import DEFAULT_KINDS, no_sites
 from clue_fast.statistics import Statistics
 
@@ -44,6 +44,7 @@ class Patched:
         device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         statistics = Statistics(self.sites, model_fingerprint(model), device=device)
         self._recorder = Recorder(statistics, backend, image_token(self._entry))
+        model = unwrap(model)
         paths = {module: path for path, module in model.named_modules()}
         towers = {paths[module]: name for module, name in find_towers(self._entry).items()}
         tower = {site.path: tower_of(site.path, towers) for site in self.sites}

@@ -91,7 +91,7 @@ class Recorder:
             return self.observe(point, ops.gated_activation(gate, up, activation, backend=self.backend))
         found = self.groups_at(point, gate)
         statistics = self._accumulators(gate.device)
-        recomputing = is_recomputing()
+        recomputing = self.is_recomputing()
         gradient_values = statistics.gradient_values if self.gradients else None
         h = ops.gated_activation(
             gate,
@@ -117,7 +117,7 @@ class Recorder:
             )
         found = self.groups_at(point, h)
         statistics = self._accumulators(h.device)
-        if not is_recomputing():
+        if not self.is_recomputing():
             a = unit_activations(h.detach(), channels).flatten(0, -2)
             found = self._finite_only(point, statistics, a, found)
             add_statistics(a, found.group, statistics.values[:, :, point.units], backend=self.backend)
@@ -135,7 +135,7 @@ class Recorder:
             bounds: [experts + 1] int64, where the rows of each expert begin.
         """
         statistics = self._accumulators(h.device)
-        if not is_recomputing():
+        if not self.is_recomputing():
             groups, experts = len(statistics.groups), len(point.sites)
             if self.on_nonfinite == "count":
                 finite = torch.isfinite(h.detach()).all(-1)
@@ -145,6 +145,15 @@ class Recorder:
             add_statistics(h.detach(), group, statistics.values[:, :, point.units], bounds, self.backend)
             self._count(point, statistics, _tally(group, expert, groups, experts))
         return self._watch(h, group, statistics, point, bounds)
+
+    def is_recomputing(self) -> bool:
+        """Whether gradient checkpointing runs the forward a second time, inside backward.
+
+        Compiled code is compiled once for forward passes and once for this, by ``in_flight``.
+        """
+        if torch.compiler.is_compiling():
+            return self.recording and not self.in_flight and bool(self.pending)
+        return torch._C._current_graph_task_id() != -1
 
     def groups_at(self, point: Point, h: Tensor) -> TokenGroups:
         """Returns the groups of the tokens of activations [..., channels] at a point.
@@ -221,12 +230,12 @@ class Recorder:
         outside, self.outside = int(self.outside), torch.zeros_like(self.outside)
         if outside:
             raise PatchError(
-                f"{outside} tokens were in groups outside 0..{len(self.statistics.groups)}, and were not counted; "
-                "correct token_group and record anew"
+                f"token_group named {outside} times a group outside 0..{len(self.statistics.groups)}, and those tokens "
+                "were not counted; correct it and record anew"
             )
 
     def _batch_at(self, point: Point) -> Batch:
-        if is_recomputing():
+        if self.is_recomputing():
             return self._recomputed_batch(point)
         if self.batch is not None and self.in_flight:
             return self.batch
@@ -241,13 +250,11 @@ class Recorder:
             raise PatchError(f"{point.site.name} runs in a backward pass whose forward pass was not recorded")
         first, *others = self.pending
         for other in others:
-            for tower, found in first.towers.items():
-                same = other.towers.get(tower)
-                if same is None or not torch.equal(same.group, found.group):
-                    raise PatchError(
-                        "with gradient checkpointing, run backward after each forward pass while recording gradients: "
-                        "several batches with different token groups wait for theirs"
-                    )
+            if torch.compiler.is_compiling() or not first.same_groups(other):
+                raise PatchError(
+                    "with gradient checkpointing, run backward after each forward pass while recording gradients: "
+                    "several batches with different token groups wait for theirs"
+                )
         return first
 
     # Accumulators.
@@ -285,11 +292,6 @@ class Recorder:
         if not self.gradients or values is None or not (torch.is_grad_enabled() and h.requires_grad):
             return h
         return watch_gradient(h, group, values[:, :, point.units], point.site.channels, bounds, self.backend)
-
-
-def is_recomputing() -> bool:
-    """Whether gradient checkpointing runs the forward a second time, inside backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def refuse_distributed(site: Site, x: Tensor) -> None:

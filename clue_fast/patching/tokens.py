@@ -127,6 +127,12 @@ class Batch:
         group = torch.tensor([numbers[row] for row in owners], dtype=torch.int8)
         return self.put(IMAGES, group.repeat_interleave(torch.tensor(sizes)).to(device))
 
+    def same_groups(self, other: Batch) -> bool:
+        """Returns whether the tokens of another batch are in the same groups, tower by tower."""
+        return self.towers.keys() == other.towers.keys() and all(
+            torch.equal(found.group, other.towers[tower].group) for tower, found in self.towers.items()
+        )
+
     def check(self) -> Tensor | None:
         """Raises PatchError if the batch brings a group that there is not.
 

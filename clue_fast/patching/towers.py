@@ -8,20 +8,17 @@ from typing import Any
 from torch import nn
 
 from clue_fast.patching.tokens import DECODER, ENCODER, IMAGES, TEXT
+from clue_fast.sites import unwrap
 
 _OTHER_SENSES = ("vision_config", "audio_config")
 
 
 def entry(model: nn.Module) -> nn.Module:
-    """Returns the model proper, below peft, torch.compile and DistributedDataParallel: its forward takes the batch."""
-    while True:
-        children = dict(model.named_children())
-        if callable(get_base_model := getattr(model, "get_base_model", None)):
-            model = get_base_model()
-        elif len(children) == 1 and set(children) <= {"_orig_mod", "module"}:
-            (model,) = children.values()
-        else:
-            return model
+    """Returns the model proper, below all wrappers and peft: its forward takes the batch."""
+    model = unwrap(model)
+    while callable(get_base_model := getattr(model, "get_base_model", None)):
+        model = unwrap(get_base_model())
+    return model
 
 
 def find_towers(model: nn.Module) -> dict[nn.Module, str]:

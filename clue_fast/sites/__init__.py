@@ -9,6 +9,7 @@ from clue_fast.sites.find import KINDS, Survey, check_sites, find_sites, survey
 from clue_fast.sites.fingerprint import model_fingerprint
 from clue_fast.sites.mlp import Unmatched
 from clue_fast.sites.site import Part, Site
+from clue_fast.sites.wrapping import unwrap
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,4 +22,5 @@ __all__ = [
     "find_sites",
     "model_fingerprint",
     "survey",
+    "unwrap",
 ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from clue_fast.errors import SelectionError, SiteError, UnknownNameError
-from clue_fast.sites.attention import head_size
+from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
 from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp
 from clue_fast.sites.site import Site
+from clue_fast.sites.wrapping import unwrap
 
 KINDS = ("mlp", "expert", "attention", "attention_head", "attention_query", "attention_key_value")
 DEFAULT_KINDS = ("mlp", "expert")
@@ -29,7 +31,7 @@ def find_sites(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> list[S
     """Returns the sites of a model in the order of its modules.
 
     Args:
-        model: stays as it is.
+        model: stays as it is; paths are those in the model inside of torch.compile and DistributedDataParallel.
         kinds: which families of units to look for, of ``KINDS``: ``mlp``, ``expert``, and on request ``attention``,
             which stands for all kinds of heads.
 
@@ -49,13 +51,16 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
     for kind in wanted:
         if kind not in KINDS:
             raise UnknownNameError("kind of site", kind, KINDS)
+    model = unwrap(model)
     sites: list[Site] = []
     unmatched: list[Unmatched] = []
+    heads = find_heads(model) if any(kind.startswith("attention") for kind in wanted) else {}
     for path, module in model.named_modules():
-        for found in _search(module, path, wanted):
+        attention = heads.get(path, [])
+        for found in (*_search(module, path, wanted), *(attention if isinstance(attention, list) else [attention])):
             if isinstance(found, Unmatched):
                 unmatched.append(found)
-            elif found is not None:
+            elif any(found.kind == kind or found.kind.startswith(f"{kind}_") for kind in wanted):
                 sites.append(found)
     return Survey(tuple(sites), tuple(unmatched))
 
@@ -82,7 +87,7 @@ def no_sites(model: nn.Module, kinds: Iterable[str], found: Survey) -> str:
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """Raises SelectionError unless the parts of every site are parts of a model's parameters."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
     for site in sites:
         for part in site.parts:
             parameter = parameters.get(part.parameter)
@@ -91,7 +96,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
                     f"{site.name} is part of {part.parameter}, which {type(model).__name__} does not have"
                 )
             shape = parameter.shape if part.lead is None else parameter.shape[1:]
-            end = part.offset + (site.width - 1) * part.stride + part.size
+            end = int(part.index(torch.tensor([site.width - 1])).max()) + 1
             if part.dim >= len(shape) or end > shape[part.dim] or (part.lead or 0) >= parameter.shape[0]:
                 raise SelectionError(
                     f"{site.name} has {site.width} units, {part.parameter} is {list(parameter.shape)}; "

@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from clue_fast.sites.wrapping import unwrap
+
 
 def model_fingerprint(model: nn.Module) -> str:
     """Returns a short hash of what a model is: names and shapes of its weights, and a sample of its embedding.
@@ -15,6 +17,7 @@ def model_fingerprint(model: nn.Module) -> str:
     one with other weights, has another. The sample is rounded to bfloat16, so that loading in another precision
     does not matter.
     """
+    model = unwrap(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tuple(tensor.shape)};".encode())

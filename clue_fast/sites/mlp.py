@@ -120,6 +120,8 @@ class _Trial:
         h = self.plain.inputs[self.down]
         if h.shape != (len(self.values[self.down]), self.width):
             return False
+        if self.others_matter({row.name for row in rows}, h):
+            return False
         chosen = sample(self.width, seed=1) > 0
         chosen[0] = True
         for changed in [rows] if len(rows) == 1 else [rows, *((row,) for row in rows)]:
@@ -131,6 +133,19 @@ class _Trial:
             if bool(differs[~chosen].any()) or not bool(differs[chosen].float().mean() > 0.25):
                 return False
         return True
+
+    def others_matter(self, names: set[str], h: Tensor) -> bool:
+        """Whether another projection that could be part of the units has a say in the input of ``down``."""
+        down = self.projections[self.down]
+        others = [
+            name
+            for name, p in self.projections.items()
+            if name not in names | {self.down}
+            and p.inputs == down.outputs
+            and p.outputs in (down.inputs, 2 * down.inputs)
+        ]
+        changed = {name: -self.values[name] for name in others}
+        return bool(changed) and not torch.equal(self.run(self.values | changed).inputs[self.down], h)
 
     def site(self, path: str, rows: Sequence[Rows]) -> Site:
         structure = "plain" if len(rows) == 1 else "packed" if rows[0].name == rows[1].name else "gated"

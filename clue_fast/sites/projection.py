@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,10 +30,14 @@ class Projection:
     output_dim: int
     bias: str | None
 
-    def rows(self, offset: int = 0, stride: int = 1, size: int = 1) -> tuple[Part, ...]:
-        """What a unit owns that this projection computes: rows of the weight, and their bias."""
-        weight = Part(self.weight, self.output_dim, offset, stride, size)
-        return (weight,) if self.bias is None else (weight, Part(self.bias, 0, offset, stride, size))
+    def rows(self, *place: int, **where: Any) -> tuple[Part, ...]:
+        """What a unit owns that this projection computes: rows of the weight, and their bias.
+
+        Args:
+            place, where: offset, stride, size and so on, as in ``Part``.
+        """
+        weight = Part(self.weight, self.output_dim, *place, **where)
+        return (weight,) if self.bias is None else (weight, Part(self.bias, 0, *place, **where))
 
     def columns(self, size: int = 1) -> Part:
         """What a unit owns that this projection reads: columns of the weight."""

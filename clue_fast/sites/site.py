@@ -22,6 +22,7 @@ class Part:
         stride: from one unit to the next.
         size: slices of a unit.
         lead: index into the first dimension of a parameter that stacks those of several sites, such as experts.
+        block, gap: after every ``block`` units, ``gap`` slices are left out.
     """
 
     parameter: str
@@ -30,10 +31,15 @@ class Part:
     stride: int = 1
     size: int = 1
     lead: int | None = None
+    block: int | None = None
+    gap: int = 0
 
     def index(self, units: Tensor) -> Tensor:
         """Returns the slices that belong to units, int64 [len(units) * size], in the order of the units."""
-        first = self.offset + units.to(torch.int64) * self.stride
+        units = units.to(torch.int64)
+        first = self.offset + units * self.stride
+        if self.block is not None:
+            first = first + units // self.block * self.gap
         return (first[:, None] + torch.arange(self.size, device=units.device)).flatten()
 
     def of(self, parameter: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.audit import changed_inside, changed_outside, snapshot
 from clue_fast.training.layer_rates import LayerRate, LinearLayerRate
+from clue_fast.training.memory import MemoryEstimate, estimate_memory
 from clue_fast.training.objectives import (
     DPO,
     KL,
@@ -26,7 +28,6 @@ from clue_fast.training.objectives import (
     SimNPO,
     get_objective,
 )
-from clue_fast.training.optimizer import SparseAdamW
 from clue_fast.training.parts import TrainedPart
 from clue_fast.training.sparse import Sparse, sparsify
 from clue_fast.training.stages import Stage
@@ -47,6 +48,7 @@ __all__ = [
     "GradientDifference",
     "LayerRate",
     "LinearLayerRate",
+    "MemoryEstimate",
     "Objective",
     "Refusal",
     "SimNPO",
@@ -58,6 +60,7 @@ __all__ = [
     "attach",
     "changed_inside",
     "changed_outside",
+    "estimate_memory",
     "get_objective",
     "snapshot",
     "sparsify",

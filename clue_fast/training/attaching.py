@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def attach(trainer: Trainer, selection: Selection, *, layer_lr: LayerRate = 0.2) -> Sparse:
+def attach(trainer: Trainer, selection: Selection, *, layer_lr: LayerRate = 0.2, master: str = "fp32") -> Sparse:
     """Makes any ``transformers.Trainer`` train selected units only, its own loss and data unchanged.
 
     The trainer keeps its class, and becomes an instance of a subclass of it: with ``SparseAdamW`` made from its
@@ -28,7 +28,7 @@ def attach(trainer: Trainer, selection: Selection, *, layer_lr: LayerRate = 0.2)
     Args:
         trainer: any subclass, before ``train``.
         selection: the units to train, made for the trainer's model.
-        layer_lr: learning rate of the last layer over that of the first, or another rate by layer.
+        layer_lr, master: see ``SparseAdamW``.
 
     Returns:
         The ``Sparse`` of the model; ``restore()`` turns the model back.
@@ -50,7 +50,7 @@ def attach(trainer: Trainer, selection: Selection, *, layer_lr: LayerRate = 0.2)
     trainer.__class__ = type(before.__name__, (_Attached, before), {"__module__": before.__module__})
     try:
         attached: Any = trainer
-        attached.host(sparse, layer_lr)
+        attached.host(sparse, layer_lr, master)
         if any(part.category == "forget" for part in sparse.parts):
             attached.tell_sides_apart()
     except BaseException:

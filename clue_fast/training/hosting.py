@@ -9,9 +9,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from clue_fast.errors import SparseError
+from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.checkpoints import WholeCheckpoints
 from clue_fast.training.layer_rates import LayerRate
-from clue_fast.training.optimizer import SparseAdamW
+from clue_fast.training.optimizer import SparseOptimizer
 from clue_fast.training.parts import trained_parts
 from clue_fast.training.sparse import Sparse
 from clue_fast.training.stages import UNITS
@@ -27,21 +28,22 @@ class SparseTraining(WholeCheckpoints, _Base):
 
     Attributes:
         sparse: the ``Sparse`` of the model.
-        layer_lr: see ``LayerRate``.
+        layer_lr, master: see ``SparseOptimizer``.
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
     """
 
     sparse: Sparse
     layer_lr: LayerRate
+    master: str
     memory: dict[str, int]
 
-    def host(self, sparse: Sparse, layer_lr: LayerRate) -> None:
+    def host(self, sparse: Sparse, layer_lr: LayerRate, master: str) -> None:
         """Takes charge of a sparse model.
 
         Raises:
             SparseError: the training is distributed in a way that shards the weights.
         """
-        self.sparse, self.layer_lr, self.memory = sparse, layer_lr, {}
+        self.sparse, self.layer_lr, self.master, self.memory = sparse, layer_lr, master, {}
         _check_distribution(self)
         self.add_callback(_Bookkeeping(self))
 
@@ -60,6 +62,8 @@ class SparseTraining(WholeCheckpoints, _Base):
                 eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
                 layer_lr=self.layer_lr,
+                master=self.master,
+                seed=self.args.seed,
             )
         return self.optimizer
 
@@ -109,7 +113,7 @@ def _check_distribution(trainer: Any) -> None:
 
 def _check_optimizer(trainer: SparseTraining) -> None:
     optimizer = trainer.inner_optimizer
-    if not isinstance(optimizer, SparseAdamW):
+    if not isinstance(optimizer, SparseOptimizer):
         raise SparseError(
             f"{type(optimizer).__name__} would train master values and never write them into the weights; "
             "use SparseAdamW, or leave the optimizer to the trainer"

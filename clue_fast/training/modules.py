@@ -6,7 +6,6 @@ class is modified, and every other property of the layer stays.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ class SparseModule(_Base):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for part, master in zip(self.trained_parts, masters, strict=True):
             # `.to(bfloat16)` casts every parameter; the masters exist to keep what bfloat16 would drop.
-            if part.selected.dtype != torch.float32:
+            if part.selected.dtype != torch.float32 or not part.has_master:
                 part.selected.data = master.to(part.weight.device)
                 part.selected.grad = None
             part.index = part.index.to(part.weight.device)
@@ -69,7 +68,7 @@ class SparseModule(_Base):
             if prefix + part.master_name in missing_keys:
                 missing_keys.remove(prefix + part.master_name)
             if prefix + part.name in state_dict:
-                part.selected.detach().copy_(part.read())
+                part.set_master(part.read())
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
@@ -96,25 +95,12 @@ class SparseLinear(SparseModule, nn.Linear):
         return out
 
 
-class _Transposed(SparseModule):
-    """A linear layer that stores its weight [in_features, out_features]."""
+class SparseProjection(SparseModule):
+    """Any other layer that multiplies by its weight, such as a Conv1D: its own forward, with gradients grafted on."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Exactly what the layer computes; the gradient goes to the trained parts."""
         out: Tensor = super().forward(x)
         for part in self.trained_parts:
-            out = graft(out, x, part, output_dim=1)
+            out = graft(out, x, part)
         return out
-
-
-def sparse_class(cls: type[nn.Module]) -> type[SparseModule] | None:
-    """Returns the sparse class of a layer's class, or None if there is none.
-
-    A subclass of a known class is not known: it may compute anything in its forward.
-    """
-    library = sys.modules.get("transformers.pytorch_utils")  # a model made of its layers has imported it
-    if cls not in _SPARSE and library is not None and cls is library.Conv1D:
-        _SPARSE[cls] = type("SparseConv1D", (_Transposed, cls), {"__doc__": "A Conv1D of which some slices train."})
-    return _SPARSE.get(cls)
-
-
-_SPARSE: dict[type[nn.Module], type[SparseModule]] = {nn.Linear: SparseLinear}

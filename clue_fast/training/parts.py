@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from clue_fast.errors import SparseError
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, Selection
@@ -72,6 +72,7 @@ class TrainedPart:
         path: of the parameter in the model.
         lead: index into the first dimension of a parameter that stacks those of several experts, or None.
         dim: dimension along which the slices lie, of the parameter or of ``parameter[lead]``.
+        output_dim: dimension that counts the outputs of the layer: 0 as in ``nn.Linear``, 1 as in Conv1D.
         index: the slices, int64 [k], sorted.
         category: of their units, "forget" or "conflict".
         selected: master values, float32, shaped as the slices; the only thing that trains.
@@ -79,6 +80,7 @@ class TrainedPart:
         layer, layers: index of the transformer layer, and how many layers there are.
         reach: which records train units of the category "forget".
         swapped: whether the parameter holds the original values at the moment.
+        rounding_seed: of stochastic rounding, where there are no master values.
     """
 
     module: nn.Module = field(repr=False)
@@ -86,6 +88,7 @@ class TrainedPart:
     path: str
     lead: int | None
     dim: int
+    output_dim: int
     index: Tensor = field(repr=False)
     category: str
     selected: nn.Parameter = field(repr=False)
@@ -94,6 +97,8 @@ class TrainedPart:
     layers: int
     reach: Reach = field(repr=False)
     swapped: bool = False
+    rounding_seed: int = 0
+    has_master: bool = True
 
     @property
     def master_name(self) -> str:
@@ -106,6 +111,19 @@ class TrainedPart:
         """What ``dim`` counts in: the parameter, or the part of it that belongs to one expert, as a view."""
         parameter: Tensor = getattr(self.module, self.name).detach()
         return parameter if self.lead is None else parameter[self.lead]
+
+    def keep_master(self, keep: bool) -> None:
+        """Keeps master values, made from the parameter, or none: then ``selected`` has a shape and no storage.
+
+        DistributedDataParallel cannot do without the storage, so there it stays, unused.
+        """
+        if keep == self.has_master:
+            return
+        self.has_master = keep
+        if keep:
+            self.selected.data = self.read().float()
+        elif not distributed.is_initialized():
+            self.selected.data = torch.zeros((), device=self.selected.device).expand(self.selected.shape)
 
     @torch.no_grad()
     def read(self) -> Tensor:
@@ -120,6 +138,16 @@ class TrainedPart:
         # A forward from before must not be run backward with the weights from after it.
         torch.autograd.graph.increment_version(parameter)
 
+    def set_values(self, values: Tensor) -> None:
+        """Gives the slices these values, in the parameter and in the masters."""
+        self.write(values)
+        self.set_master(values)
+
+    def set_master(self, values: Tensor) -> None:
+        """Gives the masters, if there are any, these values."""
+        if self.has_master:
+            self.selected.detach().copy_(values)
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -129,13 +157,14 @@ class Slices:
         part: says which parameter, and along which dimension.
         index: the slices, int64, sorted.
         category: of their units.
-        layer: index of the transformer layer.
+        layer, layers: index of the transformer layer, and how many layers there are.
     """
 
     part: Part
     index: Tensor
     category: str
     layer: int
+    layers: int
 
 
 def plan(selection: Selection) -> list[Slices]:
@@ -151,8 +180,9 @@ def plan(selection: Selection) -> list[Slices]:
             for part in site.parts if len(units) else ():
                 key = (part.parameter, part.lead, part.dim, category)
                 found.setdefault(key, (part, site.layer, []))[2].append(part.index(units))
+    layers = 1 + max((site.layer for site in selection.sites), default=0)
     plans = [
-        Slices(part, torch.cat(indices).sort().values, CATEGORIES[key[3]], layer)
+        Slices(part, torch.cat(indices).sort().values, CATEGORIES[key[3]], layer, layers)
         for key, (part, layer, indices) in found.items()
     ]
     _check_disjoint(plans)

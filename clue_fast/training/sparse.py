@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.training.checkpointing import limit_checkpointing
-from clue_fast.training.modules import SparseModule, sparse_class
+from clue_fast.training.kinds import is_linear, original_class, output_dim, sparse_class
+from clue_fast.training.modules import SparseModule, SparseProjection
 from clue_fast.training.parts import DTYPES, Pass, Reach, Slices, TrainedPart, plan, trained_parts
 
 
@@ -34,11 +35,11 @@ class Sparse:
         hooks: on the model, to be removed with ``restore``.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection, parts: list[TrainedPart], reach: Reach) -> None:
+    def __init__(self, model: nn.Module, selection: Selection, parts: list[TrainedPart]) -> None:
         self.model = model
         self.selection = selection
         self.parts = parts
-        self._reach = reach
+        self._reach = reach = parts[0].reach
         self.hooks: list[RemovableHandle] = []
         if any(part.category == "forget" for part in parts):
             self.hooks.append(model.register_forward_pre_hook(lambda *_: reach.begin()))
@@ -118,8 +119,7 @@ class Sparse:
     def revert(self) -> None:
         """Puts the original values back for good, into weights and masters; optimizer state is left alone."""
         for part in self.parts:
-            part.write(part.original)
-            part.selected.detach().copy_(part.original)
+            part.set_values(part.original)
 
     def bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Counts the bytes that exist right now, tensor by tensor.
@@ -133,7 +133,7 @@ class Sparse:
         state = [] if optimizer is None else [t for entry in optimizer.state.values() for t in entry.values()]
         return {
             "weights": sum(p.nbytes for p in parameters if id(p) not in masters),
-            "trainable": sum(p.nbytes for p in self.trainable_parameters),
+            "trainable": sum(part.selected.nbytes for part in self.parts if part.has_master),
             "original": sum(part.original.nbytes for part in self.parts),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "optimizer_state": sum(t.nbytes for t in state if isinstance(t, Tensor)),
@@ -179,10 +179,17 @@ def sparsify(model: nn.Module, selection: Selection) -> Sparse:
     plans = plan(selection)
     shared = _shared_weights(model)
     for slices in plans:
-        _check(model, slices, shared)
+        _check_layer(model, slices)
+        _check_weight(model, slices, shared)
+    return Sparse(model, selection, make_parts(model, plans))
+
+
+def make_parts(model: nn.Module, plans: list[Slices]) -> list[TrainedPart]:
+    """Turns the layers of the planned slices sparse, whatever they hold. Raises SparseError if one cannot be."""
+    for slices in plans:
+        _check_layer(model, slices)
     reach = Reach()
-    layers = 1 + max(site.layer for site in selection.sites)
-    return Sparse(model, selection, [_turn_sparse(model, slices, layers, reach) for slices in plans], reach)
+    return [_turn_sparse(model, slices, reach) for slices in plans]
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -193,13 +200,17 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _check(model: nn.Module, slices: Slices, shared: dict[int, list[str]]) -> None:
-    name = slices.part.parameter
-    path = name.rpartition(".")[0]
+def _check_layer(model: nn.Module, slices: Slices) -> None:
+    path = slices.part.parameter.rpartition(".")[0]
     module = model.get_submodule(path)
-    if sparse_class(type(module)) is None:
-        kind = type(module).__name__
-        raise SparseError(f"{path} is a {kind}, which cannot train in parts; merge adapters or dequantize first")
+    if "base_layer" in path.split("."):
+        raise SparseError(f"{path} is wrapped by an adapter; merge it into the model first (merge_and_unload)")
+    if not isinstance(module, SparseModule) and sparse_class(module) is None:
+        raise SparseError(f"{path} is a {type(module).__name__}, which cannot train in parts; dequantize it first")
+
+
+def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]) -> None:
+    name = slices.part.parameter
     parameter = model.get_parameter(name)
     if parameter.device.type == "meta":
         raise SparseError(f"{name} is on the meta device; load the weights first")
@@ -218,13 +229,19 @@ def _check(model: nn.Module, slices: Slices, shared: dict[int, list[str]]) -> No
         )
     if not bool(weight.index_select(slices.part.dim, index).isfinite().all()):
         raise NonFiniteError(f"{name} holds NaN or infinite values; load the model again")
+    module = model.get_submodule(name.rpartition(".")[0])
+    cls = sparse_class(module)
+    if cls is not None and issubclass(cls, SparseProjection) and not is_linear(module):
+        raise SparseError(
+            f"{name} is that of a {type(module).__name__}, which does more than multiply by it; merge or dequantize it"
+        )
 
 
-def _turn_sparse(model: nn.Module, slices: Slices, layers: int, reach: Reach) -> TrainedPart:
+def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach) -> TrainedPart:
     path, _, name = slices.part.parameter.rpartition(".")
     module = model.get_submodule(path)
     if not isinstance(module, SparseModule):
-        cls = sparse_class(type(module))
+        cls = sparse_class(module)
         assert cls is not None
         module.__class__ = cls
         module.trained_parts = []  # type: ignore[assignment]
@@ -235,12 +252,13 @@ def _turn_sparse(model: nn.Module, slices: Slices, layers: int, reach: Reach) ->
         path=slices.part.parameter,
         lead=slices.part.lead,
         dim=slices.part.dim,
+        output_dim=output_dim(module),
         index=slices.index.to(getattr(module, name).device),
         category=slices.category,
         selected=nn.Parameter(torch.empty(0)),
         original=torch.empty(0),
         layer=slices.layer,
-        layers=layers,
+        layers=slices.layers,
         reach=reach,
     )
     part.original = part.read()
@@ -255,4 +273,5 @@ def _turn_back(module: nn.Module) -> None:
     for part in module.trained_parts:
         delattr(module, part.master_name)
     del module.trained_parts
-    module.__class__ = type(module).__mro__[2]
+    before = original_class(module)
+    module.__class__ = before  # type: ignore[assignment]

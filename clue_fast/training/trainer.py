@@ -48,6 +48,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
         objective: its name, or an ``Objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
             ``LayerRate``.
+        master: "fp32" or "stochastic", see ``SparseAdamW``.
         stages: which units train on which objective in which epochs, instead of all on one: "clue" for the
             published schedule, or a sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the
             schedule of the learning rate spans them all.
@@ -79,6 +80,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
         selection: Selection,
         objective: str | Objective = "npo",
         layer_lr: LayerRate = 0.2,
+        master: str = "fp32",
         stages: str | Sequence[Stage] | None = None,
         max_length: int | None = None,
         **kwargs: Any,
@@ -123,7 +125,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
                     data_collator=PairCollator(collate or Collator(_padding(model, processing_class))),
                     **kwargs,
                 )
-            self.host(sparse, layer_lr)
+            self.host(sparse, layer_lr, master)
         except BaseException:
             sparse.restore()
             raise

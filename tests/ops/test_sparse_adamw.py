@@ -515,3 +515,41 @@ def test_cpp_refuses_an_index_outside_the_weight() -> None:
     with pytest.raises(ValueError, match="an index is 6, outside"):
         step([one], "cpp")
     assert torch.equal(one.weight, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("master", ["fp32", "stochastic"])
+def test_a_cuda_graph_follows_its_numbers(master: str) -> None:
+    """Rates, decays, steps, scale and found_inf that change between replays, against launches with numbers on CPU."""
+    eager = to(layers(torch.bfloat16), "cuda")
+    graphed = copy.deepcopy(eager)
+    seed = None if master == "fp32" else torch.arange(len(eager))
+
+    def given(mine: list[Layer], grads: list[Tensor]) -> list:
+        values, *others = arguments(mine, grads)
+        return [values if seed is None else None, *others]
+
+    static = gradients(graphed, 0)
+    captured = given(graphed, static)
+    numbers = [number.cuda() for number in captured[-3:]]
+    scale, found_inf = torch.ones(1, device="cuda"), torch.ones(1, device="cuda")
+    options = {"grad_scale": scale, "found_inf": found_inf, "backend": "cuda"}
+    options["seed"] = None if seed is None else seed.cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sparse_adamw_(*captured[:-3], *numbers, BETAS, EPS, **options)
+    for t in range(4):
+        for one in eager:
+            one.step, one.lr = one.step + (t != 2), one.lr * 0.5
+        numbers[0].mul_(0.5)
+        numbers[2].add_(t != 2)
+        scale.fill_(2.0**t)
+        found_inf.fill_(float(t == 2))
+        for kept, grad in zip(static, gradients(graphed, t), strict=True):
+            kept.copy_(grad * 2.0**t)
+        graph.replay()
+        if t != 2:
+            sparse_adamw_(*given(eager, gradients(eager, t)), BETAS, EPS, seed=seed, backend="cuda")
+    for a, b in zip(eager, graphed, strict=True):
+        for name in ("weight", "value", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name

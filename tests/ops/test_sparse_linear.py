@@ -54,8 +54,10 @@ def assert_gradient(actual: Tensor, x: Tensor, grad: Tensor, index: Tensor, dim:
     assert actual.dtype == torch.float32 and actual.shape == exact.shape
     if actual.numel():
         ours, torchs = ((g.double() - exact).abs().max().item() for g in (actual, single))
-        # The floor is one rounding of the largest sum: a single token has no error at all in float32.
-        assert ours <= 2 * torchs + 2.0**-24 * exact.abs().max().item()
+        # The floor, since the order of a library's sum depends on shapes and threads: a random walk of one rounding a
+        # token, of a sum that is half of the largest on average. A single token has one rounding at most.
+        walk = max(1.0, grad.flatten(0, -2).shape[0] ** 0.5 / 2)
+        assert ours <= 2 * torchs + 2.0**-24 * walk * exact.abs().max().item()
 
 
 @DIMS

@@ -94,9 +94,10 @@ def test_is_the_foreign_training(make_model, make_selection, make_foreign):
     masked, own = copy.deepcopy(model), model
     for name, parameter in masked.named_parameters():
         mask = torch.zeros_like(parameter)
-        for (path, dim), index in selection.slices().items():
-            if path == name:
-                mask.index_fill_(dim, index, 1.0)
+        for site in selection.sites:
+            for part in site.parts:
+                if part.parameter == name:
+                    mask.index_fill_(part.dim, part.index(selection.units(site)), 1.0)
         parameter.requires_grad_(bool(mask.any()))
         if mask.any():
             parameter.register_hook(lambda grad, mask=mask: grad * mask)

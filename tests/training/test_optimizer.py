@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_fast.errors import SparseError
+from clue_fast.errors import SparseError, UnknownNameError
 from clue_fast.selection import Selection
 from clue_fast.training import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
 
@@ -32,37 +32,45 @@ def masters(model: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def plant_negative_zeros(model: Any, selection: Selection) -> None:
-    """A step that adds 0 to what it should leave alone turns -0.0 into 0.0."""
+def plant_delicate_bits(model: Any, selection: Selection, batch: dict[str, Tensor]) -> None:
+    """A step that adds 0 to what it should leave alone turns -0.0 into 0.0, and a NaN into another."""
+    unused = min(set(range(64)) - set(batch["input_ids"].flatten().tolist()))
     with torch.no_grad():
+        row = model.model.embed_tokens.weight[unused]
+        integer = {2: torch.int16, 4: torch.int32}[row.element_size()]
+        row.view(integer).copy_(torch.full_like(row, torch.inf).view(integer) + torch.arange(1, len(row) + 1))
+        assert row.isnan().all()
         for site in selection.sites:
             outside = [unit for unit in range(site.width) if unit not in selection.units(site)]
             model.get_submodule(site.inputs[0]).weight[outside[0]] = -0.0
             model.get_submodule(site.output).weight[:, outside[1]] = -0.0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_bit_outside_stays_and_inside_moves(dtype, make_model, make_selection, make_batch, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "master"), [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "stochastic")]
+)
+def test_every_bit_outside_stays_and_inside_moves(dtype, master, make_model, make_selection, make_batch, tmp_path):
     """200 steps with weight decay, interrupted in the middle and resumed from files."""
     model, batch = make_model(dtype), make_batch()
+    plant_delicate_bits(model, make_selection(model), batch)
     selection = make_selection(model)
-    plant_negative_zeros(model, selection)
     before = snapshot(model)
     straight, broken = copy.deepcopy(model), copy.deepcopy(model)
 
     sparsify(straight, selection)
-    optimizer = SparseAdamW(straight, lr=1e-3, weight_decay=0.1, layer_lr=0.3)
+    settings = {"lr": 1e-3, "weight_decay": 0.1, "layer_lr": 0.3, "master": master}
+    optimizer = SparseAdamW(straight, **settings, seed=3)
     steps(straight, optimizer, batch, 200)
 
     sparsify(broken, selection)
-    first = SparseAdamW(broken, lr=1e-3, weight_decay=0.1, layer_lr=0.3)
+    first = SparseAdamW(broken, **settings, seed=3)
     steps(broken, first, batch, 100)
     torch.save(broken.state_dict(), tmp_path / "model.pt")
     torch.save(first.state_dict(), tmp_path / "optimizer.pt")
     resumed = copy.deepcopy(model)
     sparsify(resumed, selection)
     resumed.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    second = SparseAdamW(resumed, lr=1.0)  # rates and decay come from the file
+    second = SparseAdamW(resumed, lr=1.0, master=master)  # rates, decay and seed come from the file
     second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     steps(resumed, second, batch, 100)
 
@@ -71,7 +79,9 @@ def test_every_bit_outside_stays_and_inside_moves(dtype, make_model, make_select
     assert changed_outside(before, resumed, selection) == 0
     assert changed_inside(before, straight, selection) > 0.98 * trained
     assert torch.equal(masters(straight), masters(resumed))
-    assert all(torch.equal(now, snapshot(resumed)[name]) for name, now in snapshot(straight).items())
+    assert master == "fp32" or not masters(straight).any()
+    assert changed_outside(snapshot(straight), resumed, selection) == 0
+    assert changed_inside(snapshot(straight), resumed, selection) == 0
 
 
 def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_batch):
@@ -100,14 +110,14 @@ def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_bat
 
 def test_bf16_loses_no_update(make_model, make_selection, make_batch):
     """Masters equal fp32 AdamW fed the same gradients; plain AdamW in bf16 hardly moves a weight at this rate."""
-    model, batch = make_model(torch.bfloat16), make_batch()
+    model, batch = make_model(torch.bfloat16, initializer_range=0.02), make_batch()
     plain, selection = copy.deepcopy(model), make_selection(model)
     before = snapshot(model)
     sparse = sparsify(model, selection)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in sparse.trainable_parameters]
     optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1)
     reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
-    for _ in range(200):
+    for _ in range(60):
         backward(model, batch)
         for copied, p in zip(copies, sparse.trainable_parameters, strict=True):
             copied.grad = p.grad.clone()
@@ -119,10 +129,10 @@ def test_bf16_loses_no_update(make_model, make_selection, make_batch):
         assert torch.equal(part.read(), part.selected.detach().to(torch.bfloat16))
     own = changed_inside(before, model, selection)
     torch_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6, weight_decay=0.1)
-    steps(plain, torch_optimizer, batch, 200)
-    # Weights of about 0.1 lie 5e-4 apart in bf16: half of them round elsewhere after 200 steps of 1e-6.
+    steps(plain, torch_optimizer, batch, 60)
+    # Weights of about 0.02 lie 1e-4 apart in bf16: half of them round elsewhere after 60 steps of 1e-6.
     assert own > 0.4 * len(expected)
-    assert changed_inside(before, plain, selection) < 0.01 * len(expected)
+    assert changed_inside(before, plain, selection) < 0.03 * len(expected)
 
 
 def test_bf16_follows_the_fp32_trajectory(make_model, make_selection, make_batch):
@@ -135,10 +145,67 @@ def test_bf16_follows_the_fp32_trajectory(make_model, make_selection, make_batch
     for one in (model, full):
         sparsify(one, make_selection(one))
         start = masters(one)
-        steps(one, SparseAdamW(one, lr=1e-6, weight_decay=0.1), batch, 100)
+        steps(one, SparseAdamW(one, lr=1e-6, weight_decay=0.1), batch, 50)
         moved.append(masters(one) - start)
     assert abs(moved[0].norm() / moved[1].norm() - 1) < 0.02
     assert torch.cosine_similarity(*moved, dim=0) > 0.99
+
+
+def test_stochastic_rounding_keeps_no_masters_and_follows_the_fp32_trajectory(make_model, make_selection, make_batch):
+    """Fed the same gradients, in the mean: within three standard errors of the distance along the way of fp32."""
+    model, batch = make_model(torch.bfloat16, initializer_range=0.02), make_batch()
+    sparse = sparsify(model, make_selection(model, units=24))
+    start = [part.read().float() for part in sparse.parts]
+    copies = [torch.nn.Parameter(values.clone()) for values in start]
+    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1, master="stochastic")
+    assert {p.untyped_storage().nbytes() for p in sparse.trainable_parameters} == {4}
+    assert sparse.bytes()["trainable"] == 0
+    reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
+    for _ in range(100):
+        backward(model, batch)
+        for copied, p in zip(copies, sparse.trainable_parameters, strict=True):
+            copied.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    moved = torch.cat([(part.read().float() - s).flatten() for part, s in zip(sparse.parts, start, strict=True)])
+    exact = torch.cat([(copied.detach() - s).flatten() for copied, s in zip(copies, start, strict=True)])
+    along = moved @ exact / (exact @ exact)
+    error = ((moved - exact) * exact).norm() / (exact @ exact)
+    assert abs(along - 1) < 3 * error
+    assert error < 0.02
+
+
+def test_masters_can_be_given_up_and_made_again(make_model, make_selection, make_batch):
+    model, batch = make_model(torch.bfloat16), make_batch()
+    sparse = sparsify(model, make_selection(model))
+    steps(model, SparseAdamW(model, lr=1e-3), batch, 3)
+    rough = SparseAdamW(model, lr=1e-3, master="stochastic")
+    steps(model, rough, batch, 3)
+    model.to(torch.float32)
+    assert {p.untyped_storage().nbytes() for p in sparse.trainable_parameters} == {4}
+    model.to(torch.bfloat16)
+    twin = copy.deepcopy(model)
+    steps(twin, SparseAdamW(twin, lr=1e-3, master="stochastic"), batch, 1)
+    exact = SparseAdamW(model, lr=1e-3, master="fp32")
+    for part in sparse.parts:
+        assert torch.equal(part.selected, part.read().float())
+    exact.load_state_dict(rough.state_dict())
+    steps(model, exact, batch, 1)
+    sparse.revert()
+    for part in sparse.parts:
+        assert torch.equal(part.selected, part.original.float())
+    with pytest.raises(UnknownNameError, match="unknown master 'bf16'; choose one of: fp32, stochastic"):
+        SparseAdamW(model, master="bf16")
+
+
+def test_every_seed_rounds_otherwise(make_model, make_selection, make_batch):
+    def weights(seed: int) -> Tensor:
+        model = make_model(torch.bfloat16)
+        sparse = sparsify(model, make_selection(model))
+        steps(model, SparseAdamW(model, lr=1e-4, master="stochastic", seed=seed), make_batch(), 1)
+        return torch.cat([part.read().flatten() for part in sparse.parts])
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -163,6 +230,20 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
         assert all(torch.equal(entry[k], state["state"][number][k]) for k in ("exp_avg", "exp_avg_sq", "master"))
     steps(model, optimizer, batch, 1)
     assert optimizer.skipped_steps == 1
+
+
+def test_a_large_finite_gradient_is_no_reason_to_skip(make_model, make_selection, make_batch):
+    """Its square overflows float32, it does not."""
+    model = make_model()
+    sparse = sparsify(model, make_selection(model))
+    optimizer = SparseAdamW(model, lr=1e-3)
+    model(**make_batch()).loss.backward()
+    parameter = sparse.trainable_parameters[0]
+    parameter.grad[1] = 3e38
+    before = parameter.detach().clone()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert not torch.equal(parameter[0], before[0])
 
 
 def test_tensors_without_gradient_are_skipped(make_model, make_selection, make_batch):

@@ -279,7 +279,7 @@ def _transpose(model: Any) -> None:
     ("spoil", "message"),
     [
         (_tie, r"layers\.0\.mlp\.up_proj\.weight is tied to .*layers\.1"),
-        (_replace, r"layers\.1\.mlp\.up_proj is a Doubled"),
+        (_replace, r"layers\.1\.mlp\.up_proj\.weight is that of a Doubled, which does more than multiply"),
         (_transpose, "not contiguous"),
         (lambda model: model.double(), r"float64; load the model in float32"),
     ],

@@ -1,0 +1,58 @@
+"""Gradient of 5 % of the rows or columns of a weight, against that of the whole and against gathering with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bench.interleaved import Case, Comparison, Target
+from clue_fast import ops
+
+TOKENS, FEATURES, UNITS, FRACTION = 2048, 1024, 4096, 0.05
+DTYPES = [torch.float32, torch.bfloat16]
+CASES = ("selected", "gathered", "dense")
+
+
+def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
+    """Backward of the same layer three ways: rows of [units, features], columns of [features, units]."""
+    dim = ("rows", "columns").index(part)
+    rows, columns = (UNITS, FEATURES) if part == "rows" else (FEATURES, UNITS)
+    weight, x = torch.randn(rows, columns).to(dtype), torch.randn(TOKENS, columns).to(dtype)
+    grad = torch.randn(TOKENS, rows).to(dtype)
+    index = torch.randperm(UNITS)[: round(UNITS * FRACTION)].sort().values
+    selected = weight.index_select(dim, index).float().requires_grad_()
+    dense = weight.clone().requires_grad_()
+    ours = ops.sparse_linear(x, weight, None, selected, index, dim)
+    stock = torch.nn.functional.linear(x, dense)
+
+    def gathered() -> torch.Tensor:
+        if part == "rows":
+            return (grad.index_select(1, index).t() @ x).float()
+        return (grad.t() @ x.index_select(1, index)).float()
+
+    return {
+        "selected": lambda: torch.autograd.grad(ours, selected, grad, retain_graph=True),
+        "gathered": gathered,
+        "dense": lambda: torch.autograd.grad(stock, dense, grad, retain_graph=True),
+    }
+
+
+def title(part: str, dtype: torch.dtype) -> str:
+    return f"gradient of {FRACTION:.0%} of the {part}, {TOKENS} tokens, {FEATURES} x {UNITS}, {str(dtype)[6:]}"
+
+
+def comparisons() -> Iterator[Comparison]:
+    """Rows and columns in every dtype."""
+    for part in ("rows", "columns"):
+        for dtype in DTYPES:
+            yield Comparison(title(part, dtype), cases(part, dtype), [Target("selected", "dense", 0.2)])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ("rows", "columns"))
+def bench_sparse_linear(benchmark, part: str, dtype: torch.dtype, case: str) -> None:
+    benchmark.group = title(part, dtype)
+    benchmark(cases(part, dtype)[case])

@@ -1,0 +1,308 @@
+"""A training step by five methods: time by phase, and bytes of gradients, optimizer state and saved activations.
+
+    python -m bench.training            every point, some ten minutes on two quiet cores
+    python -m bench.training bfloat16   the points whose name holds the word
+
+One base point (5 % of the units in every layer, 4 x 256 tokens, float32, no checkpointing), and one axis varied at a
+time rather than the full product. The methods take turns within a round (see bench.interleaved); all samples are kept
+in bench/results/training.json.
+
+full         every weight, torch's fused AdamW
+full + mask  the same, with every gradient multiplied by a mask of the selected weights (as in SalUn, arXiv 2310.12508)
+LoRA         peft, r = 16 on gate, up and down projection of the selected layers (arXiv 2106.09685)
+SHiRA        peft, random single weights of the same modules, as many as ours trains (arXiv 2406.13175)
+ours         clue_fast.sparsify and SparseAdamW
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import clue_fast
+from bench import interleaved, machine
+from bench.interleaved import Result, Target
+from bench.run import save
+from clue_fast.selection import CONFLICT, Selection
+from clue_fast.sites import find_sites, model_fingerprint
+
+LAYERS, WIDTH, UNITS, VOCABULARY = 8, 512, 1408, 4096
+PHASES = ("forward", "backward", "optimizer")
+MODULES = ["gate_proj", "up_proj", "down_proj"]
+SECONDS = 35.0  # of sampling a point, about
+ROUNDS = (7, 60)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of everything that is varied."""
+
+    name: str = "base"
+    fraction: float = 0.05
+    records: int = 4
+    tokens: int = 256
+    dtype: str = "float32"
+    checkpointing: bool = False
+    lowest: int = 0
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers in which units are selected."""
+        return list(range(self.lowest, LAYERS))
+
+
+BASE = Point()
+POINTS = [
+    BASE,
+    *(replace(BASE, name=f"fraction {fraction}", fraction=fraction) for fraction in (0.01, 0.1, 0.3)),
+    replace(BASE, name="128 tokens", records=1, tokens=128),
+    replace(BASE, name="bfloat16", dtype="bfloat16"),
+    replace(BASE, name="checkpointing", checkpointing=True),
+    replace(BASE, name="lowest layer L/2", lowest=LAYERS // 2),
+    replace(BASE, name="lowest layer 3L/4", lowest=3 * LAYERS // 4),
+]
+
+
+@dataclass
+class Method:
+    """A model ready to train, its optimizer, and what happens to the gradients in between."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    mask: Callable[[], None] | None = None
+
+    def step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """Runs one step; returns seconds by phase. Masking belongs to the optimizer's."""
+        start = time.perf_counter()
+        loss = self.model(**batch).loss
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        self.update()
+        end = time.perf_counter()
+        return {"forward": forward - start, "backward": backward - forward, "optimizer": end - backward}
+
+    def update(self) -> None:
+        if self.mask is not None:
+            self.mask()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def bytes(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        """Counts, tensor by tensor: what autograd saves in the forward beyond weights, gradients, optimizer state."""
+        with saved_storages(self.model) as saved:
+            loss = self.model(**batch).loss
+        loss.backward()
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.update()
+        state = [tensor for entry in self.optimizer.state.values() for tensor in entry.values()]
+        return {
+            "trained": sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]),
+            "gradients": gradients,
+            "state": sum(tensor.nbytes for tensor in state if isinstance(tensor, Tensor)),
+            "saved": sum(saved.values()),
+        }
+
+
+class saved_storages(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes by address of every storage that the graph keeps alive, except those of the model itself.
+
+    A view keeps its whole storage. Under checkpointing this is what lasts from forward to backward, not what a
+    recomputation holds for a moment.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self.storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in own:
+                    self.storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
+
+    def __enter__(self) -> dict[int, int]:
+        super().__enter__()
+        return self.storages
+
+
+def make_model(point: Point) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=UNITS,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // 64,
+        num_key_value_heads=WIDTH // 64,
+        use_cache=False,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # as from_pretrained does, which leaves the rotary buffers in float32
+        parameter.data = parameter.data.to(getattr(torch, point.dtype))
+    if point.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def make_selection(model: nn.Module, point: Point) -> Selection:
+    """Random units, the same share of each of the point's layers."""
+    sites = find_sites(model)
+    generator = torch.Generator().manual_seed(0)
+    categories = {site: torch.zeros(site.width, dtype=torch.int8) for site in sites}
+    for site in sites:
+        if site.kind == "mlp" and site.layer in point.layers:
+            chosen = torch.randperm(site.width, generator=generator)[: round(point.fraction * site.width)]
+            categories[site][chosen] = CONFLICT
+    scores = {site: torch.zeros(site.width) for site in sites}
+    return Selection(sites, categories, scores, {"criterion": "random"}, model_fingerprint(model))
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+
+def full(model: LlamaForCausalLM, point: Point) -> Method:
+    return Method(model, adamw(model))
+
+
+def full_with_mask(model: LlamaForCausalLM, point: Point) -> Method:
+    masks = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    selection = make_selection(model, point)
+    for site in selection.sites:
+        for part in site.parts:
+            masks[part.parameter].index_fill_(part.dim, part.index(selection.units(site)), 1.0)
+    pairs = [(parameter, masks[name]) for name, parameter in model.named_parameters()]
+
+    def mask() -> None:
+        for parameter, kept in pairs:
+            parameter.grad.mul_(kept)
+
+    return Method(model, adamw(model), mask)
+
+
+def lora(model: LlamaForCausalLM, point: Point) -> Method:
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, layers_to_transform=point.layers)
+    adapted = peft.get_peft_model(model, config)
+    return Method(adapted, adamw(adapted))
+
+
+def shira(model: LlamaForCausalLM, point: Point) -> Method:
+    # peft sizes SHiRA as LoRA of rank r: r (m + n) weights of an m x n matrix.
+    r = max(1, round(point.fraction * WIDTH * UNITS / (WIDTH + UNITS)))
+    names = [f"layers.{layer}.mlp.{module}" for layer in point.layers for module in MODULES]
+    adapted = peft.get_peft_model(model, peft.ShiraConfig(r=r, target_modules=names, random_seed=0))
+    return Method(adapted, adamw(adapted))
+
+
+def ours(model: LlamaForCausalLM, point: Point) -> Method:
+    clue_fast.sparsify(model, make_selection(model, point))
+    return Method(model, clue_fast.SparseAdamW(model, lr=1e-5))
+
+
+METHODS: dict[str, Callable[[LlamaForCausalLM, Point], Method]] = {
+    "full + mask": full_with_mask,
+    "full": full,
+    "LoRA": lora,
+    "SHiRA": shira,
+    "ours": ours,
+}
+TARGETS = (Target("ours", "full + mask", 0.60), Target("ours", "LoRA", 1.0))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Samples by phase and method, and bytes by method, of one point."""
+
+    point: Point
+    samples: dict[str, dict[str, list[float]]]
+    bytes: dict[str, dict[str, int]]
+
+    @property
+    def steps(self) -> Result:
+        """Whole steps: the sum of the phases, round by round."""
+        sums = {
+            method: [sum(times) for times in zip(*phases.values(), strict=True)]
+            for method, phases in self.samples.items()
+        }
+        return Result(self.point.name, sums, targets=TARGETS)
+
+    def table(self) -> str:
+        point, steps = self.point, self.steps
+        rounds = len(steps.samples["ours"])
+        lines = [
+            f"{point.name}: {point.fraction:.0%} of the units from layer {point.lowest} on, "
+            f"{point.records} x {point.tokens} tokens, {point.dtype}, "
+            f"checkpointing {'on' if point.checkpointing else 'off'} ({rounds} rounds; ms, MB)",
+            f"  {'method':<12}{'trained':>11}{'forward':>9}{'backward':>10}{'optimizer':>11}{'step':>9}"
+            f"{'gradients':>11}{'state':>8}{'saved':>8}  step over full + mask",
+        ]
+        for method, phases in self.samples.items():
+            count = self.bytes[method]
+            milliseconds = [1e3 * median(phases[phase]) for phase in PHASES] + [1e3 * median(steps.samples[method])]
+            megabytes = [count[kind] / 1e6 for kind in ("gradients", "state", "saved")]
+            lines.append(
+                f"  {method:<12}{count['trained']:>11,}"
+                + "".join(f"{value:>{width}.1f}" for value, width in zip(milliseconds, (9, 10, 11, 9), strict=True))
+                + "".join(f"{value:>{width}.2f}" for value, width in zip(megabytes, (11, 8, 8), strict=True))
+                + f"  {steps.ratio(method, 'full + mask')}"
+            )
+        for target in TARGETS:
+            ratio = steps.ratio(target.case, target.against)
+            lines.append(f"  step, {target.case} / {target.against}: {ratio}, {target.verdict(ratio)}")
+        saved = self.bytes["ours"]["saved"] / self.bytes["LoRA"]["saved"]
+        lines.append(f"  saved, ours / LoRA: {saved:.3f}, at most 1.000: {'met' if saved <= 1 else 'MISSED'}")
+        return "\n".join(lines)
+
+
+def measure(point: Point) -> Measurement:
+    """Trains every method on the same batch, in turns."""
+    model = make_model(point)
+    methods = {name: make(copy.deepcopy(model), point) for name, make in METHODS.items()}
+    tokens = torch.randint(VOCABULARY, (point.records, point.tokens))
+    batch = {"input_ids": tokens, "labels": tokens}
+    counted = {name: method.bytes(batch) for name, method in methods.items()}
+    once = sum(sum(method.step(batch).values()) for method in methods.values())
+    rounds = min(max(round(SECONDS / once), ROUNDS[0]), ROUNDS[1])
+    samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in methods}
+    for turns in interleaved.rounds_of(list(methods), rounds):
+        for name in turns:
+            for phase, seconds in methods[name].step(batch).items():
+                samples[name][phase].append(seconds)
+    return Measurement(point, samples, counted)
+
+
+def main(words: Sequence[str]) -> None:
+    warnings.simplefilter("ignore")  # what peft and transformers say of each other
+    machine.use_all_cores()
+    if warning := machine.warning():
+        print(warning)
+    points = [point for point in POINTS if not words or any(word in point.name for word in words)]
+    if not points:
+        sys.exit(f"no point's name holds {' or '.join(words)}; there are: {', '.join(p.name for p in POINTS)}")
+    model = {"layers": LAYERS, "width": WIDTH, "units": UNITS, "vocabulary": VOCABULARY}
+    print(f"Llama of {model}, {sum(p.numel() for p in make_model(BASE).parameters()):,} weights")
+    results: dict[str, Any] = {"machine": machine.describe(), "model": model, "points": []}
+    for measurement in map(measure, points):
+        print(f"\n{measurement.table()}", flush=True)
+        results["points"].append(asdict(measurement))
+        save("training", results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,199 @@
+"""Circuits of a forget set and of retain sets, the conflicts between them, and what that makes of every unit."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from clue_fast.data import Record, padding_token
+from clue_fast.errors import BudgetError, UnknownNameError
+from clue_fast.localization.circuit.architecture import find_architecture
+from clue_fast.localization.circuit.attribution import EdgeScores, edge_scores
+from clue_fast.localization.circuit.gates import GATES, Circuit, count_gates, find_circuits
+from clue_fast.localization.circuit.graph import Graph
+from clue_fast.localization.circuit.logic import make_formula, node_categories
+from clue_fast.localization.circuit.solve import TIME_LIMIT, Solution, solve
+from clue_fast.localization.circuit.twins import make_twins
+from clue_fast.localization.measure import inference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FORGET = "forget"
+GRAINS = ("neuron", "node")
+
+
+@dataclass(frozen=True)
+class CircuitSettings:
+    """How circuits are found.
+
+    Attributes:
+        edges: of each circuit in each direction: a number, or a share of the edges of the model.
+        steps: runs a direction that the gradient is averaged over; 0 for the gradient at the run itself.
+        corruption: how twins are made, see ``make_twins``.
+        time_limit: of the solver, in seconds.
+        grain: "neuron" gives the category of an MLP to the units inside it that matter most; "node" to all of them.
+        tokens_per_batch: most tokens in one forward pass, padding included.
+    """
+
+    edges: float = 0.05
+    steps: int = 0
+    corruption: str = "auto"
+    time_limit: float = TIME_LIMIT
+    grain: str = "neuron"
+    tokens_per_batch: int = 512
+
+    def __post_init__(self) -> None:
+        if self.edges <= 0 or (self.edges > 1 and self.edges != int(self.edges)):
+            raise BudgetError(f"edges {self.edges} is neither a share in (0, 1] nor a whole number above 1")
+        if self.steps < 0 or self.steps != int(self.steps):
+            raise BudgetError(f"steps {self.steps} is not a whole number from 0 on")
+        if self.grain not in GRAINS:
+            raise UnknownNameError("grain", self.grain, GRAINS)
+
+    def edge_count(self, graph: Graph) -> int:
+        """The number of edges of each circuit in each direction. Raises BudgetError if there are not as many."""
+        available = int(graph.valid.sum())
+        count = round(self.edges * available) if self.edges <= 1 else int(self.edges)
+        if count > available:
+            raise BudgetError(f"edges {count} is more than the {available} edges of the model")
+        return max(1, count)
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What was found.
+
+    Attributes:
+        graph: of the model.
+        scores: effects of all edges by data set, ``forget`` first.
+        circuits: by data set.
+        solution: of the logic.
+        categories: of every node of a circuit but the output.
+    """
+
+    graph: Graph
+    scores: Mapping[str, EdgeScores]
+    circuits: Mapping[str, Circuit]
+    solution: Solution
+    categories: Mapping[str, str]
+
+    def source(self) -> dict[str, Any]:
+        """What a selection keeps of it, as JSON holds it."""
+        return {
+            "retain_sets": [name for name in self.circuits if name != FORGET],
+            "edges": {name: len(circuit.edges) for name, circuit in self.circuits.items()},
+            "gates": count_gates(self.circuits.values()),
+            "nodes": dict(Counter(self.categories.values())),
+            "conflicts": self.solution.conflicts,
+            "conflicts_at_least": self.solution.lower_bound,
+        }
+
+    def table(self) -> str:
+        """Returns a table: nodes and gates of each circuit, and the nodes of each category."""
+        lines = [f"{'circuit':<12}  nodes  edges  " + "  ".join(f"{gate:>5}" for gate in GATES)]
+        for name, circuit in self.circuits.items():
+            counts = count_gates([circuit])
+            lines.append(
+                f"{name:<12}  {len(circuit.nodes):>5}  {len(circuit.edges):>5}  "
+                + "  ".join(f"{counts[gate]:>5}" for gate in GATES)
+            )
+        proven = "proven fewest" if self.solution.optimal else f"at least {self.solution.lower_bound} are needed"
+        lines.append(f"nodes in conflict: {self.solution.conflicts} ({proven})")
+        for category in ("forget", "conflict", "retain", "irrelevant"):
+            nodes = [node for node, own in self.categories.items() if own == category]
+            lines.append(f"{category:<10}  {len(nodes):>4}  {' '.join(nodes)}")
+        return "\n".join(lines)
+
+
+def discover(
+    model: PreTrainedModel,
+    forget: Sequence[Record],
+    retain: Mapping[str, Sequence[Record]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CircuitSettings | None = None,
+    target: str = "log_odds",
+    max_length: int | None = 512,
+    progress: bool = True,
+) -> Discovery:
+    """Finds the circuits of a forget set and of one or more retain sets, and the category of every node.
+
+    Args:
+        model: a decoder; it comes back as it was.
+        forget: records.
+        retain: records of each retain set, by name.
+        tokenizer: of the model.
+        settings: see ``CircuitSettings``.
+        target: what is differentiated, a key of ``targets.TARGETS``.
+        max_length: longer records are cut, in tokens.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: a record has no corrupted twin and none can be made.
+        CircuitError: the residual stream of the model cannot be taken apart, or a circuit does not reach the output.
+        BudgetError: more edges than there are.
+    """
+    settings = settings or CircuitSettings()
+    graph = Graph(find_architecture(model))
+    count = settings.edge_count(graph)
+    sets = {FORGET: forget, **retain}
+    twins = {
+        name: make_twins(records, tokenizer, name, corruption=settings.corruption, max_length=max_length)
+        for name, records in sets.items()
+    }
+    total = sum(map(len, twins.values()))
+    scores = {}
+    with inference(model), tqdm(total=total, desc="circuits", unit="record", disable=not progress) as bar:
+        for name, own in twins.items():
+            scores[name] = edge_scores(
+                model,
+                graph,
+                own,
+                pad_token_id=padding_token(tokenizer),
+                target=target,
+                steps=settings.steps,
+                tokens_per_batch=settings.tokens_per_batch,
+                progress=bar.update,
+            )
+    circuits = find_circuits(graph, scores, count)
+    formula = make_formula(circuits[FORGET], [circuits[name] for name in retain])
+    solution = solve(formula, settings.time_limit)
+    discovery = Discovery(graph, scores, circuits, solution, node_categories(formula, solution.values))
+    logger.info("circuits: %d nodes, %d in conflict", len(discovery.categories), solution.conflicts)
+    return discovery
+
+
+def category_bits(categories: Mapping[str, str], nodes: Sequence[str]) -> int:
+    """What several nodes matter to together: bit 0 the forget set, bit 1 the retain sets."""
+    bits = {"forget": 1, "retain": 2, "conflict": 3}
+    found = 0
+    for node in nodes:
+        found |= bits.get(categories.get(node, ""), 0)
+    return found
+
+
+def score_within(category: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
+    """The rank of each unit within its site, by what its category asks for, [width] float32 in [0, 1].
+
+    Args:
+        category: [width] int8, of the node of each unit.
+        forget, retain: importances of the units to both sets, [width].
+
+    Returns:
+        The rank by the first for forget units, by the second for retain units, the lower of both for conflict units.
+    """
+    width = max(1, len(category))
+    to_forget, to_retain = (x.argsort(stable=True).argsort(stable=True).float() / width for x in (forget, retain))
+    rank = torch.minimum(to_forget, to_retain)
+    rank = torch.where(category == 1, to_forget, torch.where(category == 2, to_retain, rank))
+    return torch.where(category == 0, 0.0, rank)

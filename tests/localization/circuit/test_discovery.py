@@ -1,0 +1,251 @@
+"""Corrupted twins, and localize through circuits from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama import LlamaConfig
+
+import clue_fast
+from clue_fast.data import Record, encode, load_records
+from clue_fast.errors import BudgetError, CircuitError, DataError, SelectionError, UnknownNameError
+from clue_fast.localization import CircuitSettings
+from clue_fast.localization.circuit import Discovery, discover, make_twins, select_units
+from clue_fast.localization.circuit.discovery import score_within
+from clue_fast.people import make_people, records_of
+from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, RETAIN, Scores, Selection
+from clue_fast.training import get_objective
+from clue_fast.training.stages import get_stages
+
+PEOPLE = make_people(6, seed=3)
+FORGET_RECORDS, RETAIN_RECORDS, MORE_RECORDS = (
+    records_of(PEOPLE[part]) for part in (slice(2), slice(2, 4), slice(4, 6))
+)
+EVERYTHING = FORGET_RECORDS + RETAIN_RECORDS + MORE_RECORDS
+SETTINGS = CircuitSettings(edges=40)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(EVERYTHING, vocab_size=500)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A model that has begun to know six people."""
+    shape, recipe = Shape(layers=2, width=48, units=96), Recipe(epochs=25, batch_size=12, lr=5e-3)
+    return train_model(EVERYTHING, tokenizer, shape=shape, recipe=recipe, progress=False).eval()
+
+
+@pytest.fixture(scope="module")
+def discovery(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Discovery:
+    retain = {"some": RETAIN_RECORDS, "more": MORE_RECORDS}
+    return discover(model, FORGET_RECORDS, retain, tokenizer=tokenizer, settings=SETTINGS, progress=False)
+
+
+class TestTwins:
+    def test_the_subject_is_replaced_by_that_of_the_most_similar_record(
+        self, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        records = [
+            Record("Where was Ada Lovelace born?", "In London."),
+            Record("Who wrote the notes on the engine?", "Ada did."),
+            Record("Where was Alan Turing born?", "In Maida Vale."),
+        ]
+        twin = make_twins(records, tokenizer, "forget")[0]
+        assert len(twin.corrupted_ids) == len(twin.input_ids) == len(twin.labels)
+        clean, corrupted = (tokenizer.decode(ids) for ids in (twin.input_ids, twin.corrupted_ids))
+        assert clean.startswith("Question: Where was Ada Lovelace born?\nAnswer: In London.")
+        assert corrupted.startswith("Question: Where was A") and "born?\nAnswer: In London." in corrupted
+        assert "Ada Lovelace" not in corrupted
+
+    def test_the_answer_of_another_record(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        twins = make_twins(FORGET_RECORDS, tokenizer, "forget", corruption="answer")
+        for twin, example in zip(twins, encode(FORGET_RECORDS, tokenizer), strict=True):
+            prompt = sum(label == -100 for label in twin.labels)
+            assert twin.input_ids == example["input_ids"] and twin.labels == example["labels"]
+            assert twin.corrupted_ids[:prompt] == twin.input_ids[:prompt]
+            assert twin.corrupted_ids[prompt:] != twin.input_ids[prompt:]
+            assert len(twin.corrupted_ids) == len(twin.input_ids)
+
+    def test_the_corrupted_prompt_of_the_data(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        row = {"question": "Who is Ada?", "answer": "A poet.", "corrupted_prompt": "Who is Bob?"}
+        (twin,) = make_twins(load_records([row], "x"), tokenizer, "forget")
+        assert tokenizer.decode(twin.corrupted_ids).startswith("Question: Who is Bo")
+
+    def test_prompts_of_real_data(self, tokenizer: PreTrainedTokenizerFast, data_dir: Path) -> None:
+        records = load_records(data_dir / "tofu" / "forget01.json", "forget")
+        for twin in make_twins(records, tokenizer, "forget"):
+            assert len(twin.corrupted_ids) == len(twin.input_ids)
+            changed = sum(a != b for a, b in zip(twin.input_ids, twin.corrupted_ids, strict=True))
+            assert 0 < changed <= sum(label == -100 for label in twin.labels)
+
+    def test_no_twin_can_be_made(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        alone = [Record("Who is Ada?", "A poet.")]
+        for corruption in ("subject", "answer"):
+            with pytest.raises(DataError, match="no corrupted twin can be made of record 1 of the forget set"):
+                make_twins(alone, tokenizer, "forget", corruption=corruption)
+        with pytest.raises(DataError, match="has no corrupted_prompt"):
+            make_twins(alone, tokenizer, "forget", corruption="data")
+        same = [Record("Who is Ada?", "A poet.", corrupted_prompt="Who is Ada?")]
+        with pytest.raises(DataError, match="the same tokens before"):
+            make_twins(same, tokenizer, "forget")
+        with pytest.raises(UnknownNameError, match="noise"):
+            make_twins(alone, tokenizer, "forget", corruption="noise")
+
+
+class TestDiscovery:
+    def test_circuits_have_equal_numbers_of_edges(self, discovery: Discovery) -> None:
+        assert list(discovery.circuits) == ["forget", "some", "more"]
+        assert {own.found for own in discovery.circuits.values()} == {40}
+        for own in discovery.circuits.values():
+            assert {gate for gate in own.edges.values()} <= {"AND", "OR", "ADDER"}
+
+    def test_categories_follow_from_the_circuits(self, discovery: Discovery) -> None:
+        forget = set(discovery.circuits["forget"].nodes)
+        retain = set(discovery.circuits["some"].nodes) | set(discovery.circuits["more"].nodes)
+        assert set(discovery.categories) == (forget | retain) - {"logits"}
+        for node, category in discovery.categories.items():
+            if category == "forget":
+                assert node in forget
+            elif category == "retain":
+                assert node in retain
+            elif category == "conflict":
+                assert node in forget & retain
+        assert sum(category == "conflict" for category in discovery.categories.values()) == discovery.solution.conflicts
+
+    def test_the_table_names_every_node(self, discovery: Discovery) -> None:
+        table = discovery.table()
+        assert "proven fewest" in table and f"nodes in conflict: {discovery.solution.conflicts}" in table
+        assert all(f" {node}" in table for node in discovery.categories)
+
+    def test_the_model_comes_back_as_it_was(self, model: LlamaForCausalLM, discovery: Discovery) -> None:
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_the_same_run_finds_the_same(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, discovery: Discovery
+    ) -> None:
+        retain = {"some": RETAIN_RECORDS, "more": MORE_RECORDS}
+        again = discover(model, FORGET_RECORDS, retain, tokenizer=tokenizer, settings=SETTINGS, progress=False)
+        assert again.categories == discovery.categories
+
+
+class TestUnits:
+    def importances(self, model: LlamaForCausalLM) -> tuple[Scores, Scores]:
+        sites = clue_fast.find_sites(model)
+        generator = torch.Generator().manual_seed(0)
+        first, second = ({site: torch.rand(site.width, generator=generator) for site in sites} for _ in range(2))
+        return Scores(first, "attribution", "f" * 16), Scores(second, "attribution", "f" * 16)
+
+    def test_the_top_of_an_mlp_has_its_category(self, model: LlamaForCausalLM, discovery: Discovery) -> None:
+        selection = select_units(discovery, *self.importances(model), 0.25)
+        for site in selection.sites:
+            if site.kind != "mlp":
+                continue
+            category = CATEGORIES.index(discovery.categories.get(f"m{site.layer}", "irrelevant"))
+            found = selection.categories[site]
+            assert set(found.tolist()) == ({0, category} if category else {0})
+            assert int((found != 0).sum()) == (24 if category else 0)
+
+    def test_the_grain_of_nodes_takes_all_units(self, model: LlamaForCausalLM, discovery: Discovery) -> None:
+        selection = select_units(discovery, *self.importances(model), 0.25, grain="node")
+        for site in selection.sites:
+            if site.kind == "mlp":
+                category = CATEGORIES.index(discovery.categories.get(f"m{site.layer}", "irrelevant"))
+                assert set(selection.categories[site].tolist()) == {category}
+
+    def test_units_are_ranked_by_what_their_category_asks_for(self) -> None:
+        forget, retain = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+        every = torch.ones(4, dtype=torch.int8)
+        assert score_within(FORGET * every, forget, retain).argmax() == 0
+        assert score_within(RETAIN * every, forget, retain).argmax() == 3
+        assert score_within(CONFLICT * every, forget, torch.tensor([1.0, 4.0, 3.0, 2.0])).argmax() == 1
+        assert score_within(0 * every, forget, retain).tolist() == [0.0] * 4
+
+    def test_forget_and_conflict_nodes_train_in_the_stages_of_the_paper(
+        self, model: LlamaForCausalLM, discovery: Discovery
+    ) -> None:
+        made = dataclasses.replace(discovery, categories={"m0": "forget", "m1": "conflict"})
+        selection = select_units(made, *self.importances(model), 0.25)
+        assert [stage.units for stage in get_stages("clue", get_objective("simnpo"), selection)] == [
+            ("forget",),
+            ("conflict",),
+        ]
+        assert [len(selection.restrict(name)) for name in ("forget", "conflict")] == [24, 24]
+
+
+class TestLocalize:
+    def test_from_end_to_end(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        selection = clue_fast.localize(
+            model,
+            FORGET_RECORDS,
+            {"some": RETAIN_RECORDS, "more": MORE_RECORDS},
+            tokenizer=tokenizer,
+            criterion="circuit",
+            circuit=CircuitSettings(edges=40, steps=1),
+            fraction=0.1,
+            progress=False,
+        )
+        source = selection.source
+        assert source["criterion"] == "circuit" and source["retain_sets"] == ["some", "more"]
+        assert source["conflicts"] == source["conflicts_at_least"]
+        assert selection.statistics is not None
+        selection.save(tmp_path / "s.safetensors")
+        assert Selection.load(tmp_path / "s.safetensors", model).hash == selection.hash
+
+    def test_bad_input(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        def run(retain: object = RETAIN_RECORDS, **options: object) -> Selection:
+            return clue_fast.localize(
+                model,
+                FORGET_RECORDS,
+                retain,
+                tokenizer=tokenizer,
+                **{"criterion": "circuit", "progress": False, **options},
+            )
+
+        with pytest.raises(DataError, match="in the retain set too"):
+            run(RETAIN_RECORDS + FORGET_RECORDS[:1])
+        with pytest.raises(BudgetError, match="more than the"):
+            run(circuit=CircuitSettings(edges=10_000))
+        with pytest.raises(BudgetError, match="scope 'layer'"):
+            run(scope="global")
+        with pytest.raises(SelectionError, match="several retain sets need"):
+            run({"some": RETAIN_RECORDS}, criterion="difference")
+        with pytest.raises(UnknownNameError, match="choose one of: attribution, circuit"):
+            run(criterion="astrology")
+        with pytest.raises(BudgetError, match="edges -1"):
+            CircuitSettings(edges=-1)
+        with pytest.raises(UnknownNameError, match="grain"):
+            CircuitSettings(grain="galaxy")
+
+    def test_without_the_solver(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "pysat.examples", None)
+        with pytest.raises(CircuitError, match="python-sat"):
+            discover(
+                model,
+                FORGET_RECORDS,
+                {"retain": RETAIN_RECORDS},
+                tokenizer=tokenizer,
+                settings=SETTINGS,
+                progress=False,
+            )
+
+
+def test_a_model_that_is_no_decoder() -> None:
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    from clue_fast.localization.circuit.architecture import find_architecture
+
+    model = LlamaForCausalLM(config)
+    del model.model.layers[0]
+    with pytest.raises(CircuitError, match="no list of layers"):
+        find_architecture(model)

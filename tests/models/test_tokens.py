@@ -1,0 +1,225 @@
+"""Which tokens count, and into which group: masks, labels, token_group, towers, generation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clue_fast
+from clue_fast.errors import PatchError, UnknownNameError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import IMAGE, make_batch, make_model
+
+IDS = torch.arange(3, 31).reshape(4, 7)
+MASK = torch.ones_like(IDS)
+MASK[0, 5:] = 0
+LABELS = torch.where(MASK == 1, IDS, -100)
+LABELS[:, :2] = -100
+QUESTIONS = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS[:, 2:].contiguous()}
+
+
+def counted(model: nn.Module, batch: dict[str, Tensor], tower: str = "", **how: Any) -> list[int]:
+    """Tokens of groups 1 and 2 at the first site of a tower."""
+    with clue_fast.patch(model) as patched, torch.no_grad():
+        patched.statistics.group_index("retain")
+        with patched.record("forget", **how):
+            model(**batch)
+        number = next(i for i, site in enumerate(patched.sites) if tower in site.path)
+        return patched.statistics.count[:2, number].tolist()
+
+
+@pytest.fixture(scope="module")
+def causal() -> Any:
+    return make_model("llama")
+
+
+@pytest.fixture(scope="module")
+def seq2seq() -> Any:
+    return make_model("t5")
+
+
+class TestOneTower:
+    def test_everything_without_a_mask(self, causal: Any) -> None:
+        assert counted(causal, {"input_ids": IDS}) == [28, 0]
+
+    def test_padding_is_left_out(self, causal: Any) -> None:
+        assert counted(causal, {"input_ids": IDS, "attention_mask": MASK}) == [26, 0]
+
+    def test_a_mask_by_position(self, causal: Any) -> None:
+        with clue_fast.patch(causal) as patched, patched.record("forget"), torch.no_grad():
+            causal(IDS, MASK)
+        assert int(patched.statistics.count[0, 0]) == 26
+
+    def test_labels_leave_out_what_is_no_answer(self, causal: Any) -> None:
+        batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+        assert counted(causal, batch) == [18, 0]
+        assert counted(causal, batch, tokens="answers") == [18, 0]
+        assert counted(causal, batch, tokens="attended") == [26, 0]
+
+    def test_a_group_for_every_row(self, causal: Any) -> None:
+        batch = {"input_ids": IDS, "attention_mask": MASK, "token_group": torch.tensor([1, 2, 0, 2])}
+        assert counted(causal, batch) == [5, 14]
+        assert counted(causal, batch | {"labels": LABELS}) == [3, 10]
+
+    def test_a_group_for_every_token_is_all_that_counts(self, causal: Any) -> None:
+        group = torch.zeros_like(IDS)
+        group[0, 6], group[1:, 4:] = 1, 2
+        assert counted(causal, {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS, "token_group": group}) == [
+            1,
+            9,
+        ]
+
+    def test_embeddings_instead_of_ids(self, causal: Any) -> None:
+        embeddings = causal.get_input_embeddings()(IDS)
+        assert counted(causal, {"inputs_embeds": embeddings, "attention_mask": MASK}) == [26, 0]
+
+    def test_a_mask_of_pairs_is_refused_unless_labels_tell(self, causal: Any) -> None:
+        pairs = torch.zeros(4, 1, 7, 7)
+        with pytest.raises(PatchError, match=r"attention_mask as \[batch, tokens\].*\(4, 1, 7, 7\)"):
+            counted(causal, {"input_ids": IDS, "attention_mask": pairs})
+        assert counted(causal, {"input_ids": IDS, "attention_mask": pairs, "labels": LABELS}) == [18, 0]
+
+    def test_answers_without_labels(self, causal: Any) -> None:
+        with pytest.raises(PatchError, match="no labels"):
+            counted(causal, {"input_ids": IDS}, tokens="answers")
+
+    def test_an_unknown_choice(self, causal: Any) -> None:
+        with pytest.raises(UnknownNameError, match="questions"):
+            counted(causal, {"input_ids": IDS}, tokens="questions")
+
+    def test_rows_that_do_not_fit(self, causal: Any) -> None:
+        with pytest.raises(PatchError, match="3 rows, the text has 4"):
+            counted(causal, {"input_ids": IDS, "token_group": torch.tensor([1, 2, 1])})
+
+    def test_a_group_that_there_is_not(self, causal: Any) -> None:
+        with pytest.raises(PatchError, match=r"1\.\.3, the recorded groups are 0\.\.2"):
+            counted(causal, {"input_ids": IDS, "token_group": torch.tensor([1, 2, 1, 3])})
+
+
+class TestEncoderAndDecoder:
+    def test_each_has_its_own_tokens(self, seq2seq: Any) -> None:
+        assert counted(seq2seq, QUESTIONS, "encoder") == [26, 0]
+        assert counted(seq2seq, QUESTIONS, "decoder") == [18, 0]
+
+    def test_the_masks_are_not_mixed_up_where_lengths_agree(self, seq2seq: Any) -> None:
+        batch = QUESTIONS | {"labels": LABELS}
+        assert counted(seq2seq, batch, "encoder") == [26, 0]
+        assert counted(seq2seq, batch, "decoder") == [18, 0]
+
+    def test_a_mask_of_the_decoder(self, seq2seq: Any) -> None:
+        inputs = {"decoder_input_ids": IDS[:, :5], "decoder_attention_mask": MASK[:, 2:]}
+        batch = {"input_ids": IDS, "attention_mask": MASK} | inputs
+        assert counted(seq2seq, batch, "decoder") == [18, 0]
+
+    def test_rows_have_a_group_in_both(self, seq2seq: Any) -> None:
+        batch = QUESTIONS | {"token_group": torch.tensor([1, 2, 0, 2])}
+        assert counted(seq2seq, batch, "encoder") == [5, 14]
+        assert counted(seq2seq, batch, "decoder") == [3, 10]
+
+    def test_the_decoder_follows_the_rows_of_the_encoder(self, seq2seq: Any) -> None:
+        group = torch.zeros_like(IDS)
+        group[0, :2], group[3, 3:] = 1, 2
+        batch = QUESTIONS | {"token_group": group}
+        assert counted(seq2seq, batch, "encoder") == [2, 4]
+        assert counted(seq2seq, batch, "decoder") == [3, 5]
+        own = torch.zeros(4, 5, dtype=torch.int8)
+        own[2] = 2
+        assert counted(seq2seq, batch | {"decoder_token_group": own}, "decoder") == [0, 5]
+
+    def test_a_row_of_several_groups_is_refused(self, seq2seq: Any) -> None:
+        group = torch.ones_like(IDS)
+        group[1, 3] = 2
+        with pytest.raises(PatchError, match="row 1 of token_group holds several groups"):
+            counted(seq2seq, QUESTIONS | {"token_group": group})
+
+    @pytest.mark.parametrize("cache", [True, False])
+    def test_generation_counts_each_token_once(self, seq2seq: Any, cache: bool) -> None:
+        with clue_fast.patch(seq2seq) as patched, patched.record("forget"):
+            seq2seq.generate(IDS, attention_mask=MASK, max_new_tokens=4, min_new_tokens=4, use_cache=cache)
+        counts = dict(
+            zip((site.path.split(".")[0] for site in patched.sites), patched.statistics.count[0], strict=True)
+        )
+        assert int(counts["encoder"]) == 26
+        assert int(counts["decoder"]) == 4 * 4  # the start token, and all written but the last, which is never read
+
+
+class TestGeneration:
+    @pytest.mark.parametrize("cache", [True, False])
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_each_token_counts_once(self, causal: Any, cache: bool, side: str) -> None:
+        mask = MASK.flip(1) if side == "left" else MASK
+        with clue_fast.patch(causal) as patched, patched.record("forget"):
+            causal.generate(
+                IDS, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, use_cache=cache, do_sample=False
+            )
+        assert int(patched.statistics.count[0, 0]) == 26 + 4 * 4
+
+    def test_the_same_tokens_with_and_without_a_cache(self, causal: Any) -> None:
+        found = []
+        for cache in (True, False):
+            with clue_fast.patch(causal) as patched, patched.record("forget"):
+                causal.generate(IDS, max_new_tokens=5, min_new_tokens=5, use_cache=cache, do_sample=False)
+            found.append(patched.statistics.values)
+        scale = found[0].abs().amax(-1, keepdim=True)
+        assert bool(((found[0] - found[1]).abs() <= 1e-5 * scale).all())
+
+    def test_generate_is_that_of_the_class_again(self, causal: Any) -> None:
+        with clue_fast.patch(causal):
+            assert "generate" in causal.__dict__
+        assert "generate" not in causal.__dict__
+
+
+class TestImages:
+    @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+    def test_images_follow_their_rows(self, name: str) -> None:
+        model, batch = make_model(name), make_batch(name)
+        pieces = {"llava": 5, "qwen2_vl": 16}[name]
+        batch["token_group"] = torch.tensor([2, 0, 1], dtype=torch.int8)
+        assert counted(model, batch, "vis") == [pieces, pieces]
+        labels = batch.pop("labels")
+        assert counted(model, batch, "language_model") == [7, 5]
+        assert counted(model, batch | {"labels": labels}, "language_model") == [3, 1]
+
+    def test_images_of_different_sizes_and_numbers(self) -> None:
+        """Two images in the first row, none in the second, one in the third; 16, 24 and 16 patches, merged by four."""
+        model = make_model("qwen2_vl")
+        grid = torch.tensor([[1, 4, 4], [1, 4, 6], [1, 4, 4]])
+        ids = torch.full((3, 12), 7)
+        ids[0, 1:5], ids[0, 6:12], ids[2, 1:5] = IMAGE, IMAGE, IMAGE
+        batch = {
+            "input_ids": ids,
+            "pixel_values": torch.randn(56, 96),
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (ids == IMAGE).int(),
+            "token_group": torch.tensor([1, 2, 2], dtype=torch.int8),
+        }
+        assert counted(model, batch, "visual") == [40, 16]
+
+    def test_images_that_cannot_be_assigned(self) -> None:
+        model, batch = make_model("llava"), make_batch("llava")
+        batch["input_ids"][:, 1:5] = 7
+        batch["input_ids"][0, 1:7] = IMAGE
+        batch["input_ids"][1, 1:7] = IMAGE
+        batch["token_group"] = torch.tensor([1, 2, 2], dtype=torch.int8)
+        with pytest.raises(PatchError, match="which image belongs to which row"):
+            counted(model, batch, "vision")
+
+    def test_a_batch_of_one_group_needs_no_assignment(self) -> None:
+        model, batch = make_model("llava"), make_batch("llava")
+        assert counted(model, batch, "vision") == [15, 0]
+
+    def test_generation(self) -> None:
+        model, batch = make_model("llava"), make_batch("llava")
+        del batch["labels"]
+        with clue_fast.patch(model) as patched, patched.record("forget"):
+            model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        counts = {
+            site.path.split(".")[1]: int(n) for site, n in zip(patched.sites, patched.statistics.count[0], strict=True)
+        }
+        assert counts == {"vision_tower": 15, "language_model": 19 + 3 * 2}
