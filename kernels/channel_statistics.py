@@ -253,12 +253,12 @@ def run_length(tokens: int, channels: int) -> int:
 def tile(dtype: torch.dtype, inputs: int, groups: int = 1) -> tuple[int, int, int]:
     """Shape of a tile: its depth, its rows, and the lane, which is the neighboring channels of a thread.
 
-    A thread loads 16 bytes of a row at once, and of so many rows that 64 bytes of all inputs are under way, though at
-    most 16 values of each: with 32 some versions of Triton run out of registers. The sums of its channels stay in registers; with two sets of them a lane has 4 channels, at 8 two blocks of threads
-    fewer fit on a multiprocessor (168 registers instead of 96).
+    A thread loads 16 bytes of a row at once, and of so many rows that 64 bytes of all inputs are under way, but at
+    most 16 values of each. The sums of its channels stay in registers; with two sets of them it loads 4 channels at
+    once and at most 8 values, since 16 take 168 registers instead of 80 with Triton 3.9, and spill with 3.6.
     """
     lane = min(16 // dtype.itemsize, 8 if groups == 1 else 4)
-    depth = min(64 // (inputs * lane * dtype.itemsize), 16 // lane)
+    depth = min(64 // (inputs * lane * dtype.itemsize), (16 if groups == 1 else 8) // lane)
     return 1 << depth.bit_length() - 1, THREADS * lane // CHANNELS, lane
 
 
