@@ -1,4 +1,4 @@
-// Random bits for stochastic rounding: a hash of (seed, step, row, column), the same on every device and for every
+// Random bits for stochastic rounding: a hash of (seed, step, position), the same on every device and for every
 // number of threads. clue_fast/ops/selected_update.py holds the definition.
 #pragma once
 #include <cstdint>
@@ -33,12 +33,8 @@ CLUE_ANYWHERE RandomKey key_of(int64_t seed, int64_t step) {
   return {static_cast<uint32_t>(z), static_cast<uint32_t>(z >> 32)};
 }
 
-CLUE_ANYWHERE RandomKey key_of_row(RandomKey key, uint32_t row) {
-  const uint32_t first = mix(row + key.first);
-  return {first, mix(first + key.second)};
-}
-
-// The second key, half way, keeps the rows from being shifted copies of one another.
-CLUE_ANYWHERE uint32_t random_bits(RandomKey row, uint32_t column) { return mix(column + row.first, row.second); }
+// Of the value at a position of the selected part, counted along its rows. The second key, half way, keeps the
+// numbers of two weights or steps from being shifted copies of one another.
+CLUE_ANYWHERE uint32_t random_bits(RandomKey key, uint32_t position) { return mix(position + key.first, key.second); }
 
 }  // namespace clue

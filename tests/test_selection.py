@@ -20,6 +20,7 @@ from clue_fast.errors import (
 )
 from clue_fast.selection import CONFLICT, FORGET, IRRELEVANT, RETAIN, Scores, Selection, categorize, select
 from clue_fast.sites import Part, Site
+from clue_fast.training.parts import plan
 
 
 def make_site(layer: int, width: int, kind: str = "mlp") -> Site:
@@ -291,7 +292,8 @@ def test_parts_of_stacked_and_interleaved_parameters_are_kept_apart(tmp_path: Pa
         heads: torch.tensor([0, CONFLICT, CONFLICT, 0]),
     }
     selection = Selection(sites, categories, {site: torch.zeros(site.width) for site in sites}, {}, "f")
-    assert {key: index.tolist() for key, index in selection.slices().items()} == {
+    slices = {(s.part.parameter, s.part.dim, s.part.lead): s.index.tolist() for s in plan(selection)}
+    assert slices == {
         ("experts.gate_up", 1, 0): [2, 3],
         ("experts.down", 0, 0): [1],
         ("experts.gate_up", 1, 1): [0, 1, 4, 5],

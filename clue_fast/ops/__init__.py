@@ -6,6 +6,7 @@ from clue_fast.ops.conflict_score import CRITERIA_OPS, conflict_score
 from clue_fast.ops.gated_activation import ACTIVATIONS, gated_activation
 from clue_fast.ops.sparse_adamw import sparse_adamw_
 from clue_fast.ops.sparse_linear import sparse_linear
+from clue_fast.ops.sparse_sgd import sparse_sgd_
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,4 +23,5 @@ __all__ = [
     "gated_activation",
     "sparse_adamw_",
     "sparse_linear",
+    "sparse_sgd_",
 ]

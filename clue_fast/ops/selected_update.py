@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,25 +18,18 @@ MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 def random_bits(shape: Sequence[int], seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits for each element of a selected part [rows, columns], as int64.
 
-    The keys of a step come from splitmix64 (Steele, Lea & Flood 2014); a row and a column are then hashed with
-    a bijection of 32 bits (Wellons 2018, lowbias32), the column with the second key of its row half way, so
-    that no row is a shifted copy of another.
+    Two keys come from seed and step by splitmix64 (Steele, Lea & Flood 2014). The position, counted along the
+    rows, is hashed with a bijection of 32 bits (Wellons 2018, lowbias32); the second key comes in half way, so
+    that the numbers of two weights or steps are not shifted copies of one another.
     """
     z = (seed + step * 0x9E3779B97F4A7C15) & MASK64
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & MASK64
     z ^= z >> 31
-    row = torch.arange(shape[0], device=device).unsqueeze(1)
-    column = torch.arange(shape[1], device=device)
-    first = _mix((row + (z & MASK32)) & MASK32)
-    second = _mix((first + (z >> 32)) & MASK32)
-    return _mix((column + first) & MASK32, second)
-
-
-def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    x = (torch.arange(math.prod(shape), device=device) + (z & MASK32)) & MASK32
     x = ((x ^ x >> 16) * 0x7FEB352D) & MASK32
-    x = (((x ^ x >> 15) + key & MASK32) * 0x846CA68B) & MASK32
-    return x ^ x >> 16
+    x = (((x ^ x >> 15) + (z >> 32) & MASK32) * 0x846CA68B) & MASK32
+    return (x ^ x >> 16).view(*shape)
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
@@ -114,12 +108,12 @@ def check_scale(device: torch.device, grad_scale: Tensor | None, found_inf: Tens
             )
 
 
-def check_masters(values: Sequence[Tensor] | None, seed: Tensor | None) -> None:
-    """Raise ValueError unless there are either master values or a seed."""
-    if (values is None) == (seed is None):
-        raise ValueError(
-            "give either values, the float32 masters, or a seed to keep none and round into the weight at random"
-        )
+def check_masters(weights: Iterable[Tensor], values: Sequence[Tensor] | None, seed: Tensor | None) -> None:
+    """Raise ValueError unless no update is lost: by master values or stochastic rounding, or in float32."""
+    if values is not None and seed is not None:
+        raise ValueError("give either values, the float32 masters, or a seed to round stochastically, not both")
+    if values is None and seed is None and any(weight.dtype != torch.float32 for weight in weights):
+        raise ValueError("16-bit weights need values, the float32 masters, or a seed to round stochastically")
 
 
 def written(weights: Iterable[Tensor], values: Iterable[Tensor] | None) -> None:

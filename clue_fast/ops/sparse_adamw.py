@@ -122,14 +122,14 @@ def sparse_adamw_(
     In place; the rest of the weight keeps its bits. Updates below the resolution of a 16-bit weight are not
     lost: either the selected part lives in `values`, in float32, and is rounded to nearest even into the
     weight; or, without values, it lives in the weight alone and is rounded stochastically, with random bits
-    that are a function of seed, step and position, the same on every backend.
+    that are a function of seed, step and position, the same on every backend. Float32 weights need neither.
 
     A weight is anything with two dimensions: that of a linear layer ([out_features, in_features]), of a Conv1D
     ([in_features, out_features], so that output features are columns), of one expert, of all experts flattened
     to rows, or a bias as [features, 1].
 
     Args:
-        values: float32 master of the selected part, shaped as weight.index_select(dim, index); None to keep none.
+        values: float32 master of the selected part, shaped as weight.index_select(dim, index); or None.
         grads: float32, shaped as the selected part.
         exp_avgs: first moments, float32, shaped as the selected part.
         exp_avg_sqs: second moments, float32, shaped as the selected part.
@@ -141,13 +141,13 @@ def sparse_adamw_(
         step: int64 [number of weights], likewise; the number of this step, so 1 in the first.
         betas: decay of the two moments.
         eps: added to the denominator.
-        seed: int64 [number of weights], likewise; in place of values.
+        seed: int64 [number of weights], likewise; for 16-bit weights without values.
         grad_scale: one float32 by which the gradients are divided, where the weights are.
         found_inf: one float32; if it is not 0, nothing changes. The caller then takes back its step.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Raises:
-        ValueError: lengths, shapes or dtypes do not fit, or there are both values and a seed, or neither.
+        ValueError: lengths, shapes or dtypes do not fit, or 16-bit weights have neither values nor seed.
         UnknownNameError, BackendError: the backend is unknown, or cannot run here.
     """
     if not weights:
@@ -158,7 +158,7 @@ def sparse_adamw_(
     numbers = {"lr": (lr, torch.float64), "weight_decay": (weight_decay, torch.float64), "step": (step, torch.int64)}
     selected.check_numbers(device, len(weights), numbers, seed)
     selected.check_scale(device, grad_scale, found_inf)
-    selected.check_masters(values, seed)
+    selected.check_masters(weights, values, seed)
     run = torch.ops.clue_fast.sparse_adamw_ if torch.compiler.is_compiling() else _step
     lists = (values or [], grads, exp_avgs, exp_avg_sqs, weights, indices, dims)
     run(*lists, lr, weight_decay, step, seed, grad_scale, found_inf, *betas, eps, backend)

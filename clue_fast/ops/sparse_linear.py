@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,8 +42,20 @@ backends.register(
 )
 
 
-# Forward and backward, on whichever backend. For rows all of x is kept, for columns only the selected ones,
-# [tokens, k].
+# Forward and backward, on whichever backend. A selection of output features keeps all of x for the backward, one of
+# input features only those, [tokens, k].
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def _selects_outputs(dim: int, transposed: bool) -> bool:
+    return (dim == ROWS) != transposed
 
 
 def _gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
@@ -52,10 +65,14 @@ def _gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
     return out
 
 
-def _selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
-    out = torch.empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad), device=grad.device)
+def _selected_grad(
+    grad: Tensor, kept: Tensor, index: Tensor, dim: int, transposed: bool = False, backend: str | None = None
+) -> Tensor:
+    shape = _selected_shape(grad, kept, index, dim, transposed)
+    out = torch.empty(shape, dtype=_selected_dtype(grad), device=grad.device)
     launch = _launch("sparse_linear_backward", grad, backend)
-    launch(_rows(grad), _rows(kept), index if dim == ROWS else None, out)
+    outputs = index if _selects_outputs(dim, transposed) else None
+    launch(_rows(grad), _rows(kept), outputs, out.t() if transposed else out)
     return out
 
 
@@ -65,8 +82,10 @@ def _launch(name: str, x: Tensor, backend: str | None) -> backends.Launch:
     return backends.launch("sparse_linear", name, x.device, backend)
 
 
-def _selected_shape(grad: Tensor, kept: Tensor, index: Tensor, dim: int) -> tuple[int, int]:
-    return (index.shape[0], kept.shape[-1]) if dim == ROWS else (grad.shape[-1], index.shape[0])
+def _selected_shape(grad: Tensor, kept: Tensor, index: Tensor, dim: int, transposed: bool) -> tuple[int, int]:
+    outputs = _selects_outputs(dim, transposed)
+    shape = (index.shape[0], kept.shape[-1]) if outputs else (grad.shape[-1], index.shape[0])
+    return shape[::-1] if transposed else shape
 
 
 def _selected_dtype(grad: Tensor) -> torch.dtype:
@@ -78,24 +97,40 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _save(ctx: Any, x: Tensor, weight: Tensor, index: Tensor, dim: int, backend: str | None, gather: Any) -> None:
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    dim: int,
+    transposed: bool,
+    backend: str | None,
+    gather: Callable[..., Tensor],
+) -> None:
     needs_x, _, _, needs_selected = ctx.needs_input_grad[:4]
     kept = None
     if needs_selected:
-        kept = x if dim == ROWS else gather(x, index, backend)
+        kept = x if _selects_outputs(dim, transposed) else gather(x, index, backend)
     ctx.save_for_backward(weight if needs_x else None, kept, index)
-    ctx.dim, ctx.backend = dim, backend
+    ctx.dim, ctx.transposed, ctx.backend = dim, transposed, backend
 
 
-def _gradients(ctx: Any, grad: Tensor, selected_grad: Any) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+def _gradients(
+    ctx: Any, grad: Tensor, gather: Callable[..., Tensor], selected_grad: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias, selected and selected_bias."""
     weight, kept, index = ctx.saved_tensors
-    needs_x, _, needs_bias, needs_selected = ctx.needs_input_grad[:4]
-    return (
-        grad @ weight if needs_x else None,
-        None,
-        grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None,
-        selected_grad(grad, kept, index, ctx.dim, ctx.backend) if needs_selected else None,
-    )
+    needs_x, _, needs_bias, needs_selected, needs_selected_bias = ctx.needs_input_grad[:5]
+    grad_x = grad_bias = grad_selected = grad_selected_bias = None
+    if needs_x:
+        grad_x = grad @ (weight.t() if ctx.transposed else weight)
+    if needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    if needs_selected:
+        grad_selected = selected_grad(grad, kept, index, ctx.dim, ctx.transposed, ctx.backend)
+    if needs_selected_bias:
+        grad_selected_bias = gather(grad, index, ctx.backend).sum(0, dtype=_selected_dtype(grad))
+    return grad_x, None, grad_bias, grad_selected, grad_selected_bias
 
 
 # Schema, fake and autograd, for torch.compile.
@@ -106,52 +141,69 @@ def _op(
     weight: Tensor,
     bias: Tensor | None,
     selected: Tensor,
+    selected_bias: Tensor | None,
     index: Tensor,
     dim: int,
+    transposed: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    return F.linear(x, weight, bias)
+    return _forward(x, weight, bias, transposed)
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selected: Tensor,
+    selected_bias: Tensor | None,
+    index: Tensor,
+    dim: int,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
 
 
 def _fake_gather(x: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
     return x.new_empty(x.shape[:-1].numel(), index.shape[0])
 
 
-def _fake_selected_grad(grad: Tensor, kept: Tensor, index: Tensor, dim: int, backend: str | None = None) -> Tensor:
-    return grad.new_empty(_selected_shape(grad, kept, index, dim), dtype=_selected_dtype(grad))
+def _fake_selected_grad(
+    grad: Tensor, kept: Tensor, index: Tensor, dim: int, transposed: bool = False, backend: str | None = None
+) -> Tensor:
+    return grad.new_empty(_selected_shape(grad, kept, index, dim, transposed), dtype=_selected_dtype(grad))
 
 
 define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor selected, Tensor index, int dim, "
-    "str? backend=None) -> Tensor",
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor selected, Tensor? selected_bias, Tensor index, "
+    "int dim, bool transposed=False, str? backend=None) -> Tensor",
     _op,
     _fake,
 )
 define("sparse_linear_gather(Tensor x, Tensor index, str? backend=None) -> Tensor", _gather, _fake_gather)
 define(
-    "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, str? backend=None) -> Tensor",
+    "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, bool transposed=False, "
+    "str? backend=None) -> Tensor",
     _selected_grad,
     _fake_selected_grad,
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, _, index, dim, backend = inputs
-    _save(ctx, x, weight, index, dim, backend, torch.ops.clue_fast.sparse_linear_gather)
+    x, weight, _, _, _, index, dim, transposed, backend = inputs
+    _save(ctx, x, weight, index, dim, transposed, backend, torch.ops.clue_fast.sparse_linear_gather)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, grad, torch.ops.clue_fast.sparse_linear_backward), None, None, None
+    operators = torch.ops.clue_fast
+    gradients = _gradients(ctx, grad, operators.sparse_linear_gather, operators.sparse_linear_backward)
+    return *gradients, None, None, None, None
 
 
 torch.library.register_autograd("clue_fast::sparse_linear", _differentiate, setup_context=_setup)
 
 
-# Eager: straight to F.linear and to the launch function.
+# Eager: straight to the product and to the launch functions.
 
 
 class _Direct(torch.autograd.Function):
@@ -162,17 +214,19 @@ class _Direct(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         selected: Tensor,
+        selected_bias: Tensor | None,
         index: Tensor,
         dim: int,
+        transposed: bool,
         backend: str | None,
     ) -> Tensor:
-        _save(ctx, x, weight, index, dim, backend, _gather)
-        return F.linear(x, weight, bias)
+        _save(ctx, x, weight, index, dim, transposed, backend, _gather)
+        return _forward(x, weight, bias, transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grad, _selected_grad), None, None, None
+        return *_gradients(ctx, grad, _gather, _selected_grad), None, None, None, None
 
 
 def sparse_linear(
@@ -183,23 +237,32 @@ def sparse_linear(
     index: Tensor,
     dim: int,
     *,
+    selected_bias: Tensor | None = None,
+    transposed: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Exactly `F.linear(x, weight, bias)`, with a gradient for selected rows or columns of the weight only.
 
-    Backward gathers the selected columns of the output gradient (rows of the weight) or of x (columns of the
-    weight) and runs one thin matrix product, accumulated in float32. The weight itself gets no gradient.
-    Under autocast, x, weight and bias are cast as `F.linear` casts them.
+    Backward gathers the selected features of the output gradient or of x and runs one thin matrix product,
+    accumulated in float32; neighbors in the index, such as those of an attention head, are copied as one. The
+    weight itself gets no gradient. Under autocast, x, weight and bias are cast as `F.linear` casts them.
+
+    Of stacked weights, such as those of experts, give one: `weight[expert]`. A packed gate and up projection is
+    one weight with twice the rows.
 
     Args:
         x: [..., in_features].
         weight: [out_features, in_features].
         bias: [out_features] or None.
-        selected: the leaf that gets the gradient, float32 (float64 for float64 weights), [k, in_features] for
-            rows or [out_features, k] for columns. Never read.
+        selected: the leaf that gets the gradient, float32 (float64 for float64 weights), shaped as
+            weight.index_select(dim, index). Never read, so it may be a single number, expanded.
         index: int64 [k], sorted, unique, in range (not checked here).
-        dim: 0 for rows (output features), 1 for columns (input features).
-        backend: forces one for the backward, see `clue_fast.ops.backend.choose`.
+        dim: 0 for rows, 1 for columns, of the weight as it is stored.
+        selected_bias: the leaf that gets the gradient of bias[index], [k], in the dtype of selected; only if
+            the index counts output features. Never read.
+        transposed: the weight is stored as [in_features, out_features], as that of a Conv1D, and multiplied as
+            Conv1D does. Its rows are then input features.
+        backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Returns:
         [..., out_features].
@@ -208,19 +271,20 @@ def sparse_linear(
         ValueError: shapes or dtypes do not fit.
         UnknownNameError, BackendError: in backward, if the backend is unknown or cannot run here.
     """
-    _check(weight, selected, index, dim)
+    _check(weight, selected, selected_bias, index, dim, transposed)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         # Here rather than inside: an operator's body runs outside autocast once it is compiled.
         dtype = torch.get_autocast_dtype(kind)
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
+    arguments = (x, weight, bias, selected, selected_bias, index, dim, transposed, backend)
     if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.clue_fast.sparse_linear(x, weight, bias, selected, index, dim, backend)
+        out: Tensor = torch.ops.clue_fast.sparse_linear(*arguments)
     elif torch.is_grad_enabled():
-        out = _Direct.apply(x, weight, bias, selected, index, dim, backend)  # type: ignore[no-untyped-call]
+        out = _Direct.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        out = F.linear(x, weight, bias)
+        out = _forward(x, weight, bias, transposed)
     return out
 
 
@@ -228,7 +292,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
-def _check(weight: Tensor, selected: Tensor, index: Tensor, dim: int) -> None:
+def _check(
+    weight: Tensor, selected: Tensor, selected_bias: Tensor | None, index: Tensor, dim: int, transposed: bool
+) -> None:
     if dim not in (ROWS, COLUMNS):
         raise ValueError(f"dim must be 0 for rows or 1 for columns, not {dim}")
     if index.dtype != torch.int64 or index.dim() != 1:
@@ -239,3 +305,12 @@ def _check(weight: Tensor, selected: Tensor, index: Tensor, dim: int) -> None:
         raise ValueError(f"selected must be {shape}, not {list(selected.shape)}")
     if selected.dtype != torch.float32 and weight.dtype != torch.float64:
         raise ValueError(f"selected must be float32, not {selected.dtype}")
+    if selected_bias is None:
+        return
+    if not _selects_outputs(dim, transposed):
+        raise ValueError("selected_bias goes with selected output features, but the index counts input features")
+    if selected_bias.shape != index.shape or selected_bias.dtype != selected.dtype:
+        raise ValueError(
+            f"selected_bias must be {list(index.shape)} {selected.dtype}, "
+            f"not {list(selected_bias.shape)} {selected_bias.dtype}"
+        )

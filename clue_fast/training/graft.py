@@ -29,7 +29,7 @@ def graft(out: Tensor, x: Tensor, part: TrainedPart, rows: slice | Tensor | None
     kept = x.detach()[rows]
     if len(kept) == 0:
         return out
-    if part.weight.dim() == 1:
+    if part.selected.dim() == 1:
         grafted: Tensor = _Bias.apply(out, part.selected, part.index, rows)  # type: ignore[no-untyped-call]
     else:
         dim = ROWS if part.dim == part.output_dim else COLUMNS
@@ -75,7 +75,7 @@ class _Bias(torch.autograd.Function):
 
 def _same(ctx: Any, out: Tensor) -> Tensor:
     """The same values with another history. No view where it can be avoided: models add to outputs in place."""
-    if out._is_view() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or out._is_view():
         return out.view_as(out)
     ctx.mark_dirty(out)
     return out

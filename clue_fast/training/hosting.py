@@ -13,7 +13,7 @@ from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.checkpoints import WholeCheckpoints
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.optimizer import SparseOptimizer
-from clue_fast.training.parts import trained_parts
+from clue_fast.training.parts import DDP, trained_parts
 from clue_fast.training.sparse import Sparse
 from clue_fast.training.stages import UNITS
 
@@ -104,11 +104,7 @@ def _check_distribution(trainer: Any) -> None:
         )
     else:
         return
-    raise SparseError(
-        f"{system} shards the weights that the optimizer writes selected units into; use DistributedDataParallel "
-        "(torchrun or accelerate launch without it): gradients, masters and optimizer state are those of the selected "
-        "units alone, so there is little left to shard"
-    )
+    raise SparseError(f"{system} shards the weights that the optimizer writes selected units into; leave it out, {DDP}")
 
 
 def _check_optimizer(trainer: SparseTraining) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clue_fast.errors import SparseError, UnknownNameError
 from clue_fast.training.layer_rates import LayerRate, layer_scale
-from clue_fast.training.parts import TrainedPart, trained_parts
+from clue_fast.training.parts import DDP, TrainedPart, trained_parts
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         for part in parts:
             if part.swapped:
                 raise SparseError(f"{part.path} holds its original weights; step outside Sparse.original()")
+            if getattr(part.module, part.master_name, None) is not part.selected:
+                raise SparseError(
+                    f"the master values of {part.path} were replaced, as FSDP does; leave them alone, {DDP}"
+                )
             if part.selected.dtype != torch.float32:
                 raise SparseError(
                     f"the master values of {part.path} are {part.selected.dtype}, they must stay float32; "

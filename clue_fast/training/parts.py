@@ -15,6 +15,11 @@ from clue_fast.sites import Part
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRAINED = (FORGET, CONFLICT)
+DDP = (
+    "and train with DistributedDataParallel: gradients, masters and optimizer state are those of the selected units "
+    "alone, so there is little left to shard"
+)
+"""What to do instead of sharding."""
 
 
 class Pass(NamedTuple):
@@ -193,6 +198,11 @@ def trained_parts(model: nn.Module) -> Iterator[TrainedPart]:
     """Yields the trained parts of all modules of a model, in the order of the modules."""
     for module in model.modules():
         yield from getattr(module, "trained_parts", ())
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is spread over processes: a DTensor, or one that DeepSpeed ZeRO-3 has partitioned."""
+    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
 
 
 def _check_disjoint(plans: list[Slices]) -> None:

@@ -20,7 +20,7 @@ from clue_fast.selection import Selection
 from clue_fast.training.checkpointing import limit_checkpointing
 from clue_fast.training.kinds import is_linear, original_class, output_dim, sparse_class
 from clue_fast.training.modules import SparseModule, SparseProjection
-from clue_fast.training.parts import DTYPES, Pass, Reach, Slices, TrainedPart, plan, trained_parts
+from clue_fast.training.parts import DDP, DTYPES, Pass, Reach, Slices, TrainedPart, is_sharded, plan, trained_parts
 
 
 class Sparse:
@@ -212,6 +212,10 @@ def _check_layer(model: nn.Module, slices: Slices) -> None:
 def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]) -> None:
     name = slices.part.parameter
     parameter = model.get_parameter(name)
+    if is_sharded(parameter):
+        raise SparseError(
+            f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); make the model sparse unsharded, {DDP}"
+        )
     if parameter.device.type == "meta":
         raise SparseError(f"{name} is on the meta device; load the weights first")
     if parameter.dtype not in DTYPES:

@@ -1,8 +1,7 @@
 // AdamW on selected rows or columns of many weights in one call.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
+#include "adamw.h"
 #include "dispatch.h"
 #include "selected_update.h"
 
@@ -25,21 +24,15 @@ CLUE_INLINE Floats<n> rounded(Floats<n> product) {
   return product;
 }
 
-struct AdamW {
-  static constexpr int moments = 2;
-  float beta1, rest1, beta2, rest2, eps;  // rest: 1 - beta, before beta is rounded to fp32
-  float keep, rate, root;                 // 1 - lr * weight_decay, lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
-
-  AdamW() = default;
-  AdamW(double beta1, double beta2, double eps, double lr, double weight_decay, int64_t step)
-      : beta1(beta1), rest1(1 - beta1), beta2(beta2), rest2(1 - beta2), eps(eps), keep(1 - lr * weight_decay),
-        rate(lr / (1 - std::pow(beta1, step))), root(1 / std::sqrt(1 - std::pow(beta2, step))) {}
+struct AdamW : AdamWSettings {
+  AdamWFactors of_weight;
 
   template <int n>
   CLUE_INLINE Floats<n> operator()(Floats<n> x, Floats<n> g, Floats<n>* moment) const {
     moment[0] = beta1 * moment[0] + rest1 * g;
     moment[1] = beta2 * moment[1] + rest2 * (g * g);
-    return rounded<n>(keep * x) - rate * (moment[0] / (square_root<n>(moment[1]) * root + eps));
+    const Floats<n> step = of_weight.rate * (moment[0] / (square_root<n>(moment[1]) * of_weight.root + eps));
+    return rounded<n>(of_weight.keep * x) - step;
   }
 };
 
@@ -54,22 +47,10 @@ void sparse_adamw(Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_a
                   Tensors indices, std::vector<int64_t> dims, const Tensor& lr, const Tensor& weight_decay,
                   const Tensor& step, std::optional<Tensor> seed, std::optional<Tensor> grad_scale,
                   std::optional<Tensor> found_inf, double beta1, double beta2, double eps) {
-  const char* op = "sparse_adamw";
-  if (found_inf && number_of(*found_inf, op, "found_inf") != 0.0f) return;
-  const size_t count = weights.size();
-  AdamWJob job = job_of<AdamW>(values, grads, {&exp_avgs, &exp_avg_sqs}, weights, indices, dims, op);
-  if (grad_scale) job.inverse_scale = 1.0f / number_of(*grad_scale, op, "grad_scale");
-  const double* rates = numbers_of<double>(lr, ScalarType::Double, count, op, "lr", "float64");
-  const double* decays = numbers_of<double>(weight_decay, ScalarType::Double, count, op, "weight_decay", "float64");
-  const int64_t* steps = numbers_of<int64_t>(step, ScalarType::Long, count, op, "step", "int64");
-  require(seed.has_value() || !values.empty() || count == 0, op, "without values a seed is needed");
-  const int64_t* seeds = seed ? numbers_of<int64_t>(*seed, ScalarType::Long, count, op, "seed", "int64") : nullptr;
-  for (size_t i = 0; i < count; ++i) {
-    job.parts[i].rule = AdamW(beta1, beta2, eps, rates[i], decays[i], steps[i]);
-    if (seeds) job.parts[i].key = key_of(seeds[i], steps[i]);
-  }
-  in_parallel(static_cast<int64_t>(job.blocks.size()), 1, 16384,
-              [&](int64_t begin, int64_t end) { adamw(job, begin, end); });
+  const SelectedArguments given{values, grads,        {&exp_avgs, &exp_avg_sqs}, weights, indices,    dims,
+                                lr,     weight_decay, step,                      seed,    grad_scale, found_inf,
+                                "sparse_adamw"};
+  update_selected<AdamW>(given, adamw_settings(beta1, beta2, eps), adamw);
 }
 
 }  // namespace

@@ -5,14 +5,14 @@
 
 namespace clue {
 
-// Random bits for each of the columns [column, column + n) of a row.
+// Random bits for each of n neighboring values from a position on.
 template <int n>
-CLUE_INLINE Words<n> random_bits(RandomKey row, int64_t column) {
+CLUE_INLINE Words<n> random_bits(RandomKey key, int64_t position) {
   Words<n> x;
-  for (int lane = 0; lane < n; ++lane) x[lane] = static_cast<uint32_t>(column) + lane;
-  x += row.first;
+  for (int lane = 0; lane < n; ++lane) x[lane] = static_cast<uint32_t>(position) + lane;
+  x += key.first;
   x = (x ^ (x >> 16)) * mix_first;
-  x = ((x ^ (x >> 15)) + row.second) * mix_second;
+  x = ((x ^ (x >> 15)) + key.second) * mix_second;
   return x ^ (x >> 16);
 }
 

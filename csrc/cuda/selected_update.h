@@ -3,7 +3,6 @@
 #pragma once
 #include <cstdint>
 
-#include "adamw.h"
 #include "random_bits.h"
 
 namespace clue {
@@ -11,6 +10,7 @@ namespace clue {
 enum class Element : uint32_t { float32, bfloat16, float16 };
 
 // The selected part of one weight, or a range of its rows, as a matrix of `size` values in rows of `columns`.
+template <class Factors>
 struct SelectedPart {
   float* value;  // the master values, or null: then the weight holds the values, rounded at random
   const float* grad;
@@ -18,18 +18,19 @@ struct SelectedPart {
   void* weight;
   const int64_t* index;
   int64_t weight_stride;
-  uint32_t size, columns, first_row;
-  uint32_t first_block;  // of the grid
-  uint32_t number;       // position of the weight in the lists
+  uint32_t size, columns;
+  uint32_t first_position;  // of the random bits
+  uint32_t first_block;     // of the grid
+  uint32_t number;          // position of the weight in the lists
   Element element;
   bool by_columns;
   bool aligned;       // value, grad and moments, to 16 bytes
   bool aligned_rows;  // every four values lie in one row of the weight, at a multiple of their size
   RandomKey key;
-  AdamWFactors factors;
+  Factors factors;  // of the rule, from the learning rate, the weight decay and the step of the weight
 };
 
-// On the device, or null. With lr come weight_decay, step and, without master values, seed: the kernel then works out
+// On the device, or null. With lr come weight_decay, step and, for stochastic rounding, seed: the kernel then works out
 // factors and keys, so that a replayed CUDA graph follows their changes. Otherwise they are in the parts.
 struct DeviceNumbers {
   const double *lr, *weight_decay;
@@ -38,7 +39,3 @@ struct DeviceNumbers {
 };
 
 }  // namespace clue
-
-// Updates all parts on a stream of a device. Returns null, or what went wrong. The parts are taken before it returns.
-extern "C" const char* clue_sparse_adamw_cuda(clue::SelectedPart* parts, int64_t count, clue::AdamWBetas betas,
-                                              clue::DeviceNumbers numbers, int device, void* stream);

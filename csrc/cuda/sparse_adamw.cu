@@ -1,235 +1,26 @@
 // AdamW on selected rows or columns of many weights in one launch.
-//
-// The selected part is contiguous in the master values, gradients and moments, so all of them are read and written 16
-// bytes at a time, whatever is selected. Rows of the weight are written four values at a time. Columns are written one
-// by one, neighboring threads in one row of the weight: what the memory sees are the sectors that hold selected columns,
-// in ascending order, and a transpose through shared memory would not make them fewer.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "sparse_adamw.h"
 
-#include "selected_update.h"
+#include "selected_update.cuh"
 
 namespace clue {
 namespace {
 
-// Kernel arguments may take 32764 bytes from compute capability 7.0 on, and nvcc 13 compiles for nothing older.
-#if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ < 13
-constexpr uint32_t parts_per_launch = 36;
-#else
-constexpr uint32_t parts_per_launch = 290;
-#endif
-constexpr uint32_t threads = 256;
-constexpr uint32_t values_per_block = 4096;
-
-// Passed by value: there is nothing to copy before a launch, and a CUDA graph keeps it.
-struct Table {
-  SelectedPart parts[parts_per_launch];
-  uint32_t count;
-  AdamWBetas betas;
-  DeviceNumbers numbers;
-};
-static_assert(sizeof(Table) <= (parts_per_launch > 36 ? 32764 : 4096), "kernel arguments are too large");
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-
-__device__ void narrow(float x, float& y) { y = x; }
-__device__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-__device__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
-
-// Up with the probability of the part that is cut off; the same arithmetic as on the CPU.
-__device__ void narrow_at_random(float x, uint32_t, float& y) { y = x; }
-__device__ void narrow_at_random(float x, uint32_t random, __nv_bfloat16& y) {
-  const uint32_t bits = __float_as_uint(x);
-  const bool finite = (bits & 0x7fffffffu) < 0x7f800000u;
-  y = finite ? __ushort_as_bfloat16(static_cast<uint16_t>((bits + (random >> 16)) >> 16)) : __float2bfloat16_rn(x);
-}
-__device__ void narrow_at_random(float x, uint32_t random, __half& y) {
-  const uint32_t bits = __float_as_uint(x) & 0x7fffffffu;
-  const uint32_t sign = (__float_as_uint(x) >> 16) & 0x8000u;
-  // In units of the smallest subnormal, plus a uniform number below one, whole units are what is left.
-  const float units = fmaf(__uint_as_float(bits), 0x1p24f, static_cast<float>(random >> 9) * 0x1p-23f);
-  const uint32_t normal = ((bits + (random >> 19)) >> 13) - (112u << 10);
-  const uint32_t half = bits < (113u << 23) ? static_cast<uint32_t>(units) : min(normal, 0x7c00u);
-  y = bits < 0x7f800000u ? __ushort_as_half(static_cast<uint16_t>(sign | half)) : __float2half_rn(x);
-}
-
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T of[4];
-};
-
-// Four neighboring values from `offset` on; beyond `size` they read as zero and are not written.
-__device__ Four<float> load(const float* source, uint32_t offset, uint32_t size, bool aligned) {
-  if (aligned && offset + 4 <= size) return *reinterpret_cast<const Four<float>*>(source + offset);
-  Four<float> values;
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) values.of[i] = offset + i < size ? source[offset + i] : 0.0f;
-  return values;
-}
-__device__ void store(float* target, uint32_t offset, uint32_t size, bool aligned, const Four<float>& values) {
-  if (aligned && offset + 4 <= size) {
-    *reinterpret_cast<Four<float>*>(target + offset) = values;
-    return;
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i)
-    if (offset + i < size) target[offset + i] = values.of[i];
-}
-
-// Where values of the selected part lie in the weight.
-template <class T>
-struct Place {
-  const SelectedPart& part;
-  uint32_t row, column;
-
-  __device__ Place(const SelectedPart& part, uint32_t offset)
-      : part(part), row(offset / part.columns), column(offset - row * part.columns) {}
-  __device__ T* address() const {
-    const int64_t r = part.by_columns ? row : part.index[row];
-    const int64_t c = part.by_columns ? part.index[column] : column;
-    return static_cast<T*>(part.weight) + r * part.weight_stride + c;
-  }
-  __device__ void advance() {
-    if (++column == part.columns) {
-      column = 0;
-      ++row;
-    }
+struct AdamW : AdamWSettings {
+  __device__ float operator()(float x, float g, float* moment, const AdamWFactors& factors) const {
+    moment[0] = beta1 * moment[0] + rest1 * g;
+    moment[1] = beta2 * moment[1] + rest2 * (g * g);
+    const float step = factors.rate * (moment[0] / (sqrtf(moment[1]) * factors.root + eps));
+    // Not fused with the difference: PyTorch rounds this product, and what is left out adds up over the steps.
+    return __fmul_rn(factors.keep, x) - step;
   }
 };
-
-template <class T>
-__device__ Four<float> load_weight(const SelectedPart& part, uint32_t offset) {
-  Four<float> values{};
-  Place<T> place(part, offset);
-  for (uint32_t i = 0; i < 4 && offset + i < part.size; ++i, place.advance()) values.of[i] = widen(*place.address());
-  return values;
-}
-
-template <class T>
-__device__ void store_weight(const SelectedPart& part, uint32_t offset, const Four<float>& values,
-                             const RandomKey& key) {
-  Place<T> place(part, offset);
-  Four<T> rounded;
-  if (part.aligned_rows) {  // then all four are there
-    const RandomKey row = key_of_row(key, part.first_row + place.row);
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      if (part.value)
-        narrow(values.of[i], rounded.of[i]);
-      else
-        narrow_at_random(values.of[i], random_bits(row, place.column + i), rounded.of[i]);
-    }
-    *reinterpret_cast<Four<T>*>(place.address()) = rounded;
-    return;
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) {
-    if (offset + i >= part.size) return;
-    if (part.value)
-      narrow(values.of[i], rounded.of[i]);
-    else
-      narrow_at_random(values.of[i], random_bits(key_of_row(key, part.first_row + place.row), place.column),
-                       rounded.of[i]);
-    *place.address() = rounded.of[i];
-    place.advance();
-  }
-}
-
-template <class T>
-__device__ void update(const SelectedPart& part, const AdamWBetas& betas, const AdamWFactors& factors,
-                       const RandomKey& key, float inverse_scale, uint32_t begin, uint32_t end) {
-  const uint32_t size = part.size;
-  const bool aligned = part.aligned;
-  for (uint32_t offset = begin + 4 * threadIdx.x; offset < end; offset += 4 * threads) {
-    const Four<float> grad = load(part.grad, offset, size, aligned);
-    Four<float> first = load(part.moments[0], offset, size, aligned);
-    Four<float> second = load(part.moments[1], offset, size, aligned);
-    Four<float> value = part.value ? load(part.value, offset, size, aligned) : load_weight<T>(part, offset);
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      const float g = grad.of[i] * inverse_scale;
-      first.of[i] = betas.beta1 * first.of[i] + betas.rest1 * g;
-      second.of[i] = betas.beta2 * second.of[i] + betas.rest2 * (g * g);
-      const float step = factors.rate * (first.of[i] / (sqrtf(second.of[i]) * factors.root + betas.eps));
-      // Not fused with the difference: PyTorch rounds this product, and the difference would add up.
-      value.of[i] = __fmul_rn(factors.keep, value.of[i]) - step;
-    }
-    store(part.moments[0], offset, size, aligned, first);
-    store(part.moments[1], offset, size, aligned, second);
-    if (part.value) store(part.value, offset, size, aligned, value);
-    store_weight<T>(part, offset, value, key);
-  }
-}
-
-// The last part that begins at or before this block.
-__device__ uint32_t part_of(const Table& table, uint32_t block) {
-  uint32_t low = 0, high = table.count;
-  while (high - low > 1) {
-    const uint32_t middle = (low + high) / 2;
-    if (table.parts[middle].first_block <= block)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
-
-__global__ void __launch_bounds__(threads) sparse_adamw_kernel(const __grid_constant__ Table table) {
-  const DeviceNumbers& numbers = table.numbers;
-  if (numbers.found_inf && *numbers.found_inf != 0.0f) return;
-  const SelectedPart& part = table.parts[part_of(table, blockIdx.x)];
-  __shared__ AdamWFactors factors;
-  __shared__ RandomKey key;
-  if (threadIdx.x == 0) {
-    factors = part.factors;
-    key = part.key;
-    if (numbers.lr) {
-      const uint32_t n = part.number;
-      factors = adamw_factors(table.betas, numbers.lr[n], numbers.weight_decay[n], numbers.step[n]);
-      if (numbers.seed) key = key_of(numbers.seed[n], numbers.step[n]);
-    }
-  }
-  __syncthreads();
-  const float inverse_scale = numbers.grad_scale ? 1.0f / *numbers.grad_scale : 1.0f;
-  const uint32_t begin = (blockIdx.x - part.first_block) * values_per_block;
-  const uint32_t end = min(part.size, begin + values_per_block);
-  switch (part.element) {
-    case Element::float32: return update<float>(part, table.betas, factors, key, inverse_scale, begin, end);
-    case Element::bfloat16: return update<__nv_bfloat16>(part, table.betas, factors, key, inverse_scale, begin, end);
-    case Element::float16: return update<__half>(part, table.betas, factors, key, inverse_scale, begin, end);
-  }
-}
-
-cudaError_t launch_all(SelectedPart* parts, int64_t count, Table& table, cudaStream_t stream) {
-  for (int64_t first = 0; first < count; first += parts_per_launch) {
-    uint32_t blocks = 0;
-    for (table.count = 0; table.count < parts_per_launch && first + table.count < count; ++table.count) {
-      SelectedPart& part = table.parts[table.count];
-      part = parts[first + table.count];
-      part.first_block = blocks;
-      blocks += (part.size + values_per_block - 1) / values_per_block;
-    }
-    if (blocks == 0) continue;
-    sparse_adamw_kernel<<<blocks, threads, 0, stream>>>(table);
-    if (const cudaError_t error = cudaGetLastError()) return error;
-  }
-  return cudaSuccess;
-}
 
 }  // namespace
 }  // namespace clue
 
-extern "C" const char* clue_sparse_adamw_cuda(clue::SelectedPart* parts, int64_t count, clue::AdamWBetas betas,
-                                              clue::DeviceNumbers numbers, int device, void* stream) {
-  clue::Table table{};
-  table.betas = betas;
-  table.numbers = numbers;
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = clue::launch_all(parts, count, table, static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) error = cudaSetDevice(before);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+extern "C" const char* clue_sparse_adamw(const clue::SelectedPart<clue::AdamWFactors>* parts, int64_t count,
+                                         const clue::AdamWSettings* settings, const clue::DeviceNumbers* numbers,
+                                         int device, void* stream) {
+  return clue::selected_update(parts, count, clue::AdamW{*settings}, *numbers, device, stream);
 }

@@ -45,7 +45,7 @@ def with_extension() -> None:
 
 def test_every_operator_has_its_definition() -> None:
     assert set(backends.OPERATORS) == {
-        "gated_activation", "channel_statistics", "conflict_score", "sparse_linear", "sparse_adamw",
+        "gated_activation", "channel_statistics", "conflict_score", "sparse_linear", "sparse_adamw", "sparse_sgd",
     }  # fmt: skip
     assert all("reference" in operator.backends for operator in backends.OPERATORS.values())
 

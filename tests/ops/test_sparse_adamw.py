@@ -265,21 +265,16 @@ def stochastic_step(layers: list[Layer], backend: str | None, grads: list[Tensor
     sparse_adamw_(None, *others, BETAS, EPS, seed=seeds, backend=backend)
 
 
-def random_word(seed: int, step: int, row: int, column: int) -> int:
+def random_word(seed: int, step: int, position: int) -> int:
     """The random bits of one element, with Python's integers: splitmix64 for the keys, lowbias32 for the position."""
-
-    def lowbias32(x: int, key: int = 0) -> int:
-        x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
-        x = (((x ^ (x >> 15)) + key) % 2**32 * 0x846CA68B) % 2**32
-        return x ^ (x >> 16)
-
     z = (seed + step * 0x9E3779B97F4A7C15) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
     z ^= z >> 31
-    first = lowbias32((row + z % 2**32) % 2**32)
-    second = lowbias32((first + z // 2**32) % 2**32)
-    return lowbias32((column + first) % 2**32, second)
+    x = (position + z) % 2**32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
+    x = (((x ^ (x >> 15)) + z // 2**32) * 0x846CA68B) % 2**32
+    return x ^ (x >> 16)
 
 
 # From the middle of the normal numbers, and from those in which float16 is subnormal (its smallest is 6e-8).
@@ -311,7 +306,7 @@ def test_stochastic_rounding_element_by_element(
         mantissa = 7 if dtype == torch.bfloat16 else 10
         lowest = -126 if dtype == torch.bfloat16 else -14
         unit = 2.0 ** (max(math.frexp(value)[1] - 1, lowest) - mantissa)
-        threshold = abs(value) / unit % 1 + random_word(-5, 2, row, column) / 2**32
+        threshold = abs(value) / unit % 1 + random_word(-5, 2, row * exact.shape[1] + column) / 2**32
         if abs(threshold - 1) < 2.0**-12:  # float32 leaves 13 bits and more of the part that is cut off
             borderline += 1
             continue
@@ -368,6 +363,19 @@ def test_stochastic_rounding_is_the_same_for_every_number_of_threads(
             stochastic_step(mine, backend, gradients(mine, t), seed)
     assert all(torch.equal(bits(a.weight), bits(b.weight)) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(bits(a.weight), bits(b.weight)) for a, b in zip(first, other_seed, strict=True))
+
+
+def test_float32_weights_are_their_own_masters(backend: str, device: torch.device) -> None:
+    with_masters = to(layers(torch.float32), device)
+    without = copy.deepcopy(with_masters)
+    for t in range(3):
+        step(with_masters, backend, seed=t)
+        for one in without:
+            one.step += 1
+        _, *others = arguments(without, gradients(without, t))
+        sparse_adamw_(None, *others, BETAS, EPS, backend=backend)
+    for a, b in zip(with_masters, without, strict=True):
+        assert torch.equal(bits(a.weight), bits(b.weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -498,8 +506,8 @@ def test_bad_input() -> None:
     refused(ValueError, "weight_decay must be torch.float64", weight_decay=good[8][:0])
     refused(ValueError, "step must be torch.int64", step=good[9].double())
     refused(ValueError, "seed must be torch.int64", values=None, seed=torch.tensor([1.0]))
-    refused(ValueError, "either values, the float32 masters, or a seed", values=None)
     refused(ValueError, "either values, the float32 masters, or a seed", seed=torch.tensor([1]))
+    refused(ValueError, "16-bit weights need", values=None, weights=[good[4][0].bfloat16()])
     refused(ValueError, "grad_scale must be one float32", grad_scale=torch.ones(1, dtype=torch.float64))
     refused(ValueError, "found_inf must be one float32", found_inf=torch.zeros(2))
     refused(UnknownNameError, "unknown backend 'fast'", backend="fast")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from clue_fast.errors import BackendError, UnknownNameError
 from clue_fast.ops import backend as backends
@@ -119,6 +120,68 @@ def test_runs_of_neighbors(backend: str, device: torch.device, dtype: torch.dtyp
         selected = leaf(weight, index, dim)
         sparse_linear(x, weight, None, selected, index, dim, backend=backend).backward(grad)
         assert_gradient(selected.grad, x, grad, index, dim)
+
+
+@DIMS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_weight_of_a_conv1d(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> None:
+    """Stored as [in_features, out_features], so that the rows are input features."""
+    x, weight, bias, grad = operands(2 * 18, dtype, device)
+    layer = Conv1D(OUT, IN).to(device, dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight.t())
+        layer.bias.copy_(bias)
+    inputs = [x.view(2, 18, IN).clone().requires_grad_() for _ in range(2)]
+    index = some(layer.weight.shape[dim], 9, device)
+    selected = leaf(layer.weight, index, dim)
+    ours = sparse_linear(
+        inputs[0], layer.weight.detach(), layer.bias, selected, index, dim, transposed=True, backend=backend
+    )
+    theirs = layer(inputs[1])
+    assert torch.equal(ours, theirs)
+    for y in (ours, theirs):
+        y.backward(grad.view_as(y))
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    assert_gradient(selected.grad.t(), x, grad, index, 1 - dim)
+    assert selected.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selected_part_of_the_bias(backend: str, device: torch.device, dtype: torch.dtype, transposed: bool) -> None:
+    x, weight, bias, grad = operands(300, dtype, device)
+    index = some(OUT, 9, device)
+    features, dim = (weight.t().contiguous(), 1) if transposed else (weight, 0)
+    selected_bias = torch.full((9,), float("nan"), device=device).requires_grad_()
+    y = sparse_linear(
+        x,
+        features,
+        bias,
+        leaf(features, index, dim),
+        index,
+        dim,
+        selected_bias=selected_bias,
+        transposed=transposed,
+        backend=backend,
+    )
+    y.backward(grad)
+    exact = grad.double()[:, index].sum(0)
+    assert selected_bias.grad.dtype == torch.float32
+    assert torch.allclose(selected_bias.grad.double(), exact, rtol=0, atol=300 * 2.0**-24 * grad.abs().max().item())
+    assert bias.grad is None
+
+
+@DIMS
+def test_the_leaf_may_be_a_single_number_expanded(backend: str, device: torch.device, dim: int) -> None:
+    """Where the weight itself holds the values there is nothing to keep in it."""
+    x, weight, _, grad = operands(20, torch.bfloat16, device)
+    index = some(weight.shape[dim], 6, device)
+    shape = leaf(weight, index, dim).shape
+    selected = torch.nn.Parameter(torch.zeros(1, device=device).expand(shape))
+    for part in (slice(0, 13), slice(13, 20)):
+        sparse_linear(x[part], weight, None, selected, index, dim, backend=backend).backward(grad[part])
+    assert selected.grad.is_contiguous()
+    assert_gradient(selected.grad, x, grad, index, dim)
 
 
 @DIMS
@@ -241,9 +304,15 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     for dim in (0, 1):
         index = some(weight.shape[dim], 5, device)
         selected = torch.randn_like(leaf(weight, index, dim)).requires_grad_()
-        check(namespace.sparse_linear.default, (x, weight, bias, selected, index, dim, backend))
+        for transposed in (False, True):
+            features = weight.t().contiguous() if transposed else weight
+            part = (1 - dim) if transposed else dim
+            leaves = (selected.detach().t().contiguous() if transposed else selected).requires_grad_()
+            more = torch.zeros(5, device=device, requires_grad=True) if dim == 0 else None
+            arguments = (x, features, bias, leaves, more, index, part, transposed, backend)
+            check(namespace.sparse_linear.default, arguments)
         kept = x.detach() if dim == 0 else x.detach()[:, index]
-        check(namespace.sparse_linear_backward.default, (grad, kept, index, dim, backend))
+        check(namespace.sparse_linear_backward.default, (grad, kept, index, dim, False, backend))
     check(namespace.sparse_linear_gather.default, (x.detach(), index, backend))
 
 
@@ -304,6 +373,10 @@ def test_bad_input() -> None:
         sparse_linear(x, weight, None, selected[:2], index, 0)
     with pytest.raises(ValueError, match="selected must be float32"):
         sparse_linear(x, weight, None, selected.bfloat16(), index, 0)
+    with pytest.raises(ValueError, match="the index counts input features"):
+        sparse_linear(x, weight.t(), None, selected.t(), index, 1, selected_bias=index.float())
+    with pytest.raises(ValueError, match=r"selected_bias must be \[3\]"):
+        sparse_linear(x, weight, None, selected, index, 0, selected_bias=torch.zeros(2))
     with pytest.raises(UnknownNameError, match="unknown backend 'fast'"):
         sparse_linear(x, weight, None, selected, index, 0, backend="fast").sum().backward()
     with pytest.raises(BackendError, match="has no triton backend"):

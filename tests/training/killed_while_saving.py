@@ -116,7 +116,7 @@ def main(folder: Path, kills: int) -> None:
     finish(fork(folder / "whole", folder / "whole.pt", None))
     moment = random.Random(0)
     found = {"kills": 0, "during_save": 0, "equal": 0, "attempts": 0}
-    while found["kills"] < kills and found["attempts"] < 5 * kills:
+    while found["kills"] < kills and found["attempts"] < 20 * kills:
         found["attempts"] += 1
         run, result = folder / "killed", folder / "killed.pt"
         if not kill_while_saving(run, result, moment):

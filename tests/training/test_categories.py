@@ -63,6 +63,22 @@ def test_each_loss_reaches_its_units(checkpointing, make_model, make_selection, 
         assert (part.selected.grad - expected).norm() < 1e-5 * expected.norm(), part
 
 
+@pytest.mark.slow
+def test_compiled(make_model, make_selection, make_batch):
+    """In one graph, with the gradients of the plain model."""
+    model, batches = make_model(layers=2), {"forget": make_batch(3, seed=1), "retain": make_batch(4, seed=2)}
+    sparse = sparsify(model, make_selection(model, units=5, forget=4))
+    GradientDifference().loss(model, batches, sparse)[0].backward()
+    expected = [p.grad.clone() for p in sparse.trainable_parameters]
+    model.zero_grad()
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="aot_eager", fullgraph=True)
+    GradientDifference().loss(model, batches, sparse)[0].backward()
+    for one, p in zip(expected, sparse.trainable_parameters, strict=True):
+        torch.testing.assert_close(p.grad, one)
+
+
 def test_a_pass_that_is_not_announced_reaches_all(make_model, make_selection, make_batch):
     """As in a stock Trainer; also after a pass that was announced, and after one that was not run."""
     model, batch = make_model(), make_batch(3)

@@ -47,7 +47,12 @@ def plant_delicate_bits(model: Any, selection: Selection, batch: dict[str, Tenso
 
 
 @pytest.mark.parametrize(
-    ("dtype", "master"), [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "stochastic")]
+    ("dtype", "master"),
+    [
+        pytest.param(torch.float32, "fp32", marks=pytest.mark.slow),
+        (torch.bfloat16, "fp32"),
+        pytest.param(torch.bfloat16, "stochastic", marks=pytest.mark.slow),
+    ],
 )
 def test_every_bit_outside_stays_and_inside_moves(dtype, master, make_model, make_selection, make_batch, tmp_path):
     """200 steps with weight decay, interrupted in the middle and resumed from files."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from clue_fast.errors import NonFiniteError, SelectionError, SparseError
+from clue_fast.selection import Selection
 from clue_fast.training import SparseAdamW, snapshot, sparsify
 from clue_fast.training.parts import trained_parts
 
@@ -235,7 +237,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, limited, make_model, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**batch).loss.backward()
-    assert inputs[:4] == ([False, False, False, True] if limited else [True] * 4)
+    assert inputs[:2] == [not limited] * 2
     for gradient, p in zip(expected, sparse.trainable_parameters, strict=True):
         assert torch.equal(gradient, p.grad)
 
@@ -275,6 +277,15 @@ def _transpose(model: Any) -> None:
     module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
 
 
+def _quantize(model: Any) -> None:
+    module = model.model.layers[1].mlp.up_proj
+    module.weight = nn.Parameter(module.weight.detach().to(torch.uint8), requires_grad=False)
+
+
+def _shard(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.placements = ()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -282,6 +293,8 @@ def _transpose(model: Any) -> None:
         (_replace, r"layers\.1\.mlp\.up_proj\.weight is that of a Doubled, which does more than multiply"),
         (_transpose, "not contiguous"),
         (lambda model: model.double(), r"float64; load the model in float32"),
+        (_quantize, r"layers\.1\.mlp\.up_proj\.weight is torch\.uint8; load the model in float32"),
+        (_shard, r"layers\.1\.mlp\.up_proj\.weight is sharded .* train with DistributedDataParallel"),
     ],
 )
 def test_refuses_what_it_cannot_train(spoil, message, make_model, make_selection):
@@ -317,3 +330,27 @@ def test_refuses_a_wrong_selection(make_model, make_selection):
         sparsify(model, make_selection(model))
     assert "15 units in 9 modules" in repr(sparse)
     assert "trained: 5 of 48 along 1 of weight (conflict)" in repr(model.model.layers[0].mlp.down_proj)
+
+
+def test_refuses_units_that_overlap_or_do_not_exist(make_model, make_selection):
+    """Sites as a file might hold them that somebody has edited."""
+    model = make_model(intermediate_size=32)
+    selection = make_selection(model)
+    site, other = selection.sites[0], selection.sites[1]
+    selection.categories[other] = selection.categories[site]
+    cases = [
+        (replace(other, parts=site.parts), SparseError, "two selected units own the same slice of model.layers.0"),
+        (replace(other, parts=(replace(site.parts[0], dim=1), *other.parts[1:])), SparseError, "both rows and columns"),
+        (replace(other, parts=(replace(other.parts[0], offset=30),)), SelectionError, "belong to different models"),
+        (replace(other, parts=(replace(other.parts[0], parameter="no.weight"),)), SelectionError, "does not have"),
+    ]
+    for wrong, error, message in cases:
+        sites = (site, wrong, *selection.sites[2:])
+        pairs = list(zip(sites, selection.sites, strict=True))
+        categories, scores = (
+            {one: values[old] for one, old in pairs} for values in (selection.categories, selection.scores)
+        )
+        bad = Selection(sites, categories, scores, {}, selection.fingerprint)
+        with pytest.raises(error, match=message):
+            sparsify(model, bad)
+        assert not list(trained_parts(model)) and all(p.requires_grad for p in model.parameters())

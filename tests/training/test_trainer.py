@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import subprocess
-import sys
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,8 @@ from clue_fast.training import (
 )
 from clue_fast.training.pairing import PairCollator, PairedRecords, PairSampler
 from clue_fast.training.parts import trained_parts
+from tests.models.families import make_model as make_family
+from tests.training.test_families import some_units
 
 
 class Gradients(TrainerCallback):
@@ -63,8 +63,9 @@ def objective_reaches(objective: Any, layer: int) -> bool:
     return not isinstance(objective, RMU) or layer <= objective.layer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize(
+    ("dtype", "objective"), [(torch.float32, "npo"), *((torch.bfloat16, name) for name in sorted(OBJECTIVES))]
+)
 def test_trains_the_selection_only_and_logs_its_terms(
     dtype, objective, make_model, make_selection, make_trainer, make_examples
 ):
@@ -198,8 +199,8 @@ def test_tied_embeddings_stay_tied(make_model, make_selection, make_trainer, mak
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"fsdp_plugin": object()}, "FSDP shards the weights .* use DistributedDataParallel"),
-        ({"deepspeed_plugin": object()}, "DeepSpeed ZeRO shards the weights .* use DistributedDataParallel"),
+        ({"fsdp_plugin": object()}, "FSDP shards the weights .* train with DistributedDataParallel"),
+        ({"deepspeed_plugin": object()}, "DeepSpeed ZeRO shards the weights .* train with DistributedDataParallel"),
         ({"n_gpu": 2}, "DataParallel copies the model .*torchrun or accelerate launch"),
     ],
 )
@@ -262,6 +263,40 @@ def test_steps_that_are_not_finite_are_logged_and_skipped(make_trainer):
 def test_evaluates_plain_examples(make_trainer, make_examples):
     trainer = make_trainer(eval_dataset=make_examples(5, seed=3))
     assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_sequence_to_sequence_with_a_collator_of_its_own(make_arguments):
+    """T5 on encoded pairs: what is padded how is known to the data_collator."""
+    model = make_family("t5 gated")
+    selection, before = some_units(model, ("mlp",)), snapshot(model)
+    generator = random.Random(0)
+
+    def pairs(count: int) -> list[dict[str, list[int]]]:
+        return [
+            {name: [generator.randrange(3, 90) for _ in range(generator.randrange(3, 8))] for name in names}
+            for names in [("input_ids", "labels")] * count
+        ]
+
+    def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        padded = {
+            name: torch.nn.utils.rnn.pad_sequence([torch.tensor(e[name]) for e in examples], True, padding)
+            for name, padding in (("input_ids", 0), ("labels", -100))
+        }
+        return {**padded, "attention_mask": (padded["input_ids"] > 0).long()}
+
+    trainer = UnlearnTrainer(
+        model,
+        make_arguments(num_train_epochs=3, per_device_train_batch_size=8),
+        forget_dataset=pairs(8),
+        retain_dataset=pairs(8),
+        selection=selection,
+        objective="npo",
+        data_collator=collate,
+    )
+    trainer.train()
+    assert changed_outside(before, model, selection) == 0 < changed_inside(before, model, selection)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
 
 
 def test_stock_trainer(make_model, make_selection, make_arguments, make_examples, tmp_path):
@@ -351,13 +386,3 @@ def test_arguments_of_the_user_are_not_touched(make_model, make_selection, make_
         selection=make_selection(model),
     )
     assert args.to_json_string() == before
-
-
-def test_importing_the_package_loads_nothing_heavy():
-    code = (
-        "import sys, json, clue_fast.training as t; "
-        "print(json.dumps([m for m in ('transformers', 'datasets', 'triton') if m in sys.modules])); "
-        "print('UnlearnTrainer' in t.__all__)"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
-    assert json.loads(output[0]) == [] and output[1] == "True"
