@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import widened
-from .launch import INTERPRETED, on_device, warps
+from .launch import INTERPRETED, on_device, options
 
 FIELDS = 5  # sum, square_sum, magnitude_sum, magnitude_max, active_count
 GRADIENT_FIELDS = 3  # product_sum, product_magnitude_sum, product_square_sum
@@ -253,12 +253,12 @@ def run_length(tokens: int, channels: int) -> int:
 def tile(dtype: torch.dtype, inputs: int, groups: int = 1) -> tuple[int, int, int]:
     """Shape of a tile: its depth, its rows, and the lane, which is the neighboring channels of a thread.
 
-    A thread loads 16 bytes of a row at once, and of so many rows that 64 bytes of all inputs are under way. The
-    sums of its channels stay in registers; with two sets of them a lane has 4 channels, at 8 two blocks of threads
-    fewer fit on a multiprocessor (168 registers instead of 96).
+    A thread loads 16 bytes of a row at once, and of so many rows that 64 bytes of all inputs are under way, but at
+    most 16 values of each. The sums of its channels stay in registers; with two sets of them it loads 4 channels at
+    once and at most 8 values, since 16 take 168 registers instead of 80 with Triton 3.9, and spill with 3.6.
     """
     lane = min(16 // dtype.itemsize, 8 if groups == 1 else 4)
-    depth = min(64 // (inputs * lane * dtype.itemsize), 4)
+    depth = min(64 // (inputs * lane * dtype.itemsize), (16 if groups == 1 else 8) // lane)
     return 1 << depth.bit_length() - 1, THREADS * lane // CHANNELS, lane
 
 
@@ -288,7 +288,7 @@ class Reduction:
         """Add the partial rows to the statistics."""
         channel_statistics_fold_kernel[(triton.cdiv(self.channels, FOLD_CHANNELS),)](
             self.partial, self.bounds, self.statistics, self.statistics.stride(0), self.statistics.stride(1),
-            self.runs, self.channels, self.groups, self.fields, FOLD_RUNS, FOLD_CHANNELS, num_warps=warps(THREADS),
+            self.runs, self.channels, self.groups, self.fields, FOLD_RUNS, FOLD_CHANNELS, **options(THREADS),
         )  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def _reduce(x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tenso
         channel_statistics_fwd_kernel[reduction.grid](
             x, grad, x.stride(0), grad.stride(0), group, reduction.partial, reduction.bounds,
             tokens, channels, reduction.groups, reduction.fields, reduction.run_length,
-            *tile(x.dtype, inputs, reduction.groups), CHANNELS, num_warps=warps(THREADS),
+            *tile(x.dtype, inputs, reduction.groups), CHANNELS, **options(THREADS),
         )  # fmt: skip
         reduction.fold()
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device, warps
+from .launch import on_device, options
 
 BLOCK = 256
 THREADS = 128
@@ -106,5 +106,5 @@ def conflict_score(
     with on_device(out):
         conflict_score_fwd_kernel[(triton.cdiv(channels, BLOCK),)](
             source[0, field], source.stride(0), source.stride(1), count, count.stride(0), offsets, out,
-            sites, channels, criterion, sites.bit_length(), BLOCK, num_warps=warps(THREADS),
+            sites, channels, criterion, sites.bit_length(), BLOCK, **options(THREADS),
         )  # fmt: skip

@@ -27,7 +27,7 @@ from .channel_statistics import (
     tile_group,
     tile_index,
 )
-from .launch import on_device, warps
+from .launch import on_device, options
 
 
 @triton.jit
@@ -282,7 +282,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, ac
     with on_device(gate):
         gated_activation_fwd_kernel[_tiles(gate.shape, depth * rows)](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0), *gate.shape,
-            activation, depth, rows, CHANNELS, num_warps=warps(THREADS),
+            activation, depth, rows, CHANNELS, **options(THREADS),
         )  # fmt: skip
 
 
@@ -308,7 +308,7 @@ def gated_activation_record(
         gated_activation_record_fwd_kernel[reduction.grid](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0),
             group, reduction.partial, reduction.bounds, *gate.shape, activation, reduction.groups, reduction.run_length,
-            *tile(gate.dtype, 2, reduction.groups), CHANNELS, num_warps=warps(THREADS),
+            *tile(gate.dtype, 2, reduction.groups), CHANNELS, **options(THREADS),
         )  # fmt: skip
         reduction.fold()
 
@@ -335,7 +335,7 @@ def gated_activation_backward(
         gated_activation_bwd_kernel[_tiles(gate.shape, depth * rows)](
             grad, gate, up, grad_gate, grad_up,
             grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), *gate.shape,
-            activation, depth, rows, CHANNELS, num_warps=warps(THREADS),
+            activation, depth, rows, CHANNELS, **options(THREADS),
         )  # fmt: skip
 
 
@@ -367,6 +367,6 @@ def gated_activation_backward_record(
             grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0),
             group, reduction.partial, reduction.bounds, *gate.shape,
             activation, reduction.groups, reduction.run_length,
-            *tile(gate.dtype, 3, reduction.groups), CHANNELS, num_warps=warps(THREADS),
+            *tile(gate.dtype, 3, reduction.groups), CHANNELS, **options(THREADS),
         )  # fmt: skip
         reduction.fold()

@@ -1,9 +1,10 @@
-"""What every launch function shares: device, warps, interpreter."""
+"""What every launch function shares: device, options, interpreter."""
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +21,10 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
 
 @functools.cache
-def warps(threads: int) -> int:
-    """Warps that make up `threads` threads: warps have 32 lanes on NVIDIA, 64 on AMD's data center GPUs."""
-    return threads // (32 if INTERPRETED else driver.active.get_current_target().warp_size)
+def options(threads: int) -> dict[str, Any]:
+    """Options of every launch: as many warps as make up `threads` threads, and products fused with sums.
+
+    Warps have 32 lanes on NVIDIA, 64 on AMD's data center GPUs. Triton's default of fusing changes with 3.10.
+    """
+    lanes = 32 if INTERPRETED else driver.active.get_current_target().warp_size
+    return {"num_warps": threads // lanes, "enable_fp_fusion": True}

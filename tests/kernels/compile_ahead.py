@@ -100,7 +100,7 @@ def compiled_by(call: Callable[[], object], target: GPUTarget) -> list[CompiledK
             get_current_stream=lambda device: 0,
         )
     )
-    launch.warps.cache_clear()
+    launch.options.cache_clear()
     CompiledKernel.launch_metadata = lambda *_: None
     CompiledKernel.run = property(lambda kernel: lambda *_: kernels.append(kernel))
     call()
