@@ -19,6 +19,7 @@ from clue_fast.patching.replacement import Hook, Override
 from clue_fast.patching.report import Report, SiteReport
 from clue_fast.patching.tokens import ANSWERS, ATTENDED, DECODER, ENCODER, TEXT, Batch, Images
 from clue_fast.patching.towers import entry, find_towers, image_token, tower_of
+from clue_fast.selection import Scores
 from clue_fast.sites import Survey, model_fingerprint, survey, unwrap
 from clue_fast.sites.find import DEFAULT_KINDS, no_sites
 from clue_fast.statistics import Statistics
@@ -124,6 +125,25 @@ class Patched:
             return getattr(model, "base_model", model)(*args, **kwargs)
         finally:
             self._end()
+
+    def scores(self, criterion: str = "difference") -> Scores:
+        """Scores every unit of every site from what was recorded so far, also inside a recording block, in one launch.
+
+        Args:
+            criterion: one that needs activations, or gradients where they are recorded, see
+                ``clue_fast.localization.CRITERIA``.
+
+        Returns:
+            ``{site: [width] float32}``.
+
+        Raises:
+            PatchError: no token of forget or retain was recorded yet, or not with what the criterion needs.
+            UnknownNameError: no such criterion.
+            NonFiniteError: an activation or gradient was NaN or infinite, naming the site.
+        """
+        from clue_fast.localization.criteria import score
+
+        return score(self._recorder.so_far(), criterion, backend=self._recorder.backend)
 
     def report(self) -> Report:
         """Returns what runs at every site, and how many tokens were counted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from clue_fast.errors import SparseError
+from clue_fast.selection import Selection
 from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.checkpoints import WholeCheckpoints
 from clue_fast.training.layer_rates import LayerRate
@@ -31,12 +33,14 @@ class SparseTraining(WholeCheckpoints, _Base):
         sparse: the ``Sparse`` of the model.
         layer_lr, master: see ``SparseOptimizer``.
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
+        further_logs: called whenever a loss is logged, for figures to log beside it.
     """
 
     sparse: Sparse
     layer_lr: LayerRate
     master: str
     memory: dict[str, int]
+    further_logs: list[Callable[[], dict[str, float]]]
 
     def host(self, sparse: Sparse, layer_lr: LayerRate, master: str) -> None:
         """Takes charge of a sparse model.
@@ -46,6 +50,7 @@ class SparseTraining(WholeCheckpoints, _Base):
                 optimizer that cannot train selected weights.
         """
         self.sparse, self.layer_lr, self.master, self.memory = sparse, layer_lr, master, {}
+        self.further_logs = []
         _check_distribution(self)
         _optimizer_name(self.args)
         self.add_callback(_Bookkeeping(self))
@@ -72,10 +77,28 @@ class SparseTraining(WholeCheckpoints, _Base):
                 self.optimizer = SparseAdamW(self.sparse.model, betas=betas, eps=self.args.adam_epsilon, **common)
         return self.optimizer
 
+    def reselect(self, selection: Selection) -> None:
+        """Goes on with other units, see ``Sparse.reselect`` and ``SparseOptimizer.follow``.
+
+        Raises:
+            SparseError: several processes train, and DistributedDataParallel keeps to the parameters it began with;
+                or see there.
+            SelectionError, NonFiniteError: see ``sparsify``.
+        """
+        if self.args.world_size > 1:
+            raise SparseError(
+                "DistributedDataParallel keeps to the parameters it began with; to select anew, end the training and "
+                "start another, or train on one process"
+            )
+        self.sparse.reselect(selection)
+        self.inner_optimizer.follow(self.sparse.model)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the steps skipped so far to the logs of the training."""
+        """Adds the steps skipped so far, and ``further_logs``, to the logs of the training."""
         if "loss" in logs:
             logs["skipped_steps"] = getattr(self.inner_optimizer, "skipped_steps", 0)
+            for figures in self.further_logs:
+                logs |= figures()
         super().log(logs, start_time)
 
 
