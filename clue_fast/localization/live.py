@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from clue_fast.errors import SettingError
+from clue_fast.errors import PatchError, SettingError
 from clue_fast.localization.criteria import get_criterion, score
-from clue_fast.patching import Patched, patch
+from clue_fast.patching import Patched
 from clue_fast.selection import Scores, Selection, select
 from clue_fast.statistics import Statistics
 
@@ -21,10 +21,10 @@ OTHER = "other"
 class ConflictCallback(TrainerCallback):
     """Logs the conflict scores of what a trainer trains on, and can select anew, since circuits move in fine-tuning.
 
-    The model is patched for as long as it trains, and its ordinary forward passes are recorded. With every loss, the
-    scores since the last one are logged: ``conflict_selected`` and ``conflict_others``, their means
-    over the units that train and over all others, and ``conflict_overlap``, the Jaccard index of the units that train
-    and those that would be selected now::
+    The trainer has the model patched for as long as it trains; its ordinary forward passes are recorded. With every
+    loss, the scores since the last one are logged: ``conflict_selected`` and ``conflict_others``, their means over the
+    units that train and over all others, and ``conflict_overlap``, the Jaccard index of the units that train and those
+    that would be selected now::
 
         trainer = clue_fast.UnlearnTrainer(model, ...)
         trainer.add_callback(clue_fast.ConflictCallback(trainer, relocalize_every=100))
@@ -73,7 +73,7 @@ class ConflictCallback(TrainerCallback):
         self.relocalize_every, self.fraction = relocalize_every, fraction
         self.scores: Scores | None = None
         self.selections: list[Selection] = [self.trainer.sparse.selection]
-        self._patch, self._block = ExitStack(), ExitStack()
+        self._block = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Patches the model and records from now on."""
@@ -93,7 +93,12 @@ class ConflictCallback(TrainerCallback):
         self._end()
 
     def _begin(self) -> None:
-        self._patched: Patched = self._patch.enter_context(patch(self.trainer.sparse.model, strict=False))
+        patched = self.trainer.patched
+        if patched is None:
+            raise PatchError("the model was patched before the training; unpatch it, the trainer patches it by itself")
+        if patched.sites != self.trainer.sparse.selection.sites:
+            raise PatchError("channels of MLPs and experts are scored while they train, the selection has other units")
+        self._patched: Patched = patched
         self._since_selection: Statistics | None = None
         self._record()
 
@@ -104,7 +109,6 @@ class ConflictCallback(TrainerCallback):
 
     def _end(self) -> None:
         self._block.close()
-        self._patch.close()
         self.trainer.groups_tokens = False
         if self._figures in self.trainer.further_logs:
             self.trainer.further_logs.remove(self._figures)
@@ -142,7 +146,6 @@ class ConflictCallback(TrainerCallback):
         assert self._since_selection is not None
         selection = self._select(self._since_selection)
         self._block.close()
-        self._patch.close()
         self.trainer.reselect(selection)
         self.selections.append(selection)
         self._begin()

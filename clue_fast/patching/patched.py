@@ -309,7 +309,7 @@ def patch(
         BackendError, UnknownNameError: the backend cannot run here, or does not exist; no such kind.
     """
     inner = entry(model)
-    if _PATCHED in inner.__dict__:
+    if is_patched(model):
         raise PatchError(f"this {type(model).__name__} is patched already; unpatch it first")
     kinds = tuple(kinds)
     found = survey(model, kinds)
@@ -324,6 +324,11 @@ def patch(
     patched = Patched(model, found, backend, strict)
     inner.__dict__[_PATCHED] = patched
     return patched
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Returns whether ``patch`` has been called on this instance, and not undone."""
+    return _PATCHED in entry(model).__dict__
 
 
 def unpatch(model: nn.Module) -> None:

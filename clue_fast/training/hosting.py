@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from clue_fast.errors import SparseError
+from clue_fast.errors import SiteError, SparseError
+from clue_fast.patching import Patched, is_patched, patch
 from clue_fast.selection import Selection
 from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.checkpoints import WholeCheckpoints
@@ -33,6 +34,8 @@ class SparseTraining(WholeCheckpoints, _Base):
         sparse: the ``Sparse`` of the model.
         layer_lr, master: see ``SparseOptimizer``.
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
+        patched: the model, whose MLPs are fused while it trains: they keep gate and up for the backward, and nothing
+            else of their width. None outside of ``train``, or where there is nothing to fuse.
         further_logs: called whenever a loss is logged, for figures to log beside it.
     """
 
@@ -40,6 +43,7 @@ class SparseTraining(WholeCheckpoints, _Base):
     layer_lr: LayerRate
     master: str
     memory: dict[str, int]
+    patched: Patched | None
     further_logs: list[Callable[[], dict[str, float]]]
 
     def host(self, sparse: Sparse, layer_lr: LayerRate, master: str) -> None:
@@ -50,10 +54,31 @@ class SparseTraining(WholeCheckpoints, _Base):
                 optimizer that cannot train selected weights.
         """
         self.sparse, self.layer_lr, self.master, self.memory = sparse, layer_lr, master, {}
-        self.further_logs = []
+        self.patched, self.further_logs = None, []
         _check_distribution(self)
         _optimizer_name(self.args)
         self.add_callback(_Bookkeeping(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``transformers.Trainer.train``; the model is patched as long as it lasts."""
+        try:
+            self._fuse()
+            return super().train(*args, **kwargs)
+        finally:
+            self._separate()
+
+    def _fuse(self) -> None:
+        if is_patched(self.sparse.model):
+            return
+        try:
+            self.patched = patch(self.sparse.model, strict=False)
+        except SiteError:  # such as heads alone
+            return
+
+    def _separate(self) -> None:
+        if self.patched is not None:
+            self.patched.__exit__(None, None, None)
+            self.patched = None
 
     @property
     def inner_optimizer(self) -> Any:
@@ -90,7 +115,13 @@ class SparseTraining(WholeCheckpoints, _Base):
                 "DistributedDataParallel keeps to the parameters it began with; to select anew, end the training and "
                 "start another, or train on one process"
             )
-        self.sparse.reselect(selection)
+        fused = self.patched is not None
+        self._separate()
+        try:
+            self.sparse.reselect(selection)
+        finally:
+            if fused:
+                self._fuse()
         self.inner_optimizer.follow(self.sparse.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -170,6 +170,17 @@ def test_refuses_by_name(make_trainer, make_model, make_arguments, make_examples
         stock.train()
 
 
+def test_a_model_that_is_patched_already(make_trainer):
+    trainer = make_trainer()
+    trainer.add_callback(clue_fast.ConflictCallback(trainer))
+    patched = clue_fast.patch(trainer.model)
+    with pytest.raises(PatchError, match="was patched before the training; unpatch it"):
+        trainer.train()
+    patched.unpatch()
+    trainer.train()
+    assert len(figures(trainer, "conflict_selected")) == 6
+
+
 def test_several_processes_are_refused_by_name(make_trainer, monkeypatch):
     trainer = make_trainer()
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
