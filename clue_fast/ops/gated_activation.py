@@ -175,8 +175,8 @@ def _backward(
     return grad_gate, grad_up
 
 
-# Schema, fake and autograd. torch.compile and tensors without data go through the operators; eager goes straight to the launch
-# function, since the dispatcher costs more than a small kernel.
+# Schema, fake and autograd. torch.compile and tensors without data go through the operators; eager goes straight to
+# the launch function, since the dispatcher costs more than a small kernel.
 
 
 def _op(
