@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "ClueFastError": "errors",
+    "ConflictCallback": "localization.live",
     "Patched": "patching",
     "Scores": "selection",
     "Selection": "selection",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.errors import ClueFastError
     from clue_fast.evaluation import evaluate
     from clue_fast.localization import localize, score
+    from clue_fast.localization.live import ConflictCallback
     from clue_fast.patching import Patched, patch, unpatch
     from clue_fast.selection import Scores, Selection, categorize, select
     from clue_fast.sites import Site, find_sites

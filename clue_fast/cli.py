@@ -13,6 +13,8 @@ from clue_fast.errors import ClueFastError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from clue_fast.training.layer_rates import LayerRate
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, or 2 with one line on stderr for a ClueFastError."""
@@ -52,6 +54,7 @@ def _localize(options: argparse.Namespace) -> None:
         criterion=options.criterion,
         fraction=options.fraction,
         scope=options.scope,
+        categories=options.categories,
         seed=options.seed,
         progress=not options.quiet,
     )
@@ -80,9 +83,13 @@ def _unlearn(options: argparse.Namespace) -> None:
         criterion=options.criterion,
         fraction=options.fraction,
         scope=options.scope,
+        categories=options.categories,
         objective=options.objective or DEFAULT_OBJECTIVE,
+        alternate=options.alternate,
+        stages=options.stages,
         learning_rate=options.learning_rate,
-        layer_lr=options.layer_lr,
+        layer_lr=_layer_rate(options.layer_lr),
+        master=options.master,
         epochs=options.epochs,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -137,6 +144,19 @@ def _load(name: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreT
     return load_model(name, trust_remote_code=options.trust_remote_code)
 
 
+def _layer_rate(text: str) -> LayerRate:
+    from clue_fast.errors import SettingError
+    from clue_fast.training.layer_rates import LinearLayerRate
+
+    kind, _, ratio = text.rpartition(":")
+    try:
+        if kind in ("", "linear"):
+            return LinearLayerRate(float(ratio)) if kind else float(ratio)
+    except ValueError:
+        pass
+    raise SettingError(f"layer-lr {text!r} is neither a number nor linear:NUMBER")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="clue-fast", description="Conflict-guided unlearning of language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -159,7 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--selection", metavar="FILE", help="a selection made by localize, instead of a new one")
     unlearn.add_argument("--objective", help="loss to minimize (default: simnpo with a margin of 1)")
     unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1.2 / width)")
-    unlearn.add_argument("--layer-lr", type=float, default=0.2, help="rate of the last layer over the first (0.2)")
+    unlearn.add_argument(
+        "--layer-lr",
+        default="0.2",
+        metavar="RATIO",
+        help="rate of the last layer over the first (0.2), geometric between; linear:RATIO in equal steps",
+    )
+    unlearn.add_argument("--master", default="fp32", help="keep small updates in fp32 copies, or round: stochastic")
+    unlearn.add_argument("--alternate", metavar="FILE", help="other answers to the forget questions, for dpo, refusal")
+    unlearn.add_argument("--stages", help="clue: forget units for one epoch, then conflict units for five")
     unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (30)")
     unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8), with as many to retain")
     unlearn.set_defaults(run=_unlearn)
@@ -194,6 +222,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
 def _add_localization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criterion", default="difference", help="formula of the score (default: difference)")
     parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.1)")
+    parser.add_argument("--categories", action="store_true", help="tell forget, retain and conflict units apart")
     parser.add_argument("--scope", default="layer", help="rank within each layer, or global (default: layer)")
 
 

@@ -18,7 +18,7 @@ from torch import nn
 import clue_fast
 from clue_fast.budget import check_budget
 from clue_fast.data import Record, Source, check_disjoint, load_records
-from clue_fast.errors import ModelError, NonFiniteError, SettingError
+from clue_fast.errors import ModelError, NonFiniteError, SettingError, UnknownNameError
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import check_criterion, localize
@@ -26,8 +26,11 @@ from clue_fast.ops import choose
 from clue_fast.report import RESULTS, results_table, write_plots
 from clue_fast.selection import Selection
 from clue_fast.training import audit
+from clue_fast.training.layer_rates import LayerRate, layer_scale
 from clue_fast.training.objectives import Objective, SimNPO, get_objective
+from clue_fast.training.optimizer import MASTERS
 from clue_fast.training.sparse import Sparse
+from clue_fast.training.stages import Stage, get_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -76,9 +79,13 @@ def unlearn(
     criterion: str = "difference",
     fraction: float | None = None,
     scope: str = "layer",
+    categories: bool = False,
     objective: str | Objective = DEFAULT_OBJECTIVE,
+    alternate: Source | None = None,
+    stages: str | Sequence[Stage] | None = None,
     learning_rate: float | None = None,
-    layer_lr: float = 0.2,
+    layer_lr: LayerRate = 0.2,
+    master: str = "fp32",
     epochs: float | None = None,
     batch_size: int = 8,
     evaluate_every: int = 0,
@@ -98,11 +105,17 @@ def unlearn(
         held_out: records that must stay and that take no part in scoring or training; they are only evaluated.
         reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
-        criterion, fraction, scope: see ``localize``.
+        criterion, fraction, scope, categories: see ``localize``.
         objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
+        alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
+            ``refusal``; default refusals such as "I don't know".
+        stages: "clue" for the published schedule, or a sequence of ``Stage``, see ``UnlearnTrainer``; the selection
+            then needs categories.
         learning_rate: of the first layer; default see ``default_learning_rate``.
-        layer_lr: rate of the last layer over that of the first, geometric in between.
-        epochs: passes over the forget set; default 30.
+        layer_lr: rate of the last layer over that of the first, geometric in between, or another rate by layer, see
+            ``LayerRate``.
+        master: "fp32" or "stochastic", see ``SparseAdamW``.
+        epochs: passes over the forget set; default 30; stages have their own.
         batch_size: forget records a step, with as many retain records.
         evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
         seed: of everything that is random.
@@ -122,10 +135,14 @@ def unlearn(
         "layer_lr": layer_lr,
         "epochs": EPOCHS if epochs is None else epochs,
         "batch_size": batch_size,
+        "master": master,
         "seed": seed,
     }
     _check_training(training)
+    if stages is not None and epochs is not None:
+        raise SettingError("stages have epochs of their own; leave epochs out")
     sets = load_sets(forget, retain, held_out)
+    other_answers = None if alternate is None else load_records(alternate, "alternate")
     check_weights(model)
     choose("gated_activation", model.device, backend)
     if selection is not None:
@@ -145,6 +162,7 @@ def unlearn(
                 criterion=criterion,
                 fraction=fraction,
                 scope=scope,
+                categories=categories,
                 seed=seed,
                 max_length=max_length,
                 backend=backend,
@@ -152,6 +170,8 @@ def unlearn(
             )
     with _stage("train", seconds):
         before = audit.snapshot(model)
+        schedule = None if stages is None else get_stages(stages, chosen_objective, selection)
+        _check_rates(layer_lr, selection)
         sparse, history = _train(
             model,
             tokenizer,
@@ -159,6 +179,8 @@ def unlearn(
             selection,
             chosen_objective,
             training,
+            alternate=other_answers,
+            stages=schedule,
             max_length=max_length,
             evaluate_every=evaluate_every,
             progress=progress,
@@ -176,8 +198,10 @@ def unlearn(
         "settings": {
             **selection.source,
             **training,
+            "layer_lr": layer_lr if isinstance(layer_lr, int | float) else str(layer_lr),
             "objective": chosen_objective.name,
             **asdict(chosen_objective),
+            **({} if schedule is None else _described(schedule)),
             "records": {name: len(records) for name, records in sets.items()},
         },
         "evaluation": {
@@ -215,6 +239,8 @@ def _train(
     objective: Objective,
     settings: Mapping[str, Any],
     *,
+    alternate: Sequence[Record] | None,
+    stages: Sequence[Stage] | None,
     max_length: int,
     evaluate_every: int,
     progress: bool,
@@ -247,9 +273,12 @@ def _train(
             processing_class=tokenizer,
             forget_dataset=sets["forget"],
             retain_dataset=sets["retain"],
+            alternate_dataset=alternate,
             selection=selection,
             objective=objective,
             layer_lr=settings["layer_lr"],
+            master=settings["master"],
+            stages=stages,
             max_length=max_length,
         )
         # Losses go to results.json and its plot; on the terminal there is one bar.
@@ -383,12 +412,36 @@ def load_sets(forget: Source, retain: Source, held_out: Source | None = None) ->
 
 
 def _check_training(settings: Mapping[str, Any]) -> None:
-    for name in ("learning_rate", "layer_lr", "epochs"):
+    numbers = ["learning_rate", "epochs"]
+    if isinstance(settings["layer_lr"], int | float):
+        numbers.append("layer_lr")
+    for name in numbers:
         if not 0.0 < settings[name] < math.inf:
             raise SettingError(f"{name} {settings[name]} is not a number above 0")
     batch_size = settings["batch_size"]
     if not (batch_size >= 1 and batch_size == int(batch_size)):
         raise SettingError(f"batch_size {batch_size} is not a whole number above 0")
+    if settings["master"] not in MASTERS:
+        raise UnknownNameError("master", settings["master"], MASTERS)
+
+
+def _check_rates(layer_lr: LayerRate, selection: Selection) -> None:
+    layers = 1 + max(site.layer for site in selection.sites)
+    try:
+        for site in selection.sites:
+            if len(selection.units(site)):
+                layer_scale(layer_lr, site.layer, layers)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
+def _described(stages: Sequence[Stage]) -> dict[str, Any]:
+    """The stages of a training as settings, in place of its epochs."""
+    described = [
+        {"units": list(stage.units), "objective": get_objective(stage.objective).name, "epochs": stage.epochs}
+        for stage in stages
+    ]
+    return {"stages": described, "epochs": sum(stage.epochs for stage in stages)}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,41 @@ def test_commands_work_on_each_others_files(folder: Path, tmp_path: Path, capsys
     assert main(["evaluate", str(tmp_path / "out"), *data, *reference]) == 0
     assert "reference" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text())["reference"]["forget"]["answered"] == 1.0
+
+
+def test_the_published_schedule(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = unlearn_arguments(
+        folder,
+        tmp_path / "out",
+        criterion="attribution",
+        stages="clue",
+        master="stochastic",
+        **{"layer-lr": "linear:2"},
+    )
+    del arguments[arguments.index("--epochs") : arguments.index("--epochs") + 2]
+    assert main([*arguments, "--categories"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    settings = results["settings"]
+    assert settings["stages"] == [
+        {"units": ["forget"], "objective": "simnpo", "epochs": 1},
+        {"units": ["conflict"], "objective": "simnpo", "epochs": 5},
+    ]
+    assert settings["epochs"] == 6 and settings["layer_lr"] == "LinearLayerRate(ratio=2.0)"
+    assert {entry["stage"] for entry in results["history"]} == {1, 2}
+    assert results["weights"]["changed_outside"] == 0 < results["weights"]["changed_inside"]
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "weights changed outside the selection: 0" in capsys.readouterr().out
+
+
+def test_answers_to_give_instead(folder: Path, tmp_path: Path, model, tokenizer) -> None:
+    alternate = [replace(record, completion="Nobody knows.") for record in FORGET]
+    write_jsonl(tmp_path / "alternate.jsonl", alternate)
+    settings = {"objective": "refusal", "alternate": str(tmp_path / "alternate.jsonl"), "epochs": "30"}
+    assert main(unlearn_arguments(folder, tmp_path / "out", **settings)) == 0
+    unlearned = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    figures = [clue_fast.evaluate(m, tokenizer, {"alternate": alternate}) for m in (model, unlearned)]
+    before, after = (f["alternate"].rouge_recall for f in figures)
+    assert before < 0.2 and after > 0.8
 
 
 class TestBadInput:

@@ -19,6 +19,7 @@ from clue_fast.patching.replacement import Hook, Override
 from clue_fast.patching.report import Report, SiteReport
 from clue_fast.patching.tokens import ANSWERS, ATTENDED, DECODER, ENCODER, TEXT, Batch, Images
 from clue_fast.patching.towers import entry, find_towers, image_token, tower_of
+from clue_fast.selection import Scores
 from clue_fast.sites import Survey, model_fingerprint, survey, unwrap
 from clue_fast.sites.find import DEFAULT_KINDS, no_sites
 from clue_fast.statistics import Statistics
@@ -60,6 +61,10 @@ class Patched:
     def statistics(self) -> Statistics:
         """The statistics recorded so far."""
         return self._recorder.statistics
+
+    def accumulators(self) -> list[Any]:
+        """Returns what holds the numbers recorded so far; a copy of the model would copy it."""
+        return [self._recorder.statistics, self._recorder.outside]
 
     @contextmanager
     def record(
@@ -124,6 +129,25 @@ class Patched:
             return getattr(model, "base_model", model)(*args, **kwargs)
         finally:
             self._end()
+
+    def scores(self, criterion: str = "difference") -> Scores:
+        """Scores every unit of every site from what was recorded so far, also inside a recording block, in one launch.
+
+        Args:
+            criterion: one that needs activations, or gradients where they are recorded, see
+                ``clue_fast.localization.CRITERIA``.
+
+        Returns:
+            ``{site: [width] float32}``.
+
+        Raises:
+            PatchError: no token of forget or retain was recorded yet, or not with what the criterion needs.
+            UnknownNameError: no such criterion.
+            NonFiniteError: an activation or gradient was NaN or infinite, naming the site.
+        """
+        from clue_fast.localization.criteria import score
+
+        return score(self._recorder.so_far(), criterion, backend=self._recorder.backend)
 
     def report(self) -> Report:
         """Returns what runs at every site, and how many tokens were counted."""
@@ -289,7 +313,7 @@ def patch(
         BackendError, UnknownNameError: the backend cannot run here, or does not exist; no such kind.
     """
     inner = entry(model)
-    if _PATCHED in inner.__dict__:
+    if patched_of(model) is not None:
         raise PatchError(f"this {type(model).__name__} is patched already; unpatch it first")
     kinds = tuple(kinds)
     found = survey(model, kinds)
@@ -306,9 +330,15 @@ def patch(
     return patched
 
 
+def patched_of(model: nn.Module) -> Patched | None:
+    """Returns the ``Patched`` of this instance of a model, or None if it is not patched."""
+    patched: Patched | None = entry(model).__dict__.get(_PATCHED)
+    return patched
+
+
 def unpatch(model: nn.Module) -> None:
     """Undoes ``patch``. Raises PatchError if the model is not patched."""
-    patched = entry(model).__dict__.get(_PATCHED)
-    if not isinstance(patched, Patched):
+    patched = patched_of(model)
+    if patched is None:
         raise PatchError(f"this {type(model).__name__} is not patched")
     patched.unpatch()

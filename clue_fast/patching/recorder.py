@@ -212,6 +212,13 @@ class Recorder:
             snapshot.copy_(tensor)
         self.statistics.skipped += (~finite).to(torch.int64)
 
+    def so_far(self) -> Statistics:
+        """Everything recorded until now, of all devices."""
+        found = self.statistics
+        for other in self.elsewhere.values():
+            found = found.merge(other)
+        return found
+
     def finish(self) -> None:
         """Ends a recording: the accumulators of other devices join the first."""
         self.settle()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from clue_fast.errors import SparseError
+from clue_fast.errors import SiteError, SparseError
+from clue_fast.patching import Patched, patch, patched_of
+from clue_fast.selection import Selection
 from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.checkpoints import WholeCheckpoints
 from clue_fast.training.layer_rates import LayerRate
@@ -31,12 +34,17 @@ class SparseTraining(WholeCheckpoints, _Base):
         sparse: the ``Sparse`` of the model.
         layer_lr, master: see ``SparseOptimizer``.
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
+        patched: the model, whose MLPs are fused while it trains: they keep gate and up for the backward, and nothing
+            else of their width. None outside of ``train``, or where there is nothing to fuse.
+        further_logs: called whenever a loss is logged, for figures to log beside it.
     """
 
     sparse: Sparse
     layer_lr: LayerRate
     master: str
     memory: dict[str, int]
+    patched: Patched | None
+    further_logs: list[Callable[[], dict[str, float]]]
 
     def host(self, sparse: Sparse, layer_lr: LayerRate, master: str) -> None:
         """Takes charge of a sparse model.
@@ -46,9 +54,31 @@ class SparseTraining(WholeCheckpoints, _Base):
                 optimizer that cannot train selected weights.
         """
         self.sparse, self.layer_lr, self.master, self.memory = sparse, layer_lr, master, {}
+        self.patched, self.further_logs = None, []
         _check_distribution(self)
         _optimizer_name(self.args)
         self.add_callback(_Bookkeeping(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``transformers.Trainer.train``; the model is patched as long as it lasts."""
+        try:
+            self._fuse()
+            return super().train(*args, **kwargs)
+        finally:
+            self._separate()
+
+    def _fuse(self) -> None:
+        if patched_of(self.sparse.model) is not None:
+            return
+        try:
+            self.patched = patch(self.sparse.model, strict=False)
+        except SiteError:  # such as heads alone
+            return
+
+    def _separate(self) -> None:
+        if self.patched is not None:
+            self.patched.__exit__(None, None, None)
+            self.patched = None
 
     @property
     def inner_optimizer(self) -> Any:
@@ -72,10 +102,34 @@ class SparseTraining(WholeCheckpoints, _Base):
                 self.optimizer = SparseAdamW(self.sparse.model, betas=betas, eps=self.args.adam_epsilon, **common)
         return self.optimizer
 
+    def reselect(self, selection: Selection) -> None:
+        """Goes on with other units, see ``Sparse.reselect`` and ``SparseOptimizer.follow``.
+
+        Raises:
+            SparseError: several processes train, and DistributedDataParallel keeps to the parameters it began with;
+                or see there.
+            SelectionError, NonFiniteError: see ``sparsify``.
+        """
+        if self.args.world_size > 1:
+            raise SparseError(
+                "DistributedDataParallel keeps to the parameters it began with; to select anew, end the training and "
+                "start another, or train on one process"
+            )
+        fused = self.patched is not None
+        self._separate()
+        try:
+            self.sparse.reselect(selection)
+        finally:
+            if fused:
+                self._fuse()
+        self.inner_optimizer.follow(self.sparse.model)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the steps skipped so far to the logs of the training."""
+        """Adds the steps skipped so far, and ``further_logs``, to the logs of the training."""
         if "loss" in logs:
             logs["skipped_steps"] = getattr(self.inner_optimizer, "skipped_steps", 0)
+            for figures in self.further_logs:
+                logs |= figures()
         super().log(logs, start_time)
 
 

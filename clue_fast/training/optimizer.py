@@ -53,24 +53,41 @@ class SparseOptimizer(torch.optim.Optimizer):
         check_not_below_zero(defaults, ("lr", "weight_decay"))
         if master not in MASTERS:
             raise UnknownNameError("master", master, MASTERS)
-        by_layer: dict[int, list[TrainedPart]] = defaultdict(list)
-        for part in trained_parts(model):
-            by_layer[part.layer].append(part)
-        if not by_layer:
-            raise SparseError("the model trains no selected weights; call clue_fast.sparsify(model, selection) first")
+        by_layer = _parts_by_layer(model)
         self.skipped_steps = 0
         self.master = master
         self.seed = seed
-        self._part_of = {part.selected: part for parts in by_layer.values() for part in parts}
         groups = []
-        for layer, parts in sorted(by_layer.items()):
+        for layer, parts in by_layer.items():
             scale = layer_scale(layer_lr, layer, parts[0].layers)
             parameters = [part.selected for part in parts]
             groups.append({"params": parameters, "lr": defaults["lr"] * scale, "layer": layer, "layer_scale": scale})
         super().__init__(groups, defaults)
+        self._take(by_layer)
+
+    def follow(self, model: nn.Module) -> None:
+        """Trains what the model trains now, after ``Sparse.reselect``; rates go on, moments and steps start anew.
+
+        Raises:
+            SparseError: the selection has units in other layers than before; schedulers could not follow.
+        """
+        by_layer = _parts_by_layer(model)
+        layers = [group["layer"] for group in self.param_groups]
+        if list(by_layer) != layers:
+            raise SparseError(
+                f"units are selected in the layers {list(by_layer)} now, the rates are of {layers}; "
+                'keep to the same layers, as scope="layer" does'
+            )
+        for group, parts in zip(self.param_groups, by_layer.values(), strict=True):
+            group["params"] = [part.selected for part in parts]
+        self.state.clear()
+        self._take(by_layer)
+
+    def _take(self, by_layer: dict[int, list[TrainedPart]]) -> None:
+        self._part_of = {part.selected: part for parts in by_layer.values() for part in parts}
         for number, part in enumerate(self._part_of.values()):
-            part.rounding_seed = (seed << 32) + number
-            part.keep_master(master == "fp32")
+            part.rounding_seed = (self.seed << 32) + number
+            part.keep_master(self.master == "fp32")
 
     def _launch(self, entries: list[tuple[TrainedPart, dict[str, Any]]]) -> None:
         """Updates parts that share the settings of ``_settings``; their states have been advanced."""
@@ -214,6 +231,15 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _parts(self) -> list[TrainedPart]:
         return [self._part_of[p] for group in self.param_groups for p in group["params"]]
+
+
+def _parts_by_layer(model: nn.Module) -> dict[int, list[TrainedPart]]:
+    by_layer: dict[int, list[TrainedPart]] = defaultdict(list)
+    for part in trained_parts(model):
+        by_layer[part.layer].append(part)
+    if not by_layer:
+        raise SparseError("the model trains no selected weights; call clue_fast.sparsify(model, selection) first")
+    return dict(sorted(by_layer.items()))
 
 
 def gradient(part: TrainedPart) -> Tensor:

@@ -6,9 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from clue_fast.data import Example
+from clue_fast.data import IGNORED_LABEL, Example
+from clue_fast.statistics import DEFAULT_GROUPS
 
 Examples: TypeAlias = "Sequence[Example]"
 
@@ -77,3 +80,19 @@ class PairCollator:
         if "forget" not in items[0]:
             return dict(self.collate(list(items)))
         return {name: dict(self.collate([item[name] for item in items])) for name in items[0]}
+
+
+def grouped(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Says of every batch which tokens are of the groups forget and retain: its answers, or all, by record.
+
+    Returns:
+        The batches with ``token_group``, int8 in the shape of ``input_ids``, or [records] where labels have another.
+    """
+    numbers = {name: number for number, name in enumerate(DEFAULT_GROUPS, start=1)}
+    found = {}
+    for name, batch in batches.items():
+        labels, ids = batch["labels"], batch.get("input_ids")
+        by_token = ids is not None and ids.shape == labels.shape
+        counted = labels != IGNORED_LABEL if by_token else torch.ones_like(labels[:, 0] if labels.dim() > 1 else labels)
+        found[name] = {**batch, "token_group": counted.to(torch.int8) * numbers.get(name, 0)}
+    return found

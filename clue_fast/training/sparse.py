@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.training.checkpointing import limit_checkpointing
+from clue_fast.training.kept import Kept
 from clue_fast.training.kinds import is_linear, original_class, output_dim, sparse_class
 from clue_fast.training.modules import SparseModule, SparseProjection
 from clue_fast.training.parts import DDP, DTYPES, Pass, Reach, Slices, TrainedPart, is_sharded, plan, trained_parts
@@ -32,22 +33,31 @@ class Sparse:
         model: the model, changed in place.
         selection: what trains in it.
         parts: the trained parts, in the order of the sites.
+        retired: parts that trained before ``reselect`` chose others; they keep their trained values, and ``original``
+            still takes them back.
         hooks: on the model, to be removed with ``restore``.
     """
 
     def __init__(self, model: nn.Module, selection: Selection, parts: list[TrainedPart]) -> None:
         self.model = model
         self.selection = selection
-        self.parts = parts
-        self._reach = reach = parts[0].reach
+        self.retired: list[TrainedPart] = []
         self.hooks: list[RemovableHandle] = []
-        if any(part.category == "forget" for part in parts):
-            self.hooks.append(model.register_forward_pre_hook(lambda *_: reach.begin()))
+        self._take(parts)
         masters = {id(part.selected) for part in parts}
         self._flags = [(p, p.requires_grad) for p in model.parameters() if id(p) not in masters]
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+    def _take(self, parts: list[TrainedPart]) -> None:
+        self.parts = parts
+        self._reach = reach = parts[0].reach
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        if any(part.category == "forget" for part in parts):
+            self.hooks.append(self.model.register_forward_pre_hook(lambda *_: reach.begin()))
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -56,13 +66,45 @@ class Sparse:
 
     def restore(self) -> None:
         """Puts classes and ``requires_grad`` flags back to what they were; trained weights stay."""
-        for module in {part.module: None for part in self.parts}:
-            _turn_back(module)
+        self._turn_back()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for hook in self.hooks:
             hook.remove()
-        self.parts, self._flags, self.hooks = [], [], []
+        self.parts, self.retired, self._flags, self.hooks = [], [], [], []
+
+    def reselect(self, selection: Selection) -> None:
+        """Trains other units from now on. What was trained before stays as it is, and trains no more.
+
+        Units that stay selected keep their master values. ``original`` and ``revert`` still take back everything
+        that ever trained. The masters are new parameters: tell the optimizer (``SparseOptimizer.follow``), or make a
+        new one.
+
+        Raises:
+            SelectionError, SparseError, NonFiniteError: see ``sparsify``; the model then trains what it did.
+        """
+        if any(part.swapped for part in self.parts):
+            raise SparseError("the model holds its original weights; select anew outside Sparse.original()")
+        selection.check(self.model)
+        plans = plan(selection)
+        before = Kept.of(self.parts, self.retired)
+        before.check(plans)
+        self._turn_back()
+        try:
+            _check(self.model, plans)
+        except Exception:
+            plans = plan(self.selection)
+            raise
+        else:
+            self.selection = selection
+        finally:
+            parts = make_parts(self.model, plans)
+            self.retired = before.give(parts)
+            self._take(parts)
+
+    def _turn_back(self) -> None:
+        for module in {part.module: None for part in self.parts}:
+            _turn_back(module)
 
     def train_only(self, *categories: str) -> None:
         """Trains the units of these categories, of "forget" and "conflict", and freezes the others."""
@@ -106,7 +148,7 @@ class Sparse:
         with torch.no_grad():
             current: list[tuple[TrainedPart, Tensor]] = []
             try:
-                for part in self.parts:
+                for part in [*self.parts, *self.retired]:
                     current.append((part, part.read()))
                     part.swapped = True
                     part.write(part.original)
@@ -120,6 +162,8 @@ class Sparse:
         """Puts the original values back for good, into weights and masters; optimizer state is left alone."""
         for part in self.parts:
             part.set_values(part.original)
+        for part in self.retired:
+            part.write(part.original)
 
     def bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Counts the bytes that exist right now, tensor by tensor.
@@ -134,7 +178,7 @@ class Sparse:
         return {
             "weights": sum(p.nbytes for p in parameters if id(p) not in masters),
             "trainable": sum(part.selected.nbytes for part in self.parts if part.has_master),
-            "original": sum(part.original.nbytes for part in self.parts),
+            "original": sum(part.original.nbytes for part in [*self.parts, *self.retired]),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "optimizer_state": sum(t.nbytes for t in state if isinstance(t, Tensor)),
         }
@@ -177,10 +221,7 @@ def sparsify(model: nn.Module, selection: Selection) -> Sparse:
         raise SparseError("the model is sparse already; call restore() of the Sparse that made it so")
     selection.check(model)
     plans = plan(selection)
-    shared = _shared_weights(model)
-    for slices in plans:
-        _check_layer(model, slices)
-        _check_weight(model, slices, shared)
+    _check(model, plans)
     return Sparse(model, selection, make_parts(model, plans))
 
 
@@ -191,6 +232,13 @@ def make_parts(model: nn.Module, plans: list[Slices]) -> list[TrainedPart]:
     reach = Reach()
     indices: dict[int, Tensor] = {}  # on the device of the model, one for all parts of a layer that have the same
     return [_turn_sparse(model, slices, reach, indices) for slices in plans]
+
+
+def _check(model: nn.Module, plans: list[Slices]) -> None:
+    shared = _shared_weights(model)
+    for slices in plans:
+        _check_layer(model, slices)
+        _check_weight(model, slices, shared)
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:

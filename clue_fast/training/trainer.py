@@ -18,7 +18,7 @@ from clue_fast.training.encoding import encode_refusals, encode_set
 from clue_fast.training.hosting import SparseTraining
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective, get_objective
-from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler
+from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler, grouped
 from clue_fast.training.sparse import sparsify
 from clue_fast.training.stages import Stage, get_stages, stage_at
 
@@ -61,6 +61,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
     Attributes:
         sparse: the ``Sparse`` of the model.
         objective: the ``Objective`` (of the stage under way).
+        groups_tokens: whether batches say which tokens are to be forgotten and kept, for a patched model that records
+            while it trains, see ``clue_fast.ConflictCallback``.
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
 
     Raises:
@@ -114,6 +116,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
                 )
         self._sampler = PairSampler(len(forget), len(retain), seed)
         self._logged: dict[str, list[Tensor]] = {}
+        self.groups_tokens = False
         # First, since a Trainer creates its output folder as soon as it is made.
         sparse = sparsify(model, selection)
         try:
@@ -144,7 +147,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
         """Returns the loss of the objective; for plain batches, as in evaluation, that of the model."""
         if "forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        loss, logs = self.objective.loss(model, inputs, self.sparse)
+        batches = grouped(inputs) if self.groups_tokens else inputs
+        loss, logs = self.objective.loss(model, batches, self.sparse)
         for name, value in logs.items():
             self._logged.setdefault(name, []).append(value)
         return (loss, {"loss": loss}) if return_outputs else loss

@@ -65,7 +65,7 @@ def test_trainer_in_bf16(dtype, make_model, make_selection, make_arguments, make
         selection=selection,
         objective="npo",
     )
-    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+    model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
     trainer.train()
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in trainer.sparse.trainable_parameters} == {torch.float32}

@@ -90,7 +90,7 @@ class Objective:
         original: dict[str, Tensor] = {}
         if self.reference:
             with torch.no_grad(), trained.original(), evaluating(model):
-                asked = predict(model, {name: used[name] for name in self.reference if name in used})
+                asked = predict(model, {name: ungrouped(used[name]) for name in self.reference if name in used})
                 original = {name: self.remember(predictions) for name, predictions in asked.items()}
         announce(trained, used, self.forget_batches)
         current = predict(model, used)
@@ -118,6 +118,11 @@ def announce(trained: Trained, batches: Mapping[str, Batch], forget_batches: tup
     records = {name: len(batch["labels"]) for name, batch in batches.items()}
     tokens = max((batch["input_ids"].shape[1] for batch in batches.values() if "input_ids" in batch), default=1)
     trained.reach(sum(records[name] for name in forget_batches), sum(records.values()), tokens)
+
+
+def ungrouped(batch: Batch) -> Batch:
+    """Without the groups that its tokens are recorded in, if they are: the original model is not what is measured."""
+    return {name: tensor for name, tensor in batch.items() if name != "token_group"}
 
 
 def _with_mask(batch: Batch) -> Batch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clue_fast.errors import ObjectiveError
-from clue_fast.training.objectives.base import Objective, Trained, announce, evaluating
+from clue_fast.training.objectives.base import Objective, Trained, announce, evaluating, ungrouped
 from clue_fast.training.objectives.predictions import Batch, head_of, join, run, unwrapped
 
 
@@ -47,7 +47,7 @@ class RMU(Objective):
         original: dict[str, Tensor] = {}
         if "retain" in used:
             with torch.no_grad(), trained.original(), evaluating(model):
-                original = self._activations(model, {"retain": used["retain"]})
+                original = self._activations(model, {"retain": ungrouped(used["retain"])})
         announce(trained, used, self.forget_batches)
         current = self._activations(model, used)
         if not current["forget"].requires_grad:
