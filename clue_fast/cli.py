@@ -92,6 +92,8 @@ def _unlearn(options: argparse.Namespace) -> None:
         master=options.master,
         epochs=options.epochs,
         batch_size=options.batch_size,
+        retain_ratio=options.retain_ratio,
+        forget_target=options.forget_target,
         seed=options.seed,
         progress=not options.quiet,
     )
@@ -188,8 +190,16 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--master", default="fp32", help="keep small updates in fp32 copies, or round: stochastic")
     unlearn.add_argument("--alternate", metavar="FILE", help="other answers to the forget questions, for dpo, refusal")
     unlearn.add_argument("--stages", help="clue: forget units for one epoch, then conflict units for five")
-    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (30)")
-    unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8), with as many to retain")
+    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (10, or 100 steps)")
+    unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8)")
+    unlearn.add_argument("--retain-ratio", type=int, default=4, help="retain records beside each forget record (4)")
+    unlearn.add_argument(
+        "--forget-target",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="the update is shrunk as far as this share of the forget questions stays unanswered (0.9)",
+    )
     unlearn.set_defaults(run=_unlearn)
 
     evaluate = commands.add_parser("evaluate", help="measure what a model still knows of forget and retain data")

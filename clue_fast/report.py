@@ -41,6 +41,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         f"weights trained: {weights['trained']} of {weights['total']} ({weights['trained'] / weights['total']:.1%}), "
         f"changed: {weights['changed_inside']}",
         f"weights changed outside the selection: {weights['changed_outside']}",
+        *([f"update kept: {weights['update_kept']:.1%}"] if "update_kept" in weights else []),
         "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in results["seconds"].items()),
     ]
     return "\n".join(lines)

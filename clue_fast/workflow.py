@@ -19,7 +19,7 @@ import clue_fast
 from clue_fast.budget import check_budget
 from clue_fast.data import Record, Source, check_disjoint, load_records
 from clue_fast.errors import ModelError, NonFiniteError, SettingError, UnknownNameError
-from clue_fast.evaluation import Metrics, evaluate
+from clue_fast.evaluation import ANSWERED, Metrics, evaluate, greedy_answers, rouge_recall
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import check_criterion, localize
 from clue_fast.ops import choose
@@ -29,6 +29,7 @@ from clue_fast.training import audit
 from clue_fast.training.layer_rates import LayerRate, layer_scale
 from clue_fast.training.objectives import Objective, SimNPO, get_objective
 from clue_fast.training.optimizer import MASTERS
+from clue_fast.training.shrinking import shrink
 from clue_fast.training.sparse import Sparse
 from clue_fast.training.stages import Stage, get_stages
 
@@ -43,7 +44,8 @@ DEFAULT_OBJECTIVE = SimNPO(gamma=1.0)
 """Forgets no further than it must: a record whose answer has become improbable stops pulling."""
 
 WIDTH_RATE = 1.2
-EPOCHS = 30.0
+EPOCHS = 10.0
+STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def unlearn(
     master: str = "fp32",
     epochs: float | None = None,
     batch_size: int = 8,
+    retain_ratio: int = 4,
+    forget_target: float | None = 0.9,
     evaluate_every: int = 0,
     seed: int = 0,
     max_length: int = 512,
@@ -115,8 +119,12 @@ def unlearn(
         layer_lr: rate of the last layer over that of the first, geometric in between, or another rate by layer, see
             ``LayerRate``.
         master: "fp32" or "stochastic", see ``SparseAdamW``.
-        epochs: passes over the forget set; default 30; stages have their own.
-        batch_size: forget records a step, with as many retain records.
+        epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
+        batch_size: forget records a step.
+        retain_ratio: retain records beside each forget record.
+        forget_target: share of the forget questions that must no longer be answered (ROUGE-L recall below 0.5). Once
+            trained, the update is shrunk to the smallest share of itself that reaches it, see
+            ``clue_fast.training.shrink``; None keeps the whole, and so do objectives that teach other answers.
         evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
         seed: of everything that is random.
         max_length: longer records are cut, in tokens.
@@ -130,18 +138,20 @@ def unlearn(
     check_criterion(criterion)
     check_budget(fraction, scope=scope)
     chosen_objective = get_objective(objective)
+    sets = load_sets(forget, retain, held_out)
     training = {
         "learning_rate": default_learning_rate(model) if learning_rate is None else learning_rate,
         "layer_lr": layer_lr,
-        "epochs": EPOCHS if epochs is None else epochs,
+        "epochs": default_epochs(len(sets["forget"]), batch_size) if epochs is None else epochs,
         "batch_size": batch_size,
+        "retain_ratio": retain_ratio,
+        "forget_target": forget_target,
         "master": master,
         "seed": seed,
     }
     _check_training(training)
     if stages is not None and epochs is not None:
         raise SettingError("stages have epochs of their own; leave epochs out")
-    sets = load_sets(forget, retain, held_out)
     other_answers = None if alternate is None else load_records(alternate, "alternate")
     check_weights(model)
     choose("gated_activation", model.device, backend)
@@ -186,6 +196,10 @@ def unlearn(
             progress=progress,
         )
         trained = sum(parameter.numel() for parameter in sparse.trainable_parameters)
+    with _stage("shrink", seconds):
+        share = 1.0
+        if forget_target is not None and not _teaches_answers(chosen_objective, schedule):
+            share = _shrink(sparse, model, tokenizer, sets["forget"], forget_target)
         sparse.restore()
     with _stage("evaluate after", seconds):
         evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
@@ -218,6 +232,7 @@ def unlearn(
             "trained": trained,
             "changed_inside": audit.changed_inside(before, model, selection),
             "changed_outside": audit.changed_outside(before, model, selection),
+            "update_kept": share,
         },
         "history": history,
         "seconds": dict(seconds),
@@ -273,6 +288,7 @@ def _train(
             processing_class=tokenizer,
             forget_dataset=sets["forget"],
             retain_dataset=sets["retain"],
+            retain_ratio=settings["retain_ratio"],
             alternate_dataset=alternate,
             selection=selection,
             objective=objective,
@@ -297,6 +313,33 @@ def _train(
             raise
         history = [entry for entry in trainer.state.log_history if "loss" in entry] + recalls
         return trainer.sparse, sorted(history, key=lambda entry: entry["step"])
+
+
+def _shrink(
+    sparse: Sparse,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Record],
+    target: float,
+) -> float:
+    """Shrinks the update as far as that share of the questions stays unanswered; returns how much of it is kept."""
+    answers = [record.completion for record in forget]
+
+    def enough() -> bool:
+        recalls = rouge_recall(answers, greedy_answers(model, tokenizer, forget, progress=False))
+        return sum(recall < ANSWERED for recall in recalls) >= target * len(recalls)
+
+    try:
+        return shrink(sparse, enough)
+    except BaseException:
+        sparse.revert()
+        sparse.restore()
+        raise
+
+
+def _teaches_answers(objective: Objective, stages: Sequence[Stage] | None) -> bool:
+    objectives = [objective] if stages is None else [get_objective(stage.objective) for stage in stages]
+    return any("alternate" in one.forget_batches for one in objectives)
 
 
 def _progress_bar() -> TrainerCallback:
@@ -350,6 +393,11 @@ def default_learning_rate(model: PreTrainedModel) -> float:
     """
     width: int = model.get_input_embeddings().weight.shape[-1]  # type: ignore[index, assignment]
     return WIDTH_RATE / width
+
+
+def default_epochs(records: int, batch_size: int) -> float:
+    """Returns 10, or as many epochs as 100 steps take: a small forget set needs more passes."""
+    return max(EPOCHS, float(math.ceil(STEPS / math.ceil(records / max(1, batch_size)))))
 
 
 def evaluate_model(
@@ -418,9 +466,12 @@ def _check_training(settings: Mapping[str, Any]) -> None:
     for name in numbers:
         if not 0.0 < settings[name] < math.inf:
             raise SettingError(f"{name} {settings[name]} is not a number above 0")
-    batch_size = settings["batch_size"]
-    if not (batch_size >= 1 and batch_size == int(batch_size)):
-        raise SettingError(f"batch_size {batch_size} is not a whole number above 0")
+    for name in ("batch_size", "retain_ratio"):
+        if not (settings[name] >= 1 and settings[name] == int(settings[name])):
+            raise SettingError(f"{name} {settings[name]} is not a whole number above 0")
+    target = settings["forget_target"]
+    if target is not None and not 0.0 < target <= 1.0:
+        raise SettingError(f"forget_target {target} is not a share above 0 and up to 1")
     if settings["master"] not in MASTERS:
         raise UnknownNameError("master", settings["master"], MASTERS)
 

@@ -104,6 +104,29 @@ def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
     assert type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
 
 
+def test_keeps_no_more_of_the_update_than_forgets_enough(folder: Path, tokenizer, tmp_path: Path) -> None:
+    results = {}
+    for target in (None, 0.6):
+        model = LlamaForCausalLM.from_pretrained(folder / "model")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        settings = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT, "epochs": 20, "progress": False}
+        folder_of_it = tmp_path / str(target)
+        results[target] = clue_fast.unlearn(
+            model, tokenizer, **settings, forget_target=target, output_dir=folder_of_it
+        ).results
+        results[target]["moved"] = sum(
+            float((value - before[name]).square().sum()) for name, value in model.state_dict().items()
+        )
+    whole, shrunk = results[None], results[0.6]
+    share = shrunk["weights"]["update_kept"]
+    assert whole["weights"]["update_kept"] == 1.0 > share > 0.0
+    assert shrunk["moved"] == pytest.approx(share**2 * whole["moved"], rel=1e-3)
+    assert shrunk["evaluation"]["after"]["forget"]["answered"] <= 0.4
+    kept = [r["evaluation"]["after"]["held_out"]["rouge_recall"] for r in (whole, shrunk)]
+    assert kept[1] > kept[0]
+    assert f"update kept: {share:.1%}" in results_table(shrunk)
+
+
 def test_the_same_seed_gives_the_same_weights(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert main(unlearn_arguments(folder, tmp_path / name)) == 0

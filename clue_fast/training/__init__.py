@@ -30,6 +30,7 @@ from clue_fast.training.objectives import (
 )
 from clue_fast.training.parts import TrainedPart
 from clue_fast.training.sgd import SparseSGD
+from clue_fast.training.shrinking import shrink
 from clue_fast.training.sparse import Sparse, sparsify
 from clue_fast.training.stages import Stage
 
@@ -64,6 +65,7 @@ __all__ = [
     "changed_outside",
     "estimate_memory",
     "get_objective",
+    "shrink",
     "snapshot",
     "sparsify",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any, TypeAlias
 
 import torch
@@ -16,8 +17,12 @@ from clue_fast.statistics import DEFAULT_GROUPS
 Examples: TypeAlias = "Sequence[Example]"
 
 
-class PairedRecords(Dataset[dict[str, Example]]):
-    """Pairs of a forget and a retain example, by the two indices that ``PairSampler`` gives.
+Pair: TypeAlias = "tuple[int, tuple[int, ...]]"
+"""Index of a forget record, and those of the retain records beside it."""
+
+
+class PairedRecords(Dataset[dict[str, list[Example]]]):
+    """A forget example and the retain examples beside it, by the indices that ``PairSampler`` gives.
 
     With ``alternate``, other answers to the forget records in the same order, they come along.
     """
@@ -30,43 +35,47 @@ class PairedRecords(Dataset[dict[str, Example]]):
     def __len__(self) -> int:
         return len(self.forget)
 
-    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Example]:
+    def __getitem__(self, pair: Pair) -> dict[str, list[Example]]:
         forget, retain = pair
-        item = {"forget": self.forget[forget], "retain": self.retain[retain]}
-        return item if self.alternate is None else {**item, "alternate": self.alternate[forget]}
+        item = {"forget": [self.forget[forget]], "retain": [self.retain[index] for index in retain]}
+        return item if self.alternate is None else {**item, "alternate": [self.alternate[forget]]}
 
 
-class PairSampler(Sampler[tuple[int, int]]):
+class PairSampler(Sampler[Pair]):
     """Every forget record once an epoch; retain records in rounds, each of which uses every one once.
 
     Args:
         forget, retain: how many records there are.
         seed: the orders are a function of it and of the epoch alone.
+        ratio: retain records beside each forget record.
 
     Attributes:
         epoch: which epoch the next iteration is.
     """
 
-    def __init__(self, forget: int, retain: int, seed: int) -> None:
+    def __init__(self, forget: int, retain: int, seed: int, ratio: int = 1) -> None:
         self.forget = forget
         self.retain = retain
         self.seed = seed
+        self.ratio = ratio
         self.epoch = 0
 
     def __len__(self) -> int:
         return self.forget
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = self._shuffled("forget", self.forget, self.epoch)
-        rounds: dict[int, list[int]] = {}
-        for place, forget in enumerate(order, start=self.epoch * self.forget):
-            number, offset = divmod(place, self.retain)
-            if number not in rounds:
-                rounds = {number: self._shuffled("retain", self.retain, number)}
-            yield forget, rounds[number][offset]
+    def __iter__(self) -> Iterator[Pair]:
+        retained = self._retained(self.epoch * self.forget * self.ratio)
+        for forget in self._shuffled("forget", self.forget, self.epoch):
+            yield forget, tuple(islice(retained, self.ratio))
 
-    def _shuffled(self, name: str, count: int, number: int) -> list[int]:
-        return random.Random(f"{self.seed} {name} {number}").sample(range(count), count)
+    def _retained(self, start: int) -> Iterator[int]:
+        """The retain records of all rounds, one after another, from a place in that sequence on."""
+        first, offset = divmod(start, self.retain)
+        for number in count(first):
+            yield from self._shuffled("retain", self.retain, number)[offset if number == first else 0 :]
+
+    def _shuffled(self, name: str, size: int, number: int) -> list[int]:
+        return random.Random(f"{self.seed} {name} {number}").sample(range(size), size)
 
 
 class PairCollator:
@@ -79,7 +88,7 @@ class PairCollator:
         """Pads and stacks the items."""
         if "forget" not in items[0]:
             return dict(self.collate(list(items)))
-        return {name: dict(self.collate([item[name] for item in items])) for name in items[0]}
+        return {name: dict(self.collate([one for item in items for one in item[name]])) for name in items[0]}
 
 
 def grouped(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -26,8 +26,8 @@ from clue_fast.training.stages import Stage, get_stages, stage_at
 class UnlearnTrainer(SparseTraining, Trainer):
     """Trains the selected units of a model on an objective. Everything else is the Trainer everybody knows.
 
-    An epoch goes once through the forget records, in an order of its own; each is paired with one retain
-    record, and no retain record comes again before all have been used. Both orders are functions of
+    An epoch goes once through the forget records, in an order of its own; each is paired with ``retain_ratio``
+    retain records, none of which comes again before all have been used. Both orders are functions of
     ``args.data_seed`` (or ``args.seed``) alone, so that a resumed run goes on as the first would have. The
     model stays sparse afterwards (``trainer.sparse.restore()`` undoes it); ``save_model`` writes a plain
     checkpoint at any time.
@@ -45,6 +45,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
             encoded with ``input_ids`` and ``labels``.
         alternate_dataset: other answers to the questions of the forget records, one each and in the same
             order, for the objectives ``refusal`` and ``dpo``. Default: refusals such as "I don't know".
+        retain_ratio: retain records beside each forget record; a batch of 8 with a ratio of 4 runs over 8 + 32.
         selection: the units to train, made for this model.
         objective: its name, or an ``Objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
@@ -80,6 +81,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
         forget_dataset: Source | Examples,
         retain_dataset: Source | Examples,
         alternate_dataset: Source | Examples | None = None,
+        retain_ratio: int = 1,
         selection: Selection,
         objective: str | Objective = "npo",
         layer_lr: LayerRate = 0.2,
@@ -114,7 +116,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
                 raise DataError(
                     f"{len(alternate)} alternate answers to {len(forget)} forget records; give one to each, in order"
                 )
-        self._sampler = PairSampler(len(forget), len(retain), seed)
+        self._sampler = PairSampler(len(forget), len(retain), seed, retain_ratio)
         self._logged: dict[str, list[Tensor]] = {}
         self.groups_tokens = False
         # First, since a Trainer creates its output folder as soon as it is made.

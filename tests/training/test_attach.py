@@ -56,7 +56,7 @@ def make_foreign(make_arguments, make_examples):
             alpha=0.5,
             model=model,
             args=make_arguments(remove_unused_columns=False, num_train_epochs=2, weight_decay=0.1, **settings),
-            train_dataset=[{"forget": forget, "retain": retain} for forget, retain in pairs],
+            train_dataset=[{"forget": [forget], "retain": [retain]} for forget, retain in pairs],
             data_collator=PairCollator(Collator(0)),
             optimizers=optimizers,
         )

@@ -342,32 +342,36 @@ def test_stock_trainer(make_model, make_selection, make_arguments, make_examples
     assert "learning_rate" in trainer.state.log_history[0]
 
 
-def test_pairs_use_every_record_before_any_comes_again():
-    sampler = PairSampler(10, 7, seed=5)
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_pairs_use_every_record_before_any_comes_again(ratio):
+    sampler = PairSampler(10, 7, seed=5, ratio=ratio)
     pairs = []
     for epoch in range(7):
         sampler.epoch = epoch
         drawn = list(sampler)
         assert sorted(forget for forget, _ in drawn) == list(range(10))
+        assert all(len(retain) == ratio for _, retain in drawn)
         assert drawn == list(sampler) and len(drawn) == len(sampler)
         pairs += drawn
-    retain = [r for _, r in pairs]
-    for start in range(0, 70, 7):
+    retain = [one for _, beside in pairs for one in beside]
+    for start in range(0, 70 * ratio, 7):
         assert sorted(retain[start : start + 7]) == list(range(7))
-    assert Counter(retain) == dict.fromkeys(range(7), 10)
+    assert Counter(retain) == dict.fromkeys(range(7), 10 * ratio)
     assert [f for f, _ in pairs[:10]] != [f for f, _ in pairs[10:20]]
-    assert pairs[:10] != list(PairSampler(10, 7, seed=6))
+    assert pairs[:10] != list(PairSampler(10, 7, seed=6, ratio=ratio))
 
 
 def test_collator_keeps_the_sides_apart(make_examples):
-    forget, retain = make_examples(3, seed=1), make_examples(2, seed=2)
+    forget, retain = make_examples(3, seed=1), make_examples(3, seed=2)
     paired = PairedRecords(forget, retain)
-    batch = PairCollator(Collator(9))([paired[2, 0], paired[0, 1]])
+    batch = PairCollator(Collator(9))([paired[2, (0, 2)], paired[0, (1, 0)]])
     assert set(batch) == {"forget", "retain"}
     longest = max(len(forget[i]["input_ids"]) for i in (2, 0))
     assert batch["forget"]["input_ids"].shape == (2, longest)
     assert batch["forget"]["input_ids"][0, : len(forget[2]["input_ids"])].tolist() == forget[2]["input_ids"]
-    assert batch["retain"]["labels"][1, : len(retain[1]["labels"])].tolist() == retain[1]["labels"]
+    for row, i in enumerate((0, 2, 1, 0)):
+        labels = retain[i]["labels"]
+        assert batch["retain"]["labels"][row, : len(labels)].tolist() == labels
 
 
 def test_a_refused_trainer_leaves_nothing_behind(make_model, make_selection, make_trainer, make_examples, tmp_path):
