@@ -1,0 +1,77 @@
+"""Settings of a run: defaults, checks, and how results.json has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from clue_fast.errors import SettingError, UnknownNameError
+from clue_fast.selection import Selection
+from clue_fast.training.layer_rates import LayerRate, layer_scale
+from clue_fast.training.objectives import SimNPO, get_objective
+from clue_fast.training.optimizer import MASTERS
+from clue_fast.training.stages import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_OBJECTIVE = SimNPO(gamma=1.0)
+"""Forgets no further than it must: a record whose answer has become improbable stops pulling."""
+
+WIDTH_RATE = 1.2
+EPOCHS = 10.0
+STEPS = 100
+
+
+def default_learning_rate(model: PreTrainedModel) -> float:
+    """Returns 1.2 / width: 0.006 at a width of 192, 0.0003 at 4096.
+
+    Measured on models of a width of 128 to 192; that it falls with the width is the rule for Adam of Yang et al. 2022
+    (arXiv 2203.03466). For a model of another kind it is a place to start from.
+    """
+    width: int = model.get_input_embeddings().weight.shape[-1]  # type: ignore[index, assignment]
+    return WIDTH_RATE / width
+
+
+def default_epochs(records: int, batch_size: int) -> float:
+    """Returns 10, or as many epochs as 100 steps take: a small forget set needs more passes."""
+    return max(EPOCHS, float(math.ceil(STEPS / math.ceil(records / max(1, batch_size)))))
+
+
+def check_training(settings: Mapping[str, Any]) -> None:
+    """Raises SettingError or UnknownNameError naming the first setting of a training that is out of range."""
+    numbers = ["learning_rate", "epochs"]
+    if isinstance(settings["layer_lr"], int | float):
+        numbers.append("layer_lr")
+    for name in numbers:
+        if not 0.0 < settings[name] < math.inf:
+            raise SettingError(f"{name} {settings[name]} is not a number above 0")
+    for name in ("batch_size", "retain_ratio"):
+        if not (settings[name] >= 1 and settings[name] == int(settings[name])):
+            raise SettingError(f"{name} {settings[name]} is not a whole number above 0")
+    target = settings["forget_target"]
+    if target is not None and not 0.0 < target <= 1.0:
+        raise SettingError(f"forget_target {target} is not a share above 0 and up to 1")
+    if settings["master"] not in MASTERS:
+        raise UnknownNameError("master", settings["master"], MASTERS)
+
+
+def check_rates(layer_lr: LayerRate, selection: Selection) -> None:
+    """Raises SettingError unless every layer with units to train has a rate."""
+    layers = 1 + max(site.layer for site in selection.sites)
+    try:
+        for site in selection.sites:
+            if len(selection.units(site)):
+                layer_scale(layer_lr, site.layer, layers)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
+def described(stages: Sequence[Stage]) -> dict[str, Any]:
+    """The stages of a training as settings, in place of its epochs."""
+    described = [
+        {"units": list(stage.units), "objective": get_objective(stage.objective).name, "epochs": stage.epochs}
+        for stage in stages
+    ]
+    return {"stages": described, "epochs": sum(stage.epochs for stage in stages)}

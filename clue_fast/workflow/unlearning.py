@@ -1,0 +1,268 @@
+"""From a model, a forget set and a retain set to an unlearned plain checkpoint with the evidence beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import clue_fast
+from clue_fast.budget import check_budget
+from clue_fast.data import Source, load_records
+from clue_fast.errors import SettingError
+from clue_fast.evaluation import Metrics, evaluate
+from clue_fast.files import check_output, output_folder, save_json
+from clue_fast.localization import check_criterion, localize
+from clue_fast.ops import choose
+from clue_fast.report import RESULTS, results_table, write_plots
+from clue_fast.selection import Selection
+from clue_fast.training import audit
+from clue_fast.training.layer_rates import LayerRate
+from clue_fast.training.objectives import Objective, get_objective
+from clue_fast.training.stages import Stage, get_stages
+from clue_fast.workflow.loading import check_weights, load_sets
+from clue_fast.workflow.settings import (
+    DEFAULT_OBJECTIVE,
+    check_rates,
+    check_training,
+    default_epochs,
+    default_learning_rate,
+    described,
+)
+from clue_fast.workflow.training import shrink_update, teaches_answers, train_selected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("clue_fast.workflow")
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What ``unlearn`` did.
+
+    Attributes:
+        selection: the units that were trained.
+        results: everything that ``results.json`` holds: settings, evaluation by stage and set, counts of changed
+            weights, history of the training, seconds by stage.
+        output_dir: where the checkpoint is.
+    """
+
+    selection: Selection
+    results: dict[str, Any]
+    output_dir: Path
+
+    def table(self) -> str:
+        """Returns the results as the table that the command prints."""
+        return results_table(self.results)
+
+
+def unlearn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    forget: Source,
+    retain: Source,
+    output_dir: str | os.PathLike[str],
+    held_out: Source | None = None,
+    reference: PreTrainedModel | Mapping[str, Metrics] | None = None,
+    selection: Selection | None = None,
+    criterion: str = "difference",
+    fraction: float | None = None,
+    scope: str = "layer",
+    categories: bool = False,
+    objective: str | Objective = DEFAULT_OBJECTIVE,
+    alternate: Source | None = None,
+    stages: str | Sequence[Stage] | None = None,
+    learning_rate: float | None = None,
+    layer_lr: LayerRate = 0.2,
+    master: str = "fp32",
+    epochs: float | None = None,
+    batch_size: int = 8,
+    retain_ratio: int = 4,
+    forget_target: float | None = 0.9,
+    evaluate_every: int = 0,
+    seed: int = 0,
+    max_length: int = 512,
+    backend: str | None = None,
+    progress: bool = True,
+) -> UnlearnResult:
+    """Localizes, trains only the selected units, evaluates, and saves a plain checkpoint with the evidence beside it.
+
+    Args:
+        model: a causal language model with sites, see ``find_sites``; its selected weights are changed in place.
+        tokenizer: of the model.
+        forget, retain: data sets, see ``clue_fast.data.load_records``.
+        output_dir: new or empty folder for the checkpoint, ``selection.safetensors``, ``results.json`` and plots. It
+            appears when everything has ended well.
+        held_out: records that must stay and that take no part in scoring or training; they are only evaluated.
+        reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
+        selection: made before, instead of localizing now.
+        criterion, fraction, scope, categories: see ``localize``.
+        objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
+        alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
+            ``refusal``; default refusals such as "I don't know".
+        stages: "clue" for the published schedule, or a sequence of ``Stage``, see ``UnlearnTrainer``; the selection
+            then needs categories.
+        learning_rate: of the first layer; default see ``default_learning_rate``.
+        layer_lr: rate of the last layer over that of the first, geometric in between, or another rate by layer, see
+            ``LayerRate``.
+        master: "fp32" or "stochastic", see ``SparseAdamW``.
+        epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
+        batch_size: forget records a step.
+        retain_ratio: retain records beside each forget record.
+        forget_target: share of the forget questions that must no longer be answered (ROUGE-L recall below 0.5). Once
+            trained, the update is shrunk to the smallest share of itself that reaches it, see
+            ``clue_fast.training.shrink``; None keeps the whole, and so do objectives that teach other answers.
+        evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
+        seed: of everything that is random.
+        max_length: longer records are cut, in tokens.
+        backend: forces a backend for recording.
+        progress: show progress bars.
+
+    Raises:
+        ClueFastError: bad input, see its children; nothing half-written stays behind.
+    """
+    check_output(output_dir)
+    check_criterion(criterion)
+    check_budget(fraction, scope=scope)
+    chosen_objective = get_objective(objective)
+    sets = load_sets(forget, retain, held_out)
+    training = {
+        "learning_rate": default_learning_rate(model) if learning_rate is None else learning_rate,
+        "layer_lr": layer_lr,
+        "epochs": default_epochs(len(sets["forget"]), batch_size) if epochs is None else epochs,
+        "batch_size": batch_size,
+        "retain_ratio": retain_ratio,
+        "forget_target": forget_target,
+        "master": master,
+        "seed": seed,
+    }
+    check_training(training)
+    if stages is not None and epochs is not None:
+        raise SettingError("stages have epochs of their own; leave epochs out")
+    other_answers = None if alternate is None else load_records(alternate, "alternate")
+    check_weights(model)
+    choose("gated_activation", model.device, backend)
+    if selection is not None:
+        selection.check(model)
+    seconds: dict[str, float] = {}
+    evaluation: dict[str, Mapping[str, Metrics]] = {}
+
+    with _stage("evaluate before", seconds):
+        evaluation["before"] = evaluate(model, tokenizer, sets, progress=progress)
+    with _stage("localize", seconds):
+        if selection is None:
+            selection = localize(
+                model,
+                sets["forget"],
+                sets["retain"],
+                tokenizer=tokenizer,
+                criterion=criterion,
+                fraction=fraction,
+                scope=scope,
+                categories=categories,
+                seed=seed,
+                max_length=max_length,
+                backend=backend,
+                progress=progress,
+            )
+    with _stage("train", seconds):
+        before = audit.snapshot(model)
+        schedule = None if stages is None else get_stages(stages, chosen_objective, selection)
+        check_rates(layer_lr, selection)
+        sparse, history = train_selected(
+            model,
+            tokenizer,
+            sets,
+            selection,
+            chosen_objective,
+            training,
+            alternate=other_answers,
+            stages=schedule,
+            max_length=max_length,
+            evaluate_every=evaluate_every,
+            progress=progress,
+        )
+        trained = sum(parameter.numel() for parameter in sparse.trainable_parameters)
+    with _stage("shrink", seconds):
+        share = 1.0
+        if forget_target is not None and not teaches_answers(chosen_objective, schedule):
+            share = shrink_update(sparse, model, tokenizer, sets["forget"], forget_target)
+        sparse.restore()
+    with _stage("evaluate after", seconds):
+        evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
+        if reference is not None:
+            evaluation["reference"] = (
+                reference if isinstance(reference, Mapping) else evaluate(reference, tokenizer, sets, progress=progress)
+            )
+    results = {
+        "clue_fast": clue_fast.__version__,
+        "settings": {
+            **selection.source,
+            **training,
+            "layer_lr": layer_lr if isinstance(layer_lr, int | float) else str(layer_lr),
+            "objective": chosen_objective.name,
+            **asdict(chosen_objective),
+            **({} if schedule is None else described(schedule)),
+            "records": {name: len(records) for name, records in sets.items()},
+        },
+        "evaluation": {
+            stage: {name: metrics.as_dict() for name, metrics in figures.items()}
+            for stage, figures in evaluation.items()
+        },
+        "selection": {
+            "units": len(selection),
+            "of": sum(site.width for site in selection.sites),
+            "hash": selection.hash,
+        },
+        "weights": {
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "trained": trained,
+            "changed_inside": audit.changed_inside(before, model, selection),
+            "changed_outside": audit.changed_outside(before, model, selection),
+            "update_kept": share,
+        },
+        "history": history,
+        "seconds": dict(seconds),
+    }
+    with _stage("save", seconds), output_folder(output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        selection.save(folder / "selection.safetensors")
+        save_json(folder / RESULTS, results)
+        write_plots(folder, selection, selection.statistics, history)
+    return UnlearnResult(selection, results, Path(output_dir))
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    forget: Source,
+    retain: Source,
+    held_out: Source | None = None,
+    reference: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the figures of a model, and of a reference beside it: ``{"model": {set: figures}, "reference": ...}``."""
+    sets = load_sets(forget, retain, held_out)
+    models = {"model": model} | ({} if reference is None else {"reference": reference})
+    return {
+        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, progress=progress).items()}
+        for title, one in models.items()
+    }
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Times a stage, and logs one line at its end."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+    logger.info("%s: %.1f s", name, seconds[name])
