@@ -163,7 +163,7 @@ def main() -> None:
         )
     print("* forward and backward passes a sample and direction that the attribution takes as long as")
     RESULTS.mkdir(exist_ok=True)
-    save(f"circuits_{options.shape}", {"machine": machine.describe(), "results": results})
+    save(f"circuits_{options.shape}_{options.dtype}", {"machine": machine.describe(), "results": results})
 
 
 if __name__ == "__main__":

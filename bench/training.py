@@ -11,7 +11,7 @@ full         every weight, torch's fused AdamW
 full + mask  the same, with every gradient multiplied by a mask of the selected weights (as in SalUn, arXiv 2310.12508)
 LoRA         peft, r = 16 on gate, up and down projection of the selected layers (arXiv 2106.09685)
 SHiRA        peft, random single weights of the same modules, as many as ours trains (arXiv 2406.13175)
-ours         clue_fast.sparsify and SparseAdamW
+ours         clue_fast.sparsify and SparseAdamW on a patched model, as UnlearnTrainer has it
 """
 
 from __future__ import annotations
@@ -212,6 +212,7 @@ def shira(model: LlamaForCausalLM, point: Point) -> Method:
 
 def ours(model: LlamaForCausalLM, point: Point) -> Method:
     clue_fast.sparsify(model, make_selection(model, point))
+    clue_fast.patch(model)
     return Method(model, clue_fast.SparseAdamW(model, lr=1e-5))
 
 

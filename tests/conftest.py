@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -11,6 +12,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # only has an effect before the first import of triton
 
 import pytest
+
+
+def pytest_report_header() -> str:
+    """Which versions are tested."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
 
 
 @pytest.fixture(scope="session")

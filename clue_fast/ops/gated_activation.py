@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from clue_fast.errors import UnknownNameError
@@ -174,8 +175,8 @@ def _backward(
     return grad_gate, grad_up
 
 
-# Schema, fake and autograd. torch.compile goes through the operators; eager goes straight to the launch
-# function, since the dispatcher costs more than a small kernel.
+# Schema, fake and autograd. torch.compile and tensors without data go through the operators; eager goes straight to
+# the launch function, since the dispatcher costs more than a small kernel.
 
 
 def _op(
@@ -374,7 +375,7 @@ def gated_activation(
         check_group(group, gate)
         check_statistics(gate, statistics, gradient_statistics)
     arguments = gate, up, activation, group, statistics, gradient_statistics, backend
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(gate, FakeTensor):
         return _dispatch(*arguments)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _apply(False, *arguments)

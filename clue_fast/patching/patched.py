@@ -62,6 +62,10 @@ class Patched:
         """The statistics recorded so far."""
         return self._recorder.statistics
 
+    def accumulators(self) -> list[Any]:
+        """Returns what holds the numbers recorded so far; a copy of the model would copy it."""
+        return [self._recorder.statistics, self._recorder.outside]
+
     @contextmanager
     def record(
         self,
@@ -309,7 +313,7 @@ def patch(
         BackendError, UnknownNameError: the backend cannot run here, or does not exist; no such kind.
     """
     inner = entry(model)
-    if is_patched(model):
+    if patched_of(model) is not None:
         raise PatchError(f"this {type(model).__name__} is patched already; unpatch it first")
     kinds = tuple(kinds)
     found = survey(model, kinds)
@@ -326,14 +330,15 @@ def patch(
     return patched
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Returns whether ``patch`` has been called on this instance, and not undone."""
-    return _PATCHED in entry(model).__dict__
+def patched_of(model: nn.Module) -> Patched | None:
+    """Returns the ``Patched`` of this instance of a model, or None if it is not patched."""
+    patched: Patched | None = entry(model).__dict__.get(_PATCHED)
+    return patched
 
 
 def unpatch(model: nn.Module) -> None:
     """Undoes ``patch``. Raises PatchError if the model is not patched."""
-    patched = entry(model).__dict__.get(_PATCHED)
-    if not isinstance(patched, Patched):
+    patched = patched_of(model)
+    if patched is None:
         raise PatchError(f"this {type(model).__name__} is not patched")
     patched.unpatch()

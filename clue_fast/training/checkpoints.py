@@ -60,14 +60,16 @@ class WholeCheckpoints(_Base):
         return True
 
     def _rotate(self, run: Path) -> None:
-        from transformers.trainer_utils import rotate_checkpoints
-
-        rotate_checkpoints(
-            output_dir=str(run),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        """Deletes the oldest checkpoints beyond ``save_total_limit``, but neither the newest nor the best."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        kept = {run / f"checkpoint-{self.state.global_step}", Path(self.state.best_model_checkpoint or run)}
+        # By time, since the folder may hold checkpoints of an earlier run that went further.
+        checkpoints = sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: path.stat().st_mtime)
+        spare = [path for path in checkpoints if path not in kept]
+        for path in spare[: max(0, len(checkpoints) - limit)]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _move(checkpoint: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from clue_fast.errors import SiteError, SparseError
-from clue_fast.patching import Patched, is_patched, patch
+from clue_fast.patching import Patched, patch, patched_of
 from clue_fast.selection import Selection
 from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.checkpoints import WholeCheckpoints
@@ -68,7 +68,7 @@ class SparseTraining(WholeCheckpoints, _Base):
             self._separate()
 
     def _fuse(self) -> None:
-        if is_patched(self.sparse.model):
+        if patched_of(self.sparse.model) is not None:
             return
         try:
             self.patched = patch(self.sparse.model, strict=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clue_fast.data import IGNORED_LABEL
-from clue_fast.errors import SparseError
+from clue_fast.errors import SiteError, SparseError
 from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
+from clue_fast.patching import patch, patched_of
 from clue_fast.selection import Selection
 from clue_fast.training.objectives.predictions import Batch, head_of, join, run
 from clue_fast.training.parts import TrainedPart, plan, trained_parts
@@ -65,7 +66,9 @@ class MemoryEstimate:
 def estimate_memory(
     model: nn.Module, selection: Selection, batch: Batch | Mapping[str, Batch], *, master: str = "fp32"
 ) -> MemoryEstimate:
-    """Estimates what a step of training the selected units takes, with AdamW and an objective of likelihoods.
+    """Estimates what a step of an ``UnlearnTrainer`` takes, with AdamW and an objective of likelihoods.
+
+    MLPs count as fused where they will be, as ``patch`` does it.
 
     Args:
         model: stays as it is; its weights may be on the meta device, which then counts as the CPU. Gradient
@@ -84,7 +87,7 @@ def estimate_memory(
     batches = [batch] if "labels" in batch else list(batch.values())
     joined = join(batches)  # type: ignore[arg-type]
     counted, plans = _positions(model, joined), plan(selection)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _reference_backend():
+    with _fused(model), FakeTensorMode(allow_non_fake_inputs=True) as mode, _reference_backend():
         shadow = _shadow(model)
         parts = make_parts(shadow, plans)
         inputs: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in joined.items()}
@@ -127,6 +130,9 @@ def _shadow(model: nn.Module) -> nn.Module:
         device = "cpu" if tensor.device.type == "meta" else tensor.device
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    patched = patched_of(model)
+    if patched is not None:  # records nothing here; what it has recorded is not copied
+        memo |= {id(kept): kept for kept in patched.accumulators()}
     return copy.deepcopy(model, memo)
 
 
@@ -146,6 +152,16 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tenso
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _fused(model: nn.Module) -> Iterator[None]:
+    """The model patched, as a trainer has it, where that is possible."""
+    with ExitStack() as stack:
+        if patched_of(model) is None:
+            with suppress(SiteError):
+                stack.enter_context(patch(model, strict=False))
+        yield
 
 
 @contextmanager

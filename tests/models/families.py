@@ -205,8 +205,6 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
         parameter.data = (parameter.data + 0.02 * torch.randn_like(parameter)).to(dtype)
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the faster ones know no float64
-    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the faster ones know no float64
     return model.eval()
 
 

@@ -153,7 +153,7 @@ def skip_if_stock_does_not_compile(model: nn.Module, batch: dict[str, Tensor]) -
     try:
         torch.compile(model, fullgraph=True, backend="eager")(**batch)
     except torch._dynamo.exc.Unsupported:
-        pytest.skip("the stock model of this transformers does not compile into one graph")
+        pytest.skip("the stock model does not compile")
 
 
 def compiled_batch(name: str) -> dict[str, Tensor]:

@@ -250,6 +250,26 @@ class TestBadInput:
             clue_fast.patch(llama)
         assert state(llama) == before
 
+    def test_experts_that_are_modules_of_their_own(self, llama: LlamaForCausalLM) -> None:
+        class Routed(nn.Module):
+            def __init__(self, mlp: nn.Module) -> None:
+                super().__init__()
+                self.experts = nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = torch.empty_like(x)
+                for index, expert in enumerate(self.experts):
+                    y[:, index::2] = expert(x[:, index::2])
+                return y
+
+        llama.model.layers[1].mlp = Routed(llama.model.layers[1].mlp)
+        with (
+            clue_fast.patch(llama) as patched,
+            patched.record("forget"),
+            pytest.raises(PatchError, match=r"layers\.1\.mlp\.experts\.0 sees 20 tokens.* Experts that are modules"),
+        ):
+            llama(TOKENS)
+
     def test_nan_in_weights(self, llama: LlamaForCausalLM) -> None:
         with torch.no_grad():
             llama.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")

@@ -61,9 +61,9 @@ def test_a_checkpoint_appears_when_it_is_whole(make_saving, monkeypatch):
 
 
 def test_only_so_many_are_kept_and_one_may_be_replaced(make_saving):
-    trainer = make_saving(save_total_limit=1)
+    trainer = make_saving(save_total_limit=2)
     trainer.train()
-    assert folders(trainer) == ["checkpoint-6"]
+    assert folders(trainer) == ["checkpoint-4", "checkpoint-6"]
     before = (Path(trainer.args.output_dir) / "checkpoint-6" / "optimizer.pt").stat().st_ino
     trainer = make_saving(save_total_limit=1)
     trainer.train()
@@ -71,12 +71,16 @@ def test_only_so_many_are_kept_and_one_may_be_replaced(make_saving):
     assert (Path(trainer.args.output_dir) / "checkpoint-6" / "optimizer.pt").stat().st_ino != before
 
 
-@pytest.mark.parametrize("best", [2, 6])
-def test_loads_the_best_model(best, make_model, make_saving, monkeypatch):
-    """By a metric that is best at a certain step; masters follow, and the state on disk says where it is."""
+@pytest.mark.parametrize(("best", "kept"), [(2, [2, 6]), (6, [4, 6])])
+def test_loads_the_best_model(best, kept, make_model, make_saving, monkeypatch):
+    """By a metric that is best at a certain step; masters follow, and the state on disk says where it is.
+
+    Of older checkpoints, the best is the last to be deleted.
+    """
     model = make_model(torch.bfloat16)
     before = snapshot(model)
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "m"}
+    settings["save_total_limit"] = 2
     trainer = make_saving(model, **settings, greater_is_better=True, learning_rate=1e-2)
     at_best: dict[str, torch.Tensor] = {}
 
@@ -89,6 +93,7 @@ def test_loads_the_best_model(best, make_model, make_saving, monkeypatch):
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     trainer.train()
     folder = Path(trainer.args.output_dir) / f"checkpoint-{best}"
+    assert folders(trainer) == [f"checkpoint-{step}" for step in kept]
     assert trainer.state.best_model_checkpoint == str(folder)
     assert json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"] == str(folder)
     assert all(torch.equal(at_best[name], now) for name, now in snapshot(model).items())

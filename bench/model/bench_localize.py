@@ -1,0 +1,91 @@
+"""Localizing on 200 TOFU questions, against a plain loop of stock forward passes over them, and one with hooks.
+
+The loop takes the records as they come, eight at a time, padded to the longest, as a data loader does. All sides
+encode the text. Data: forget05 and retain95 of TOFU (Maini et al. 2024, arXiv 2401.06121), 100 questions each.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import clue_fast
+from bench.interleaved import Case, Comparison, Target
+from bench.model.bench_forward import Hooks, Shape
+from clue_fast.data import Collator, Record, encode, padding_token
+from clue_fast.pretraining import train_tokenizer
+
+DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofu"
+QUESTIONS, BATCH = 100, 8
+SHAPES = [Shape(5, 128, 384, BATCH, 0), Shape(4, 256, 704, BATCH, 0)]
+DTYPES = [torch.float32, torch.bfloat16]
+CASES = ("plain loop", "loop with hooks", "localize")
+
+
+def load() -> dict[str, list[Record]]:
+    """The first questions of both sets; from the hub where they are not here."""
+    sets = {"forget": "forget05", "retain": "retain95"}
+    folder = DATA.is_dir()
+    return {
+        name: clue_fast.load_records(DATA / f"{subset}.json" if folder else f"locuslab/TOFU:{subset}", name)[:QUESTIONS]
+        for name, subset in sets.items()
+    }
+
+
+def cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
+    """Models with the same random weights."""
+    sets = load()
+    records = sets["forget"] + sets["retain"]
+    tokenizer = train_tokenizer(records, vocab_size=4096)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=shape.units,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=shape.width // 64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    models = {CASES[0]: LlamaForCausalLM(config).to(dtype).eval()}
+    models |= {name: copy.deepcopy(models[CASES[0]]) for name in CASES[1:]}
+    Hooks(models["loop with hooks"])
+    collate = Collator(padding_token(tokenizer))
+
+    def loop(model: nn.Module) -> None:
+        examples = encode(records, tokenizer, None)
+        with torch.no_grad():
+            for first in range(0, len(examples), BATCH):
+                batch = collate(examples[first : first + BATCH])
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+    return {
+        "plain loop": lambda: loop(models["plain loop"]),
+        "loop with hooks": lambda: loop(models["loop with hooks"]),
+        "localize": lambda: clue_fast.localize(
+            models["localize"], sets["forget"], sets["retain"], tokenizer=tokenizer, progress=False
+        ),
+    }
+
+
+def comparisons() -> Iterator[Comparison]:
+    """Every shape and dtype, with what issue 3 asks for."""
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            title = f"200 TOFU questions, {shape.layers} layers x {shape.width}/{shape.units}, {str(dtype)[6:]}"
+            yield Comparison(title, cases(shape, dtype), [Target("localize", "plain loop", 0.9)])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_localize(benchmark, shape: Shape, dtype: torch.dtype, case: str) -> None:
+    benchmark.group = f"200 TOFU questions, {shape}, {str(dtype)[6:]}"
+    benchmark(cases(shape, dtype)[case])

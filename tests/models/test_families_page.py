@@ -1,0 +1,28 @@
+"""docs/families.md is of the families there are, and of the oldest transformers that the package declares."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+def test_every_family_passes_every_test() -> None:
+    """But for what the stock model cannot do."""
+    rows = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| ")]
+    assert [name for name, *_ in rows[1:]] == list(FAMILIES)
+    for name, _, *cells in rows[1:]:
+        for cell in cells:
+            assert re.fullmatch(r"✓|([\d.]+: (✓|the stock model does not compile)(; )?)+", cell), f"{name}: {cell}"
+
+
+def test_made_with_the_oldest_transformers() -> None:
+    declared = re.search(r'"transformers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert declared is not None
+    assert re.search(rf"transformers {re.escape(declared[1])}(\.0)* and ", PAGE)
