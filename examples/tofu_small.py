@@ -1,4 +1,4 @@
-"""TOFU in small: a Llama of a million weights learns 40 fictitious authors, then forgets ten of them.
+"""TOFU in small: a Llama of two million weights learns 40 fictitious authors, then forgets ten of them.
 
     python examples/tofu_small.py --seed 0 --output tofu
 
