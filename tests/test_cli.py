@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import clue_fast
 from clue_fast import cli
 from clue_fast.demo import write_jsonl
 from clue_fast.people import make_people, records_of
@@ -89,6 +91,19 @@ def refuses(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 )
 def test_settings(refuses, setting: str, value: str, message: str) -> None:
     refuses(message, "unlearn", "--output", "a/b/out", setting, value)
+
+
+def test_the_command_has_the_defaults_of_the_functions() -> None:
+    arguments = ["MODEL", "--forget", "F", "--retain", "R", "--output", "O"]
+    options = cli._parser().parse_args(["unlearn", *arguments])
+    defaults = {name: p.default for name, p in inspect.signature(clue_fast.unlearn).parameters.items()}
+    for name in ("criterion", "fraction", "scope", "batch_size", "retain_ratio", "forget_target", "master", "stages"):
+        assert getattr(options, name) == defaults[name], name
+    assert float(options.layer_lr) == defaults["layer_lr"]
+    options = cli._parser().parse_args(["localize", *arguments])
+    defaults = {name: p.default for name, p in inspect.signature(clue_fast.localize).parameters.items()}
+    for name in ("criterion", "fraction", "scope"):
+        assert getattr(options, name) == defaults[name], name
 
 
 @pytest.mark.parametrize("command", ["localize", "unlearn", "evaluate"])
