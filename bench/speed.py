@@ -79,8 +79,8 @@ def section() -> str:
             f"{point['fraction']:.0%} of the units of every layer, {point['records']} x {point['tokens']} tokens, "
             f"{point['dtype']}, unless the row says otherwise. Aims: 0.60 of full + mask, 1.00 of LoRA (r = 16) in "
             "time and in what the forward saves:\n\n",
-            "| point | step / full + mask | / LoRA | / SHiRA | saved / LoRA | step |\n| --- | ---: | ---: | ---: | ---: "
-            "| ---: |\n",
+            "| point | step / full + mask | / LoRA | / SHiRA | saved / LoRA | step |\n",
+            "| --- | ---: | ---: | ---: | ---: | ---: |\n",
             *training_rows(),
         ]
     )
