@@ -77,7 +77,7 @@ def _optimum(formula: Formula, time_limit: float) -> tuple[dict[int, bool] | Non
         weighted.append(clause, weight=1)
     with _limited(examples.RC2)(weighted, solver="g4") as solver:
         solver.oracle.set_phases(_phases(formula, solver.vmap.e2i))
-        solver.timer = Timer(time_limit, solver.interrupt)
+        solver.time_limit, solver.timer = time_limit, Timer(time_limit, solver.interrupt)
         try:
             model = solver.compute(expect_interrupt=True)
         finally:
@@ -90,17 +90,25 @@ def _optimum(formula: Formula, time_limit: float) -> tuple[dict[int, bool] | Non
 
 
 def _limited(rc2: Any) -> Any:
-    """RC2 whose ``timer`` starts with its first call of the SAT solver, before which an interrupt would be lost."""
+    """RC2 that ends after ``time_limit``.
+
+    The ``timer`` interrupts a long call of the SAT solver; it starts with the first, before which an interrupt would be
+    lost. Between short calls, which may leave the thread of the timer no room, the clock is looked at.
+    """
 
     class LimitedRC2(rc2):  # type: ignore[misc]
         timer: Timer
-        _started = False
+        time_limit: float
+        _started: float | None = None
 
         def _call_oracle(self, *arguments: Any, **keywords: Any) -> Any:
-            if not self._started:
-                self._started = True
+            if self._started is None:
+                self._started = time.monotonic()
                 self.timer.start()
-            return super()._call_oracle(*arguments, **keywords)
+            satisfied = super()._call_oracle(*arguments, **keywords)
+            if time.monotonic() - self._started > self.time_limit:
+                self.interrupted = True
+            return satisfied
 
     return LimitedRC2
 
