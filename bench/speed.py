@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.interleaved import Result
 from bench.run import RESULTS, ROOT
+from bench.training import Measurement, Point
 
 PAGE = ROOT.parent / "README.md"
 BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->"
@@ -50,17 +51,13 @@ def rows(name: str) -> Iterator[str]:
 
 def training_rows() -> Iterator[str]:
     """A row for each point: time of a step, and bytes that the forward saves."""
-    for measurement in load("training")["points"]:
-        samples = {
-            method: [sum(times) for times in zip(*phases.values(), strict=True)]
-            for method, phases in measurement["samples"].items()
-        }
-        result = Result("", samples)
-        saved = {method: count["saved"] for method, count in measurement["bytes"].items()}
-        cells = [f"{result.ratio('ours', against).value:.2f}" for against in ("full + mask", "LoRA", "SHiRA")]
+    for entry in load("training")["points"]:
+        measurement = Measurement(Point(**entry["point"]), entry["samples"], entry["bytes"])
+        steps, saved = measurement.steps, {method: count["saved"] for method, count in measurement.bytes.items()}
+        cells = [f"{steps.ratio('ours', against).value:.2f}" for against in ("full + mask", "LoRA", "SHiRA")]
         cells.append(f"{saved['ours'] / saved['LoRA']:.2f}")
-        cells.append(f"{1e3 * median(samples['ours']):.0f} ms")
-        yield f"| {measurement['point']['name']} | {' | '.join(cells)} |\n"
+        cells.append(f"{1e3 * median(steps.samples['ours']):.0f} ms")
+        yield f"| {measurement.point.name} | {' | '.join(cells)} |\n"
 
 
 def section() -> str:

@@ -200,13 +200,17 @@ class Statistics:
         for tensor in (*self.tensors(), self.skipped):
             tensor.zero_()
 
+    def empty(self, device: torch.device | None = None) -> Statistics:
+        """Returns statistics of the same sites and groups in which nothing is recorded, here or on another device."""
+        return Statistics(self.sites, self.fingerprint, self.groups, device or self.values.device)
+
     def merge(self, other: Statistics) -> Statistics:
         """Returns the statistics of both recordings together.
 
         Raises:
             SelectionError: the other statistics belong to another model.
         """
-        merged = Statistics(self.sites, self.fingerprint, self.groups, self.values.device)
+        merged = self.empty()
         merged.add(self)
         merged.add(other)
         return merged

@@ -85,8 +85,11 @@ class ConflictCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Selects anew when it is time."""
         if self.relocalize_every and state.global_step and state.global_step % self.relocalize_every == 0:
-            self._recorded()
-            self._relocalize()
+            self._stop()
+            selection = self._select(self._since_selection)
+            self.trainer.reselect(selection)
+            self.selections.append(selection)
+            self._begin()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves the model as it was before training, but for what was trained."""
@@ -99,7 +102,7 @@ class ConflictCallback(TrainerCallback):
         if patched.sites != self.trainer.sparse.selection.sites:
             raise PatchError("channels of MLPs and experts are scored while they train, the selection has other units")
         self._patched: Patched = patched
-        self._since_selection: Statistics | None = None
+        self._since_selection = patched.statistics.empty()
         self._record()
 
     def _record(self) -> None:
@@ -113,26 +116,21 @@ class ConflictCallback(TrainerCallback):
         if self._figures in self.trainer.further_logs:
             self.trainer.further_logs.remove(self._figures)
 
-    def _recorded(self) -> Statistics:
-        """What was recorded since the last time, which begins anew."""
+    def _stop(self) -> Statistics:
+        """Ends the recording; returns what was recorded since the last time."""
         self._block.close()
-        sites = self._patched.statistics
-        found = Statistics(sites.sites, sites.fingerprint, sites.groups, sites.values.device)
-        found.add(sites)
-        if self._since_selection is None:
-            self._since_selection = found
-        else:
-            self._since_selection = self._since_selection.merge(found)
-        sites.reset()
-        self._record()
-        return found
+        self._since_selection.add(self._patched.statistics)
+        return self._patched.statistics
 
     def _select(self, statistics: Statistics) -> Selection:
         self.scores = score(statistics, self.criterion)
         return select(self.scores, fraction=self.fraction or self.trainer.sparse.selection.fraction)
 
     def _figures(self) -> dict[str, float]:
-        training, now = self.trainer.sparse.selection, self._select(self._recorded())
+        recorded = self._stop()
+        training, now = self.trainer.sparse.selection, self._select(recorded)
+        recorded.reset()
+        self._record()
         selected = torch.cat([now.scores[site][training.units(site)] for site in now.sites])
         everything = torch.cat([now.scores[site] for site in now.sites])
         others = (everything.sum() - selected.sum()) / max(1, len(everything) - len(selected))
@@ -141,11 +139,3 @@ class ConflictCallback(TrainerCallback):
             "conflict_others": float(others),
             "conflict_overlap": training.overlap(now),
         }
-
-    def _relocalize(self) -> None:
-        assert self._since_selection is not None
-        selection = self._select(self._since_selection)
-        self._block.close()
-        self.trainer.reselect(selection)
-        self.selections.append(selection)
-        self._begin()

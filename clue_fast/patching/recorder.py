@@ -266,7 +266,7 @@ class Recorder:
         if device == self.statistics.values.device:
             return self.statistics
         if device not in self.elsewhere:
-            other = Statistics(self.statistics.sites, self.statistics.fingerprint, self.statistics.groups, device)
+            other = self.statistics.empty(device)
             if self.gradients:
                 other.allocate_gradients()
             self.elsewhere[device] = other

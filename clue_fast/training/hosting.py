@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from clue_fast.errors import SiteError, SparseError
-from clue_fast.patching import Patched, patch, patched_of
+from clue_fast.errors import SparseError
+from clue_fast.patching import Patched
 from clue_fast.selection import Selection
 from clue_fast.training.adamw import SparseAdamW
 from clue_fast.training.checkpoints import WholeCheckpoints
+from clue_fast.training.fusing import fused
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.optimizer import SparseOptimizer
 from clue_fast.training.parts import DDP, trained_parts
@@ -54,31 +56,20 @@ class SparseTraining(WholeCheckpoints, _Base):
                 optimizer that cannot train selected weights.
         """
         self.sparse, self.layer_lr, self.master, self.memory = sparse, layer_lr, master, {}
-        self.patched, self.further_logs = None, []
+        self.patched, self._fusing, self.further_logs = None, ExitStack(), []
         _check_distribution(self)
         _optimizer_name(self.args)
         self.add_callback(_Bookkeeping(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See ``transformers.Trainer.train``; the model is patched as long as it lasts."""
-        try:
+        with self._fusing:
             self._fuse()
             return super().train(*args, **kwargs)
-        finally:
-            self._separate()
 
     def _fuse(self) -> None:
-        if patched_of(self.sparse.model) is not None:
-            return
-        try:
-            self.patched = patch(self.sparse.model, strict=False)
-        except SiteError:  # such as heads alone
-            return
-
-    def _separate(self) -> None:
-        if self.patched is not None:
-            self.patched.__exit__(None, None, None)
-            self.patched = None
+        self._fusing.callback(setattr, self, "patched", None)
+        self.patched = self._fusing.enter_context(fused(self.sparse.model))
 
     @property
     def inner_optimizer(self) -> Any:
@@ -115,12 +106,12 @@ class SparseTraining(WholeCheckpoints, _Base):
                 "DistributedDataParallel keeps to the parameters it began with; to select anew, end the training and "
                 "start another, or train on one process"
             )
-        fused = self.patched is not None
-        self._separate()
+        was_fused = self.patched is not None
+        self._fusing.close()
         try:
             self.sparse.reselect(selection)
         finally:
-            if fused:
+            if was_fused:
                 self._fuse()
         self.inner_optimizer.follow(self.sparse.model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -26,11 +27,11 @@ class Kept:
 
     def check(self, plans: Iterable[Slices]) -> None:
         """Raises SparseError if a parameter that trained by rows is to train by columns, or the other way round."""
-        for slices in plans:
-            for before, _ in self.trained:
-                part = slices.part
-                if (before.path, before.lead) == (part.parameter, part.lead) and before.dim != part.dim:
-                    raise SparseError(f"{before.path} trained along dimension {before.dim}; keep to it")
+        dims = {(part.path, part.lead): part.dim for part, _ in self.trained}
+        for part in (slices.part for slices in plans):
+            dim = dims.get((part.parameter, part.lead), part.dim)
+            if dim != part.dim:
+                raise SparseError(f"{part.parameter} trained along dimension {dim}; keep to it")
 
     def give(self, parts: list[TrainedPart]) -> list[TrainedPart]:
         """Gives new parts the values of the slices that they share with those kept.
@@ -39,11 +40,12 @@ class Kept:
             Parts of the slices that are in none of the new ones.
         """
         retired = []
+        of_weight: defaultdict[tuple[str, int | None], list[TrainedPart]] = defaultdict(list)
+        for part in parts:
+            of_weight[part.path, part.lead].append(part)
         for before, master in self.trained:
             gone = torch.ones_like(before.index, dtype=torch.bool)
-            for part in parts:
-                if part.path != before.path or part.lead != before.lead:
-                    continue
+            for part in of_weight[before.path, before.lead]:
                 mine, theirs = _shared(part.index, before.index)
                 gone[theirs] = False
                 part.original.index_copy_(part.dim, mine, before.original.index_select(part.dim, theirs))

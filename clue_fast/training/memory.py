@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clue_fast.data import IGNORED_LABEL
-from clue_fast.errors import SiteError, SparseError
+from clue_fast.errors import SparseError
 from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
-from clue_fast.patching import patch, patched_of
+from clue_fast.patching import patched_of
 from clue_fast.selection import Selection
+from clue_fast.training.fusing import fused
 from clue_fast.training.objectives.predictions import Batch, head_of, join, run
 from clue_fast.training.parts import TrainedPart, plan, trained_parts
 from clue_fast.training.sparse import make_parts
@@ -87,7 +88,7 @@ def estimate_memory(
     batches = [batch] if "labels" in batch else list(batch.values())
     joined = join(batches)  # type: ignore[arg-type]
     counted, plans = _positions(model, joined), plan(selection)
-    with _fused(model), FakeTensorMode(allow_non_fake_inputs=True) as mode, _reference_backend():
+    with fused(model), FakeTensorMode(allow_non_fake_inputs=True) as mode, _reference_backend():
         shadow = _shadow(model)
         parts = make_parts(shadow, plans)
         inputs: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in joined.items()}
@@ -152,16 +153,6 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tenso
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-@contextmanager
-def _fused(model: nn.Module) -> Iterator[None]:
-    """The model patched, as a trainer has it, where that is possible."""
-    with ExitStack() as stack:
-        if patched_of(model) is None:
-            with suppress(SiteError):
-                stack.enter_context(patch(model, strict=False))
-        yield
 
 
 @contextmanager

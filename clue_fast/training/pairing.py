@@ -102,6 +102,6 @@ def grouped(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, 
     for name, batch in batches.items():
         labels, ids = batch["labels"], batch.get("input_ids")
         by_token = ids is not None and ids.shape == labels.shape
-        counted = labels != IGNORED_LABEL if by_token else torch.ones_like(labels[:, 0] if labels.dim() > 1 else labels)
+        counted = labels != IGNORED_LABEL if by_token else torch.ones(len(labels), device=labels.device)
         found[name] = {**batch, "token_group": counted.to(torch.int8) * numbers.get(name, 0)}
     return found
