@@ -7,14 +7,13 @@
 #include <vector>
 
 #include "arguments.h"
+#include "selected_arguments.h"
 #include "stochastic.h"
 
 namespace clue {
 
 constexpr int64_t block_values = 16384;  // what a thread takes at a time
 constexpr int64_t column_tile = 256;     // values whose cache lines are fetched together
-
-using Tensors = std::vector<Tensor>;
 
 // One weight. Its selected part is a matrix [rows, columns], contiguous in value, grad and every moment.
 template <class Rule>
@@ -159,17 +158,6 @@ inline const int64_t* index_of(const Tensor& index, int64_t size, const char* op
     require(0 <= position[i] && position[i] < size, op, "an index is ", position[i], ", outside [0, ", size, ")");
   return position;
 }
-
-// What every rule is given: lists with one entry a weight, and numbers.
-struct SelectedArguments {
-  const Tensors &values, &grads;
-  const std::vector<const Tensors*> moments;
-  const Tensors &weights, &indices;
-  const std::vector<int64_t>& dims;
-  const Tensor &lr, &weight_decay, &step;
-  const std::optional<Tensor>&seed, &grad_scale, &found_inf;
-  const char* op;
-};
 
 // The selected part of weight i, but for its key and its rule.
 template <class Rule>

@@ -4,23 +4,11 @@
 #include <vector>
 
 #include "cpu/arguments.h"
+#include "selected_arguments.h"
 #include "selected_update.h"
 #include "stream.h"
 
 namespace clue {
-
-using Tensors = std::vector<Tensor>;
-
-// What every rule is given: lists with one entry a weight, and numbers.
-struct SelectedArguments {
-  const Tensors &values, &grads;
-  const std::vector<const Tensors*> moments;
-  const Tensors &weights, &indices;
-  const std::vector<int64_t>& dims;
-  const Tensor &lr, &weight_decay, &step;
-  const std::optional<Tensor>&seed, &grad_scale, &found_inf;
-  const char* op;
-};
 
 inline void require_cuda(const Tensor& tensor, int32_t device, const char* op, const char* name) {
   require(tensor.is_cuda() && tensor.get_device_index() == device, op, name, " must be on the device of the weights");
