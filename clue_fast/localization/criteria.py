@@ -35,11 +35,13 @@ PASSES = {
     "activations": (1, 0),
     "weight_inputs": (1, 0),
     "gradients": (1, 1),
-    "weight_gradients": (1, 1),
+    "squared_gradients": (1, 1),
+    "mean_gradients": (1, 1),
     "integrated_gradients": (1, 1),
 }
 """What a criterion can need, and the forward and backward passes over each data set that it costs; for
-``integrated_gradients`` that many for each step and layer."""
+``mean_gradients`` that many for every 8 GiB of gradients, 8 bytes a weight, for ``integrated_gradients`` for each step
+and layer."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 E is the mean over the counted tokens of a set, E_s that over its records s, a the activation of a unit, and
 p = a·∂f/∂a its first-order effect on the target f. A unit u owns the weights w_u: its rows and columns of the modules
-around it; g_u(s) is the gradient of the loss of record s, the mean over its answer tokens, with respect to them.
-Formulas that the field has for single weights are summed over the weights of a unit.
+around it; g_u(s) is the gradient of the loss of record s, the mean over its answer tokens, with respect to them, and
+ḡ_u = E_s g_u(s). Formulas that the field has for single weights are summed over the weights of a unit.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from clue_fast import ops
 from clue_fast.localization.criteria import Measured, criterion
 from clue_fast.localization.integrated_gradients import INTEGRATED
-from clue_fast.localization.units import Units, directions
-from clue_fast.localization.weight_gradients import NORM, PRODUCT, SQUARE
+from clue_fast.localization.units import Units
+from clue_fast.localization.weight_gradients import MAGNITUDE, OVERLAP, PRODUCT, SQUARE
 from clue_fast.localization.weight_inputs import WEIGHTED_INPUT
 
 FISHER_FLOOR = 1e-12
 VARIANCE_FLOOR = 1e-12
 ERROR_FLOOR = 1e-24  # below what float32 activations can differ by
-WAGLE_GAMMA = 1.0
+WAGLE_GAMMA = 1e-6
 
 
 def _launch(measured: Measured, name: str) -> Tensor:
@@ -80,6 +80,8 @@ def welch(measured: Measured) -> Tensor:
 def ratio(measured: Measured) -> Tensor:
     """E_forget|a| / (E_retain|a| + 0.01)
 
+    The importance of the paper that it calls absolute, over all tokens of a text; here over the counted ones.
+
     Source: Pochinkov & Schoots 2024, arXiv 2403.01267.
     """
     return _launch(measured, "ratio")
@@ -90,7 +92,8 @@ def attribution(measured: Measured) -> Tensor:
     """E_forget|p| - E_retain|p|
 
     f is the log-odds of the answer tokens unless another target is asked for: where an answer is memorized, the
-    gradient of its loss is nearly noise.
+    gradient of its loss is nearly noise. The paper has the loss, and takes the mean over the positions of an example
+    before the magnitude; here every token counts by itself, so that effects of both signs do not cancel.
 
     Source: first-order Taylor importance, Molchanov et al. 2017, arXiv 1611.06440.
     """
@@ -114,12 +117,13 @@ def _fisher(units: Units) -> Tensor:
     return units.record_mean(SQUARE)
 
 
-@criterion(needs="weight_gradients", target="loss", importance=_fisher)
+@criterion(needs="squared_gradients", target="loss", importance=_fisher)
 def fisher(measured: Measured) -> Tensor:
     """F_forget / F_retain with F = E_s |g_u(s)|²
 
-    F is the diagonal of the empirical Fisher information summed over the weights of the unit. The paper dampens
-    where F_forget > alpha F_retain, so that its order is that of the ratio.
+    F is the diagonal of the empirical Fisher information summed over the weights of the unit. The paper dampens each
+    weight where F_forget > alpha F, F over the whole training data, which rises with the ratio; its ratio is of
+    single weights, here of the sums over a unit. Its public code squares gradients of batches, here of records.
 
     Source: selective synaptic dampening (SSD), Foster et al. 2024, arXiv 2308.07707.
     """
@@ -135,7 +139,8 @@ def wanda(measured: Measured) -> Tensor:
     """S_forget - S_retain with S = sum over the weights w_ij of the unit of |w_ij| sqrt(E[z_j²])
 
     z_j is the input that the weight multiplies; the paper has its norm over the tokens, here divided by their
-    number, so that sets of different sizes compare.
+    number, so that sets of different sizes compare. Of two sets, Wei et al. take the top weights of one without
+    those of the other; that are the categories, while this is the difference of both scores.
 
     Source: Sun et al. 2024, arXiv 2306.11695, equation 1; of two sets, Wei et al. 2024, arXiv 2402.05162.
     """
@@ -143,37 +148,40 @@ def wanda(measured: Measured) -> Tensor:
 
 
 def _saliency(units: Units) -> Tensor:
-    return units.record_mean(NORM)
+    return units.record_mean(MAGNITUDE)
 
 
-@criterion(needs="weight_gradients", target="loss", importance=_saliency)
+@criterion(needs="mean_gradients", target="loss", importance=_saliency)
 def salun(measured: Measured) -> Tensor:
-    """E_forget,s |g_u(s)|
+    """Sum over the weights i of the unit of |ḡ_forget,i|
 
-    The paper takes the magnitude of the gradient of the whole forget set for each weight. The norm of that gradient
-    would need all of it at once; here the norm is taken of each record, inside its backward pass, and averaged.
+    The paper thresholds the magnitude of the gradient of the forgetting loss, over the whole forget set, for each
+    weight. Its public code also takes a step of SGD after each batch that it adds; here the weights stay.
 
-    Source: saliency unlearning, Fan et al. 2024, arXiv 2310.12508.
+    Source: saliency unlearning, Fan et al. 2024, arXiv 2310.12508, weight saliency mask.
     """
     return _saliency(measured.forget)
 
 
-@criterion(needs="weight_gradients", target="loss", importance=lambda units: units.record_mean(PRODUCT).abs())
+@criterion(needs="mean_gradients", target="loss", importance=lambda units: units.record_mean(PRODUCT).abs())
 def wagle(measured: Measured) -> Tensor:
-    """|w_u·g_forget - (1/γ) sum_k (ŵ_k·g_forget) (ŵ_k·g_retain)| with γ = 1
+    """|sum over the weights i of the unit of (w_i - ḡ_retain,i / γ) ḡ_forget,i| with γ = 1e-6
 
-    g is the gradient of the mean loss of a set with respect to w_u, and ŵ_k are the weight vectors that make up w_u
-    (its rows and columns: gate, up and down), at length 1. The paper has w_i g_forget,i - (1/γ) g_retain,i g_forget,i
-    for weight i. Summed over a unit, the first term is w_u·g_forget; of a column of down_proj it is sum_t a ∂L/∂a,
-    of a row of up_proj the same, of a row of gate_proj sum_t y ∂L/∂y with y its output. The second is the inner
-    product of two gradients, of which only the part along the unit's own weight vectors is taken: it needs one number
-    a vector instead of both gradients.
+    S_i = w_i ḡ_forget,i - ḡ_retain,i ḡ_forget,i / γ is how much the forget loss changes to first order with a factor
+    on weight i, when the retain loss is minimized again with a Hessian of γ on its diagonal. So that of one factor on
+    all weights of the unit is their sum; a sum of |S_i| would lose nearly all that the retain set has to say, see
+    ``docs/localization.md``. The public code (OPTML-Group/WAGLE) takes the weights with the greatest |S_i|, with
+    γ = 1e-6 ("mu") in its configurations of TOFU and WMDP. It has sums over the records where the paper has means,
+    which makes γ smaller still. At this γ the second term decides nearly alone: a unit scores high where the gradients
+    of both sets overlap, with either sign.
 
-    Source: Jia et al. 2024, arXiv 2410.17509.
+    The categories come from the first term of each set, |sum w_i ḡ_i|. Where statistics are merged, the overlap is
+    that inside each recording.
+
+    Source: Jia et al. 2024, arXiv 2410.17509, weight attribution score.
     """
     forget, retain = measured.forget, measured.retain
-    overlap = (directions(forget) * directions(retain)).sum(0)
-    return (forget.record_mean(PRODUCT) - overlap / WAGLE_GAMMA).abs()
+    return (forget.record_mean(PRODUCT) - retain.record_mean(OVERLAP) / WAGLE_GAMMA).abs()
 
 
 def _integrated(units: Units) -> Tensor:
@@ -185,7 +193,9 @@ def integrated_gradients(measured: Measured) -> Tensor:
     """A_forget - A_retain with A = E_s[a / m · sum_k=1..m ∂P(k/m · a)/∂a]
 
     P is the probability of the answer, and the activations of one layer at a time are scaled from 0 to their value,
-    in m = 20 steps, at the tokens that predict an answer token. m forward and backward passes a layer.
+    in m = 20 steps, at the tokens that predict an answer token. m forward and backward passes a layer. The paper fills
+    one mask with one token, and then keeps the neurons above .2 of the greatest that many prompts share; here answers
+    have any number of tokens, whose probabilities are summed, and records are averaged.
 
     Source: knowledge neurons, Dai et al. 2022, arXiv 2104.08696.
     """

@@ -15,7 +15,7 @@ from clue_fast.data import IGNORED_LABEL, Collator, Example, check_disjoint, enc
 from clue_fast.localization.criteria import get_criterion
 from clue_fast.localization.integrated_gradients import IntegratedGradients
 from clue_fast.localization.targets import answer_target, check_target, record_target
-from clue_fast.localization.weight_gradients import WeightGradientRecorder
+from clue_fast.localization.weight_gradients import SquaredGradientRecorder, mean_gradient_recorders
 from clue_fast.localization.weight_inputs import WeightInputRecorder
 from clue_fast.patching import Patched, patch
 from clue_fast.sites import DEFAULT_KINDS, find_sites, model_fingerprint
@@ -87,8 +87,10 @@ def measure_batches(
     statistics = Statistics(find_sites(model, kinds), model_fingerprint(model), device=_device(model))
     if chosen.needs == "weight_inputs":
         _record_weight_inputs(model, statistics, batches)
-    elif chosen.needs == "weight_gradients":
-        _record_weight_gradients(model, statistics, batches, differentiated)
+    elif chosen.needs == "squared_gradients":
+        _record_squared_gradients(model, statistics, batches, differentiated)
+    elif chosen.needs == "mean_gradients":
+        _record_mean_gradients(model, statistics, batches, differentiated)
     elif chosen.needs == "integrated_gradients":
         _record_integrated_gradients(model, statistics, batches, differentiated)
     statistics.check_finite()
@@ -184,11 +186,19 @@ def _record_weight_inputs(model: nn.Module, statistics: Statistics, batches: Bat
             recorder.count_records()
 
 
-def _record_weight_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
-    with inference(model), WeightGradientRecorder(model, statistics) as recorder:
+def _record_squared_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
+    with inference(model), SquaredGradientRecorder(model, statistics) as recorder:
         for batch, recorder.groups in batches.on(_device(model)):
             torch.autograd.backward(record_target(_logits(model, batch), batch["labels"], target).sum())
             recorder.count_records()
+
+
+def _record_mean_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
+    statistics.records += torch.tensor([len(records) for records in batches.data], device=statistics.records.device)
+    for recorder in mean_gradient_recorders(model, statistics):
+        with inference(model), recorder:
+            for batch, recorder.groups in batches.on(_device(model)):
+                torch.autograd.backward(record_target(_logits(model, batch), batch["labels"], target).sum())
 
 
 def _record_integrated_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:

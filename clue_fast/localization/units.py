@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from clue_fast.errors import PatchError
@@ -89,11 +88,3 @@ class Units:
         if self.statistics.gradient_values is None:
             raise PatchError("no gradients were recorded; record with gradients=True and run backward")
         return self.statistics.gradient_values[self._row, GRADIENT_FIELDS.index(field)] / self.tokens
-
-
-def directions(units: Units) -> Tensor:
-    """Mean gradients over the records along each weight vector of each unit, [vectors, units]."""
-    names = sorted(name for name in units.statistics.record_sums if name.startswith("gradient_direction."))
-    if not names:
-        raise PatchError("no gradients of weights were recorded")
-    return torch.stack([units.record_mean(name) for name in names])

@@ -1,18 +1,15 @@
-"""Gradients of the weights of every unit, reduced to a few numbers a unit inside the backward pass.
+"""Gradients of the weights of every unit, reduced to a few numbers a unit.
 
-No gradient of a weight matrix is ever formed. Let a unit own a row of y = Wz; the gradient of that row is
-sum_t d_t z_t with d = dL/dy, over the tokens t of a record. Then, for each record,
-
-- its squared norm is sum_tt' (d_t d_t') (z_t · z_t'): one Gram matrix of the inputs, [tokens, tokens], serves all rows;
-- its product with the row itself is sum_t d_t y_t, since y = Wz.
-
-For a column of W, the inputs z of the unit and the gradients d of all outputs change places: the squared norm is
-sum_tt' (z_t z_t') (d_t · d_t'), and the product sum_t z_t dL/dz_t, the a·dL/da of the unit.
+Let z be the inputs of a linear module y = Wz + b and d = dL/dy, both over the tokens t of a record. The gradient of W
+is sum_t d_t z_t. What is a mean over records of something that is squared needs no gradient matrix: the squared norm
+of a unit's row is sum_tt' (d_t d_t') (z_t · z_t'), where one Gram matrix of the inputs serves all rows; of a column, z
+and d change places. What compares the mean gradients of two sets weight by weight needs both as matrices.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,26 +19,69 @@ from clue_fast.localization.owned import BIAS, COLUMNS, Owned, matrix, output_bi
 from clue_fast.statistics import Statistics
 
 SQUARE = "gradient_square"
-NORM = "gradient_norm"
 PRODUCT = "weight_product"
+MAGNITUDE = "gradient_magnitude"
+OVERLAP = "gradient_overlap"
+
+GRADIENT_BYTES = 8 * 2**30
+"""Most memory that the mean gradients of both sets take at once; beyond it, there are further passes."""
 
 
-def direction(number: int) -> str:
-    """Name of the sum of the gradients along the unit's weight vector of that part, as a unit vector."""
-    return f"gradient_direction.{number}"
-
-
-class WeightGradientRecorder:
-    """Adds sums over records to statistics, while it is entered, in every backward pass.
-
-    Per unit, with g the gradient of all weights of the unit for one record, g_k and w_k those of its k-th part:
-    ``gradient_square`` |g|², ``gradient_norm`` |g|, ``weight_product`` w·g and ``gradient_direction.k`` w_k·g_k/|w_k|.
+class _BackwardRecorder:
+    """Sees the inputs and the output gradients of linear modules in every backward pass, while it is entered.
 
     Set ``groups``, int64 [records], before each forward pass: the group of each row of the batch. Each record must
     add its own target to what is differentiated.
 
     Args:
         model: its modules are hooked, nothing is replaced.
+        parts: what units own of them.
+    """
+
+    def __init__(self, model: nn.Module, parts: Sequence[Owned]) -> None:
+        self.groups = torch.zeros(0, dtype=torch.int64)
+        self._model = model
+        self._by_module: dict[str, list[Owned]] = defaultdict(list)
+        for owned in parts:
+            self._by_module[owned.module].append(owned)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Any:
+        for path in self._by_module:
+            self._handles.append(self._model.get_submodule(path).register_forward_hook(self._hook(path)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _add(self, path: str, z: Tensor, d: Tensor, groups: Tensor) -> None:
+        """Takes z [records, tokens, inputs] and d [records, tokens, outputs], in float32 or float64."""
+        raise NotImplementedError
+
+    def _hook(self, path: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            z, groups = arguments[0].detach(), self.groups
+
+            @torch.no_grad()
+            def add(d: Tensor) -> None:
+                self._add(path, _records(z, groups), _records(d, groups), groups)
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return hook
+
+
+class SquaredGradientRecorder(_BackwardRecorder):
+    """Adds ``gradient_square``, |g|² with g the gradient of all weights of a unit for one record, to statistics.
+
+    No gradient of a weight matrix is ever formed.
+
+    Args:
+        model: see ``_BackwardRecorder``.
         statistics: of the model; updated in place.
 
     Raises:
@@ -49,132 +89,143 @@ class WeightGradientRecorder:
     """
 
     def __init__(self, model: nn.Module, statistics: Statistics) -> None:
+        super().__init__(model, owned_parts(model, statistics))
         self.statistics = statistics
-        self.groups = torch.zeros(0, dtype=torch.int64)
-        self._model = model
-        self._by_module: dict[str, list[Owned]] = defaultdict(list)
-        for owned in owned_parts(model, statistics):
-            self._by_module[owned.module].append(owned)
-        self._parts = [site.parts for site in statistics.sites]
-        self._norms = {owned: self._weight_norm(owned) for parts in self._by_module.values() for owned in parts}
         self._squares: dict[int, Tensor] = {}
         self._arrived: Counter[int] = Counter()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        most = max(len(parts) for parts in self._parts)
-        self._directions = [direction(number) for number in range(most)]
-        statistics.allocate_record_sums(SQUARE, NORM, PRODUCT, *self._directions)
-
-    def __enter__(self) -> WeightGradientRecorder:
-        for path, parts in self._by_module.items():
-            module = self._model.get_submodule(path)
-            if any(owned.side == COLUMNS for owned in parts):
-                self._handles.append(module.register_forward_pre_hook(self._alias_hook(parts)))
-            self._handles.append(module.register_forward_hook(self._forward_hook(parts, module)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        statistics.allocate_record_sums(SQUARE)
 
     def count_records(self) -> None:
         """Counts the records of the last batch; call it once a batch."""
         counts = torch.bincount(self.groups, minlength=len(self.statistics.groups) + 1)
         self.statistics.records += counts[1:].to(self.statistics.records.device)
 
-    def _alias_hook(self, parts: list[Owned]) -> Any:
-        """Gives the module an input of its own, whose gradient is that of this module alone."""
-
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not arguments[0].requires_grad:
-                return None
-            z = arguments[0].view_as(arguments[0])
-            groups = self.groups
-
-            def add(grad: Tensor) -> None:
-                for owned in parts:
-                    if owned.side == COLUMNS:
-                        self._add_product(owned, _wide(owned.take(z.detach())) * _wide(owned.take(grad)), groups)
-
-            z.register_hook(add)  # type: ignore[no-untyped-call]
-            return (z, *arguments[1:])
-
-        return hook
-
-    def _forward_hook(self, parts: list[Owned], module: nn.Module) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
-                return
-            z, y, bias, groups = arguments[0].detach(), output.detach(), output_bias(module), self.groups
-            if bias is not None:
-                y = y - bias.detach()
-
-            def add(grad: Tensor) -> None:
-                self._add(parts, _records(z, groups), _records(y, groups), _records(grad, groups), bias, groups)
-
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-        return hook
-
-    @torch.no_grad()
-    def _add(self, parts: list[Owned], z: Tensor, y: Tensor, grad: Tensor, bias: Tensor | None, groups: Tensor) -> None:
+    def _add(self, path: str, z: Tensor, d: Tensor, groups: Tensor) -> None:
         z_gram = d_gram = None
-        for owned in parts:
+        for owned in self._by_module[path]:
             if owned.side == BIAS:
-                total = owned.take(grad).sum(1)
-                square = total.square()
-                assert bias is not None
-                self._add_product(owned, (owned.take(_wide(bias.detach())) * total)[:, None], groups)
+                square = owned.take(d).sum(1).square()
             elif owned.side == COLUMNS:
-                d_gram = grad @ grad.mT if d_gram is None else d_gram
+                d_gram = d @ d.mT if d_gram is None else d_gram
                 square = _quadratic(d_gram, owned.take(z))
             else:
                 z_gram = z @ z.mT if z_gram is None else z_gram
-                square = _quadratic(z_gram, owned.take(grad))
-                self._add_product(owned, owned.take(y) * owned.take(grad), groups)
+                square = _quadratic(z_gram, owned.take(d))
             self._add_square(owned, owned.per_unit(square), groups)
 
-    def _add_product(self, owned: Owned, product: Tensor, groups: Tensor) -> None:
-        """Adds sum_t w·g, from [records, tokens, slices]."""
-        per_record = owned.per_unit(_records(product, groups).double().sum(1))
-        norm = self._norms[owned].to(per_record.device)
-        for name, values in ((PRODUCT, per_record), (self._directions[owned.number], per_record / norm)):
-            self._add_by_group(name, owned.units, values, groups)
-
     def _add_square(self, owned: Owned, square: Tensor, groups: Tensor) -> None:
-        """Collects |g|² of all parts of a unit; once they are there, adds it and its root."""
+        """Collects |g|² of all parts of a unit; once they are there, adds it."""
         self._squares[owned.site] = self._squares.get(owned.site, 0.0) + square.double().clamp_min(0.0)
         self._arrived[owned.site] += 1
-        if self._arrived[owned.site] == len(self._parts[owned.site]):
+        if self._arrived[owned.site] == len(self.statistics.sites[owned.site].parts):
             total = self._squares.pop(owned.site)
             del self._arrived[owned.site]
-            self._add_by_group(SQUARE, owned.units, total, groups)
-            self._add_by_group(NORM, owned.units, total.sqrt(), groups)
-
-    def _add_by_group(self, name: str, units: slice, values: Tensor, groups: Tensor) -> None:
-        sums = self.statistics.record_sums[name]
-        for row in range(len(self.statistics.groups)):
-            sums[row, units] += values[(groups == row + 1).to(values.device)].sum(0).to(sums.device)
-
-    def _weight_norm(self, owned: Owned) -> Tensor:
-        """|w_k| of each unit, [width] float64, above zero."""
-        module = self._model.get_submodule(owned.module)
-        if owned.side == BIAS:
-            bias = output_bias(module)
-            assert bias is not None
-            squares = bias.detach().double().square()
-        else:
-            squares = matrix(module).detach().double().square().sum(0 if owned.side == COLUMNS else 1)
-        return owned.per_unit(owned.take(squares)).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+            sums = self.statistics.record_sums[SQUARE]
+            for row in range(len(self.statistics.groups)):
+                sums[row, owned.units] += total[(groups == row + 1).to(total.device)].sum(0).to(sums.device)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+class MeanGradientRecorder(_BackwardRecorder):
+    """At the end adds what the mean gradients ḡ over the records of each group are, to statistics.
+
+    Per unit, summed over its weights w_i: ``weight_product`` w_i ḡ_i, ``gradient_magnitude`` |ḡ_i| and
+    ``gradient_overlap`` ḡ_i ḡ_forget,i. They are added once for each record, so that their mean over the records is
+    the number itself, and merged statistics hold the mean of the recordings.
+
+    The gradients are held as matrices in float32, one a group: see ``mean_gradient_recorders`` for how much that is.
+
+    Args:
+        model: see ``_BackwardRecorder``.
+        statistics: of the model, with all records counted; updated when this ends.
+        parts: of the units of the statistics.
+    """
+
+    def __init__(self, model: nn.Module, statistics: Statistics, parts: Sequence[Owned]) -> None:
+        super().__init__(model, parts)
+        self.statistics = statistics
+        self._gradients: dict[str, Tensor] = {}
+        self._bias_gradients: dict[str, Tensor] = {}
+        statistics.allocate_record_sums(PRODUCT, MAGNITUDE, OVERLAP)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        super().__exit__(kind, *error)
+        if kind is None:
+            self._reduce()
+        self._gradients.clear()
+        self._bias_gradients.clear()
+
+    def _add(self, path: str, z: Tensor, d: Tensor, groups: Tensor) -> None:
+        rows = len(self.statistics.groups)
+        if path not in self._gradients:
+            self._gradients[path] = z.new_zeros(rows, d.shape[-1], z.shape[-1])
+            self._bias_gradients[path] = z.new_zeros(rows, d.shape[-1])
+        for row in range(rows):
+            members = (groups == row + 1).to(d.device)
+            of_row = d[members].flatten(0, 1)
+            self._gradients[path][row].addmm_(of_row.T, z[members].flatten(0, 1))
+            self._bias_gradients[path][row] += of_row.sum(0)
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        records = self.statistics.records
+        for path, gradients in self._gradients.items():
+            module = self._model.get_submodule(path)
+            weight, bias = matrix(module).detach(), output_bias(module)
+            counts = records.clamp_min(1).to(gradients)
+            means = gradients.div_(counts[:, None, None])
+            bias_means = (self._bias_gradients[path] / counts[:, None])[..., None]
+            for owned in self._by_module[path]:
+                if owned.side == BIAS:
+                    assert bias is not None
+                    self._add_sums(owned, bias.detach()[:, None], bias_means)
+                else:
+                    self._add_sums(owned, weight, means)
+
+    def _add_sums(self, owned: Owned, weight: Tensor, means: Tensor) -> None:
+        """Takes the weight that a unit owns slices of, and the mean gradients of each group, [groups, *weight]."""
+        dim = 0 if owned.side == COLUMNS else 1
+        for row, mean in enumerate(means):
+            for name, terms in (
+                (PRODUCT, weight.to(mean.dtype) * mean),
+                (MAGNITUDE, mean.abs()),
+                (OVERLAP, mean * means[0]),
+            ):
+                sums = self.statistics.record_sums[name]
+                of_units = owned.per_unit(owned.take(terms.sum(dim, dtype=torch.float64)))
+                sums[row, owned.units] += of_units.to(sums.device) * self.statistics.records[row]
+
+
+def mean_gradient_recorders(
+    model: nn.Module, statistics: Statistics, most: int = GRADIENT_BYTES
+) -> Iterator[MeanGradientRecorder]:
+    """Yields recorders that together see every unit; each needs a pass over all records.
+
+    The gradients of a weight take 4 bytes a group (8 in float64), as long as its recorder is entered. There are as
+    few recorders as keep them below ``most`` bytes, one for all where they fit; a module is never split.
+
+    Raises:
+        SiteError: the weights of a unit lie in no linear module.
+    """
+    chunk: list[Owned] = []
+    size = 0
+    modules: dict[str, list[Owned]] = defaultdict(list)
+    for owned in owned_parts(model, statistics):
+        modules[owned.module].append(owned)
+    for path, parts in modules.items():
+        weight = matrix(model.get_submodule(path))
+        of_module = len(statistics.groups) * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
+        if chunk and size + of_module > most:
+            yield MeanGradientRecorder(model, statistics, chunk)
+            chunk, size = [], 0
+        chunk += parts
+        size += of_module
+    yield MeanGradientRecorder(model, statistics, chunk)
 
 
 def _records(x: Tensor, groups: Tensor) -> Tensor:
     """Returns x as [records, tokens, features], in float32 or float64; some models flatten the first two."""
-    return _wide(x).reshape(len(groups), -1, x.shape[-1])
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide.reshape(len(groups), -1, x.shape[-1])
 
 
 def _quadratic(gram: Tensor, own: Tensor) -> Tensor:

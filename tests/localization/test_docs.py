@@ -21,6 +21,8 @@ def table() -> str:
         passes = f"{forward} + {backward}"
         if criterion.needs == "integrated_gradients":
             passes += " for each of 20 steps and each layer"
+        if criterion.needs == "mean_gradients":
+            passes += " for every 8 GiB of gradients, 8 bytes a weight"
         formula = criterion.formula.replace("|", r"\|")
         rows.append(f"| `{name}` | {formula} | {passes} | {criterion.source} |")
     return "\n".join(rows) + "\n"

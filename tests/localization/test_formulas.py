@@ -10,10 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from clue_fast.errors import PatchError, SelectionError, UnknownNameError
-from clue_fast.localization import CRITERIA, Measured, criterion, importances, score
+from clue_fast.localization import CRITERIA, Measured, criterion, importances, score, weight_gradients
 from clue_fast.localization.criteria import PASSES
 from clue_fast.localization.integrated_gradients import STEPS
 from clue_fast.localization.measure import Batches, measure_batches
@@ -167,29 +167,29 @@ def slow_fisher(loop: SlowLoop) -> list[Tensor]:
     return [f / r for f, r in mean_over_sets(loop, diagonal)]
 
 
-def slow_salun(loop: SlowLoop) -> list[Tensor]:
-    gradients = loop.weight_gradients(loop.forget)
-    return [
-        torch.stack([sum(g.square().sum(1) for g in record[layer]).sqrt() for record in gradients]).mean(0)
-        for layer in range(len(loop.layers))
-    ]
+def mean_weight_gradients(loop: SlowLoop) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """For each layer the mean gradients of gate, up and down over the records of both sets."""
 
-
-def slow_wagle(loop: SlowLoop) -> list[Tensor]:
-    def mean_gradients(data: list) -> list[list[Tensor]]:
+    def mean(data: list) -> list[list[Tensor]]:
         gradients = loop.weight_gradients(data)
         return [
             [torch.stack([record[layer][part] for record in gradients]).mean(0) for part in range(3)]
             for layer in range(len(loop.layers))
         ]
 
+    return mean_over_sets(loop, mean)
+
+
+def slow_salun(loop: SlowLoop) -> list[Tensor]:
+    return [sum(g.abs().sum(1) for g in forget) for forget, _ in mean_weight_gradients(loop)]
+
+
+def slow_wagle(loop: SlowLoop) -> list[Tensor]:
+    gamma = 1e-6
     scores = []
-    for layer, (forget, retain) in enumerate(mean_over_sets(loop, mean_gradients)):
-        own = loop.weights(layer)
-        first = sum((w * g).sum(1) for w, g in zip(own, forget, strict=True))
-        unit = [w / w.norm(dim=1, keepdim=True) for w in own]
-        second = sum((v * f).sum(1) * (v * r).sum(1) for v, f, r in zip(unit, forget, retain, strict=True))
-        scores.append((first - second).abs())
+    for layer, (forget, retain) in enumerate(mean_weight_gradients(loop)):
+        of_weights = [w * f - r * f / gamma for w, f, r in zip(loop.weights(layer), forget, retain, strict=True)]
+        scores.append(sum(s.sum(1) for s in of_weights).abs())
     return scores
 
 
@@ -324,8 +324,91 @@ def test_gradients_of_the_weights_of_heads(baby_llama: LlamaForCausalLM, stories
         assert relative_error([values], [expected[kind]]) <= 1e-5
 
 
+def ranks(scores: Tensor) -> Tensor:
+    return scores.argsort().argsort().double()
+
+
+def spearman(one: list[Tensor], other: list[Tensor]) -> float:
+    return float(torch.corrcoef(torch.stack([ranks(torch.cat(one)), ranks(torch.cat(other))]))[0, 1])
+
+
+def test_wagle_ranks_as_the_exact_unit_score_in_any_dtype(baby_llama: LlamaForCausalLM, stories: Data) -> None:
+    exact = slow_wagle(SlowLoop(copy.deepcopy(baby_llama).double(), stories))
+    for dtype, least in ((torch.float64, 0.9999), (torch.float32, 0.9999), (torch.bfloat16, 0.98)):
+        model = copy.deepcopy(baby_llama).to(dtype)
+        own = spearman(slow_wagle(SlowLoop(model, stories)), exact)
+        assert spearman(list(score(measured(model, stories, "wagle"), "wagle").values()), exact) >= min(least, own)
+
+
+def test_another_retain_set_makes_another_ranking_of_wagle(baby_llama: LlamaForCausalLM, stories: Data) -> None:
+    forget, retain = stories
+
+    def found(kept: list) -> list[Tensor]:
+        return list(score(measured(baby_llama, [forget, kept], "wagle"), "wagle").values())
+
+    def tops(scores: list[Tensor]) -> set[int]:
+        return set(torch.cat(scores).topk(176).indices.tolist())
+
+    one, other = found(retain[:2]), found(retain[2:])
+    assert spearman(one, found(retain[:2])) == pytest.approx(1)
+    assert spearman(one, other) < 0.9
+    assert len(tops(one) & tops(other)) < 0.9 * 176
+
+
+def test_gradients_of_weights_and_biases_of_another_family(stories: Data) -> None:
+    """GPT-2 has its weights as [inputs, outputs], and biases that belong to units."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=105, n_embd=24, n_layer=2, n_head=2, n_positions=64, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2
+    )
+    model = GPT2LMHeadModel(config).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+
+    def owned(layer: int, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        mlp = model.transformer.h[layer].mlp
+        return [of(mlp.c_fc.weight).T, of(mlp.c_fc.bias)[:, None], of(mlp.c_proj.weight)]
+
+    means, squares = [], []
+    for data in stories:
+        records = []
+        for example in data:
+            model.zero_grad()
+            labels = torch.tensor([example["labels"]])
+            model(torch.tensor([example["input_ids"]]), labels=labels).loss.backward()
+            records.append([owned(layer, lambda p: p.grad.clone()) for layer in range(2)])
+        means.append(
+            [[torch.stack(each).mean(0) for each in zip(*layers, strict=True)] for layers in zip(*records, strict=True)]
+        )
+        squares.append([sum(sum(g.square().sum(1) for g in r[n]) for r in records) / len(data) for n in range(2)])
+    expected: dict[str, list[Tensor]] = {"salun": [], "wagle": [], "fisher": []}
+    for layer in range(2):
+        parts = list(zip(owned(layer, torch.detach), means[0][layer], means[1][layer], strict=True))
+        expected["salun"].append(sum(f.abs().sum(1) for _, f, _ in parts))
+        expected["wagle"].append(sum(((w - r / 1e-6) * f).sum(1) for w, f, r in parts).abs())
+        expected["fisher"].append(squares[0][layer] / squares[1][layer])
+    for name, scores in expected.items():
+        assert relative_error(list(score(measured(model, stories, name), name).values()), scores) <= 1e-6
+
+
+def test_mean_gradients_in_little_memory_are_the_same(
+    baby_llama: LlamaForCausalLM, stories: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more pass for every chunk of modules whose gradients fit."""
+    model = baby_llama.double()
+    at_once = measured(model, stories, "wagle")
+    gate = 2 * 8 * 352 * 128
+    monkeypatch.setattr(weight_gradients.mean_gradient_recorders, "__defaults__", (4 * gate,))
+    with counted_passes(model) as passes:
+        in_chunks = measured(model, stories, "wagle")
+    assert passes.forward == passes.backward == 4 * 9  # 15 modules, 4 at a time
+    for name, sums in at_once.record_sums.items():
+        torch.testing.assert_close(in_chunks.record_sums[name], sums)
+    assert in_chunks.records.tolist() == at_once.records.tolist() == [4, 5]
+
+
 def test_gradients_of_weights_leave_nothing_behind(baby_llama: LlamaForCausalLM, stories: Data) -> None:
-    for name in ("fisher", "wanda", "integrated_gradients"):
+    for name in ("fisher", "salun", "wagle", "wanda", "integrated_gradients"):
         measured(baby_llama, short(stories, name), name)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in baby_llama.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in baby_llama.modules())
