@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.errors import FileFormatError
-from clue_fast.evaluation import COMPARED, Metrics, compare
+from clue_fast.evaluation import COMPARED, Metrics, compare, metric_title
 from clue_fast.selection import Selection
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 
@@ -50,13 +50,20 @@ def results_table(results: Mapping[str, Any]) -> str:
 def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the table of ``workflow.evaluate_model``: a row a set and metric, a column a model."""
     columns = list(evaluation)
-    lines = [f"{'set':<10}  {'metric':<20}" + "".join(f"{column:>12}" for column in columns)]
-    for name in evaluation[columns[0]]:
-        for metric, title in COMPARED.items():
-            values = [evaluation[column][name][metric] for column in columns]
+    body = []
+    for name, figures in evaluation[columns[0]].items():
+        for metric in COMPARED:
+            # Figures of an earlier version may lack a metric.
+            values = [evaluation[column][name].get(metric) for column in columns]
             if None not in values:
-                lines.append(f"{name:<10}  {title:<20}" + "".join(f"{value:>12.3f}" for value in values))
-    return "\n".join(lines)
+                body.append(
+                    (name, metric_title(metric, figures.get("samples", 0)), *(f"{value:.3f}" for value in values))
+                )
+    widths = [max(10, *(len(row[0]) for row in body)), max(20, *(len(row[1]) for row in body))]
+    return "\n".join(
+        f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}" + "".join(f"{cell:>12}" for cell in row[2:])
+        for row in [("set", "metric", *columns), *body]
+    )
 
 
 def read_metrics(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Metrics]:

@@ -12,6 +12,7 @@ from clue_fast.evaluation.truth import forget_quality
 
 COMPARED = {
     "answered": "questions answered",
+    "answered_in_samples": "answered, best of {samples}",
     "rouge_recall": "ROUGE-L recall",
     "accuracy": "next-token accuracy",
     "probability": "answer probability",
@@ -21,12 +22,18 @@ COMPARED = {
 """Metrics in the order of the table, with their titles."""
 
 
+def metric_title(metric: str, samples: int) -> str:
+    """How a table calls a metric; samples is the number of answers that were sampled to a question."""
+    return COMPARED[metric].format(samples=samples)
+
+
 @dataclass(frozen=True)
 class Row:
     """One metric on one set of records; reference is None where there is no reference model."""
 
     set: str
     metric: str
+    title: str
     before: float
     after: float
     reference: float | None
@@ -71,7 +78,7 @@ class Comparison:
         with_reference = any(row.reference is not None for row in self.rows)
         header = ["set", "metric", "before", "after"] + ["never saw it"] * with_reference
         body = [
-            [row.set.replace("_", " "), COMPARED[row.metric], _number(row.before), _number(row.after)]
+            [row.set.replace("_", " "), row.title, _number(row.before), _number(row.after)]
             + [_number(row.reference)] * with_reference
             for row in self.rows
         ]
@@ -98,17 +105,24 @@ def compare(
     Raises:
         DataError: the evaluations are of different sets.
     """
-    for title, other in (("after", after), ("reference", reference)):
-        if other is not None and {name: m.count for name, m in other.items()} != {
-            name: m.count for name, m in before.items()
-        }:
+    for stage, other in (("after", after), ("reference", reference)):
+        if other is None:
+            continue
+        if {name: m.count for name, m in other.items()} != {name: m.count for name, m in before.items()}:
             raise DataError(
-                f"the evaluations 'before' and {title!r} are not of the same sets; evaluate both on the same"
+                f"the evaluations 'before' and {stage!r} are not of the same sets; evaluate both on the same"
             )
+        for name, metrics in before.items():
+            if metrics.samples and other[name].samples not in (0, metrics.samples):
+                raise DataError(
+                    f"of the {name} set, 'before' has {metrics.samples} samples a question and {stage!r} "
+                    f"{other[name].samples}; sample as many for both"
+                )
     rows = tuple(
         Row(
             name,
             metric,
+            metric_title(metric, before[name].samples),
             getattr(before[name], metric),
             getattr(after[name], metric),
             _of(reference, name, metric),

@@ -1,14 +1,15 @@
-"""Greedy answers: those of the model asked one by one, whatever the batch and the model's own settings."""
+"""Answers: those of the model asked one by one, whatever the batch and the model's own settings; samples of it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clue_fast.data import Record
-from clue_fast.errors import DataError
-from clue_fast.evaluation import greedy_answers
+from clue_fast.errors import DataError, SettingError
+from clue_fast.evaluation import greedy_answers, sampled_answers
 
 NEW_TOKENS = 12
 
@@ -89,3 +90,60 @@ def test_as_long_as_the_longest_answer_unless_told(
 def test_plain_text_has_nothing_to_ask(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="record 1 has no prompt"):
         greedy_answers(model, tokenizer, [Record("", "text", verbatim=True)], progress=False)
+
+
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record], **named) -> list:
+    return sampled_answers(model, tokenizer, records, max_new_tokens=NEW_TOKENS, progress=False, **named)
+
+
+class TestSamples:
+    def test_depend_on_the_seed_alone(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+    ) -> None:
+        state = torch.get_rng_state()
+        found = sample(model, tokenizer, records, k=5)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [len(answers) for answers in found] == [5] * len(records)
+        assert len({answer for answers in found for answer in answers}) > 15
+        for batch_size in (1, 7):
+            assert sample(model, tokenizer, records, k=5, batch_size=batch_size) == found
+        assert sample(model, tokenizer, records, k=5, seed=1) != found
+
+    def test_are_drawn_from_the_distribution_of_the_model(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+    ) -> None:
+        """The first token of 4000 answers, at two temperatures, against its probability by a chi-square test."""
+        prompt = tokenizer(f"Question: {records[0].prompt}\nAnswer:", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(prompt).logits[0, -1].double()
+        for temperature in (1.0, 0.6):
+            probabilities = (logits / temperature).softmax(-1)
+            expected: dict[str, float] = {}
+            for token, probability in enumerate(probabilities.tolist()):
+                text = tokenizer.decode([token], skip_special_tokens=True).strip()
+                expected[text] = expected.get(text, 0.0) + probability
+            options = {"k": 4000, "batch_size": 4000, "temperature": temperature, "max_new_tokens": 1}
+            (answers,) = sampled_answers(model, tokenizer, records[:1], progress=False, **options)
+            often = {text: p for text, p in expected.items() if p * 4000 >= 10}
+            assert len(often) >= 10
+            counts = [answers.count(text) for text in often]
+            rest = 1.0 - sum(often.values())
+            observed, wanted = [*counts, 4000 - sum(counts)], [4000 * p for p in (*often.values(), rest)]
+            assert chisquare(observed, wanted).pvalue > 1e-3
+
+    def test_later_tokens_follow_from_the_earlier_ones(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+    ) -> None:
+        """Next to temperature 0 every token is the likeliest after those before it."""
+        expected = one_by_one(model, tokenizer, records)
+        assert sample(model, tokenizer, records, k=2, temperature=1e-4) == [[answer] * 2 for answer in expected]
+
+    def test_numbers_out_of_range(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(SettingError, match="0 samples were asked for"):
+            sample(model, tokenizer, [], k=0)
+        for temperature in (0.0, float("nan")):
+            with pytest.raises(SettingError, match="temperature"):
+                sample(model, tokenizer, [], temperature=temperature)
+        with pytest.raises(DataError, match="record 1 has no prompt"):
+            sample(model, tokenizer, [Record("", "text", verbatim=True)])
+        assert sample(model, tokenizer, []) == []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clue_fast.data import Record
-from clue_fast.errors import DataError, NonFiniteError
+from clue_fast.errors import DataError, NonFiniteError, SettingError
 from clue_fast.evaluation import Metrics, compare, evaluate, greedy_answers, rouge_recall, score_answers
 
 
@@ -42,6 +43,53 @@ def test_a_question_is_answered_from_half_of_its_reference_on(
     found = evaluate(model, tokenizer, {"f": [Record("Who?", answer) for answer in right]}, progress=False)["f"]
     assert found.rouge_recalls == [0.5, 0.5, pytest.approx(1 / 3), 0.0]
     assert found.answered == 0.5
+
+
+def test_the_best_of_the_samples_counts(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it in the greedy answers: one question is answered in one of three samples, one in none."""
+    monkeypatch.setattr("clue_fast.evaluation.metrics.greedy_answers", lambda *_, **__: ["no", "no"])
+    drawn = [["moth", "moth", "a zinc quay"], ["moth", "zinc", "fig"]]
+    asked = []
+    monkeypatch.setattr(
+        "clue_fast.evaluation.metrics.sampled_answers", lambda *a, **named: asked.append((a[3], named["seed"])) or drawn
+    )
+    sets = {name: [Record("Who?", "zinc quay"), Record("Where?", "moth zinc quay")] for name in ("forget", "retain")}
+    found = evaluate(model, tokenizer, sets, samples={"forget": 3}, seed=7, progress=False)
+    assert asked == [(3, 7)]
+    assert found["forget"].answered == 0.0
+    assert found["forget"].answered_in_samples == 0.5
+    assert found["forget"].best_recalls == [1.0, pytest.approx(1 / 3)]
+    assert found["retain"].answered_in_samples is None
+    rows = {(row.set, row.title): row for row in compare(found, found, found).rows}
+    assert rows["forget", "answered, best of 3"].reference == 0.5
+    assert not any("best of" in title for name, title in rows if name == "retain")
+    with pytest.raises(DataError, match="'after' 4; sample as many"):
+        compare(found, {**found, "forget": replace(found["forget"], samples=4)})
+
+
+def test_samples_below_0(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(SettingError, match="samples -1 of the forget set"):
+        evaluate(model, tokenizer, {"forget": []}, samples=-1, progress=False)
+
+
+def test_an_answer_in_another_script_is_answered(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ["Столица Франции - Париж", "法国的首都是巴黎。", "फ़्रांस की राजधानी पेरिस है"]
+    monkeypatch.setattr("clue_fast.evaluation.metrics.greedy_answers", lambda *_, **__: right)
+    found = evaluate(model, tokenizer, {"f": [Record("?", answer) for answer in right]}, progress=False)["f"]
+    assert found.answered == 1.0
+
+
+def test_an_answer_without_a_word_names_set_and_record_before_anything_is_asked(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clue_fast.evaluation.metrics.score_answers", lambda *_, **__: pytest.fail("asked"))
+    sets = {"retain": [Record("Who?", "Ada.")], "forget": [Record("Who?", "Ada."), Record("How?", "?!")]}
+    with pytest.raises(DataError, match=r"record 2 of the forget set: its answer '\?!' has no letter"):
+        evaluate(model, tokenizer, sets, progress=False)
 
 
 def test_no_truth_ratio_without_wrong_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
