@@ -62,7 +62,8 @@ def localize(
         categories: give every unit one of the four categories, from its importance to each set, instead of ranking
             units by one score; see ``categorize``. The criterion ``circuit`` always does.
         circuit: of the criterion ``circuit``.
-        kinds: of units, see ``find_sites``; default the channels of MLPs and experts, with ``circuit`` heads too.
+        kinds: of units, see ``find_sites``; default the channels of MLPs and experts, with ``circuit`` also the
+            projections of heads.
         seed: of the criterion ``random``.
         target, max_length, tokens_per_batch, backend, progress: see ``measure``.
 
@@ -121,7 +122,7 @@ def check_criterion(name: str) -> str:
 def _kinds(criterion: str, kinds: Iterable[str] | None) -> tuple[str, ...]:
     if kinds is not None:
         return tuple(kinds)
-    return (*DEFAULT_KINDS, "attention") if criterion == CIRCUIT else DEFAULT_KINDS
+    return (*DEFAULT_KINDS, "projection") if criterion == CIRCUIT else DEFAULT_KINDS
 
 
 def _localize_by_circuits(
@@ -153,6 +154,6 @@ def _localize_by_circuits(
     retain_records = [record for records in sets.values() for record in records]
     statistics = measure(model, forget_records, retain_records, criterion=UNIT_CRITERION, **measuring)
     units = importances(statistics, UNIT_CRITERION)
-    selection = select_units(discovery, *units, **budget, grain=settings.grain)
+    selection = select_units(discovery, *units, **budget, granularity=settings.granularity)
     selection.statistics = statistics
     return selection

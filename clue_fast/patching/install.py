@@ -13,7 +13,7 @@ from clue_fast.errors import PatchError, SiteError
 from clue_fast.ops import backend as backends
 from clue_fast.patching.experts import ExpertsState, RecordedExperts
 from clue_fast.patching.fused import FusedGatedMLP, GatedState
-from clue_fast.patching.inputs import RecordInput
+from clue_fast.patching.hooks import RecordInput, RecordOutput
 from clue_fast.patching.probe import can_probe, probe, random_input
 from clue_fast.patching.recorder import Point, Recorder
 from clue_fast.patching.replacement import ForwardSwap, Hook, Override
@@ -163,7 +163,10 @@ def _install_hook(model: nn.Module, point: Point, made: Installation, note: str 
     projection = model.get_submodule(point.site.output)
     device = _device(projection)
     backends.choose("channel_statistics", device, point.recorder.backend)
-    handle = projection.register_forward_pre_hook(RecordInput(point), with_kwargs=True)
+    if point.site.structure == "rows":
+        handle = projection.register_forward_hook(RecordOutput(point))
+    else:
+        handle = projection.register_forward_pre_hook(RecordInput(point), with_kwargs=True)
     made.changes.append(Hook(handle))
     return Installed(point, "channel_statistics", device, False, note)
 

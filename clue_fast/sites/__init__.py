@@ -8,12 +8,13 @@ from clue_fast.sites.activation import ACTIVATIONS
 from clue_fast.sites.find import DEFAULT_KINDS, KINDS, Survey, check_sites, find_sites, survey
 from clue_fast.sites.fingerprint import model_fingerprint
 from clue_fast.sites.mlp import Unmatched
-from clue_fast.sites.site import Part, Site
+from clue_fast.sites.site import HEAD_FAMILIES, Part, Site
 from clue_fast.sites.wrapping import unwrap
 
 __all__ = [
     "ACTIVATIONS",
     "DEFAULT_KINDS",
+    "HEAD_FAMILIES",
     "KINDS",
     "Part",
     "Site",

@@ -16,6 +16,7 @@ from clue_fast.sites.projection import Projection, projection_of
 from clue_fast.sites.rehearsal import required_arguments, sample
 from clue_fast.sites.site import Site
 
+FAMILIES = {"attention": Measurement.heads, "projection": Measurement.slices}
 HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 TOKENS = 4
 
@@ -26,13 +27,13 @@ def head_size(module: nn.Module) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-def find_heads(model: nn.Module) -> dict[str, list[Site] | Unmatched]:
+def find_heads(model: nn.Module, families: Sequence[str] = ("attention",)) -> dict[str, list[Site] | Unmatched]:
     """Returns the attention heads of a model, by the path of the module that has them.
-
-    One site a module, or two where query heads share key/value heads; or why there is none.
 
     Args:
         model: runs a few times on a few tokens, in evaluation mode and without gradients, and stays as it is.
+        families: "attention" for whole heads: one site a module, or two where query heads share key/value heads;
+            "projection" for their slices in single projections: four sites a module. Where there is none, why not.
     """
     projections = _projections(model)
     heads = {path: size for path, module in model.named_modules() if (size := head_size(module)) is not None}
@@ -49,7 +50,7 @@ def find_heads(model: nn.Module) -> dict[str, list[Site] | Unmatched]:
             inner = [p for path, p in projections.items() if path.startswith(f"{core.path}.")]
             if core.run is None and required_arguments(core.module) == 1:
                 failure = _watch(model, projections, [core], _direct_run(core.module, inner[0].inputs)) or failure
-        return {core.path: core.sites(model, failure) for core in cores}
+        return {core.path: core.sites(model, families, failure) for core in cores}
 
 
 def _projections(model: nn.Module) -> dict[str, Projection]:
@@ -85,13 +86,14 @@ class _Core:
             self.output = last
             self.calls.pop()
 
-    def sites(self, model: nn.Module, failure: str | None) -> list[Site] | Unmatched:
+    def sites(self, model: nn.Module, families: Sequence[str], failure: str | None) -> list[Site] | Unmatched:
         """The sites of the heads, or why there are none."""
         reason = failure or "token ids alone do not make it run"
         if self.run is not None and self.output is not None:
             inputs = list({p.path: p for p, _ in self.calls}.values())
             try:
-                return Measurement(model, self.path, self.size, inputs, self.output, self.run).sites()
+                measured = Measurement(model, self.path, self.size, inputs, self.output, self.run)
+                return [site for family in families for site in FAMILIES[family](measured)]
             except (ValueError, RuntimeError, TypeError, IndexError) as error:
                 reason = str(error).splitlines()[0]
         return Unmatched(self.path, type(self.module).__name__, f"its heads could not be measured: {reason}")

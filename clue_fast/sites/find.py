@@ -12,10 +12,22 @@ from clue_fast.errors import SelectionError, SiteError, UnknownNameError
 from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
 from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp
-from clue_fast.sites.site import Site
+from clue_fast.sites.site import HEAD_FAMILIES, Site
 from clue_fast.sites.wrapping import unwrap
 
-KINDS = ("mlp", "expert", "attention", "attention_head", "attention_query", "attention_key_value")
+KINDS = (
+    "mlp",
+    "expert",
+    "attention",
+    "attention_head",
+    "attention_query",
+    "attention_key_value",
+    "projection",
+    "projection_query",
+    "projection_key",
+    "projection_value",
+    "projection_output",
+)
 DEFAULT_KINDS = ("mlp", "expert")
 
 
@@ -33,7 +45,7 @@ def find_sites(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> list[S
     Args:
         model: stays as it is; paths are those in the model inside of torch.compile and DistributedDataParallel.
         kinds: which families of units to look for, of ``KINDS``: ``mlp``, ``expert``, and on request ``attention``,
-            which stands for all kinds of heads.
+            which stands for all kinds of heads, or ``projection``, for the slices of heads in single projections.
 
     Raises:
         SiteError: the model has no site of these kinds.
@@ -54,7 +66,8 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
     model = unwrap(model)
     sites: list[Site] = []
     unmatched: list[Unmatched] = []
-    heads = find_heads(model) if any(kind.startswith("attention") for kind in wanted) else {}
+    families = [family for family in HEAD_FAMILIES if any(kind.startswith(family) for kind in wanted)]
+    heads = find_heads(model, families) if families else {}
     for path, module in model.named_modules():
         attention = heads.get(path, [])
         for found in (*_search(module, path, wanted), *(attention if isinstance(attention, list) else [attention])):

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HEAD_FAMILIES = ("attention", "projection")
+"""How the kinds of heads, and of their slices in single projections, begin."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -55,16 +58,21 @@ class Site:
         path: path of the module in the model, such as ``model.layers.3.mlp``.
         kind: family of the units: ``mlp`` (channels of a dense MLP), ``expert`` (channels of one expert),
             ``attention_head`` (with as many key/value heads as query heads), or ``attention_query`` and
-            ``attention_key_value`` (with grouped queries).
+            ``attention_key_value`` (with grouped queries); or the slices of a head in one projection each:
+            ``projection_query``, ``projection_key``, ``projection_value`` (of key/value heads) and
+            ``projection_output``.
         width: number of units.
         layer: index of the transformer layer in its tower, from 0.
         structure: how the module computes: ``gated`` (down(act(gate) · up)), ``packed`` (the same, gate and up in
-            one projection), ``plain`` (down(act(up))), ``experts`` (stacked ``packed``), or ``heads``.
-        output: path of the projection that reads the units' activations; for experts, of the parameter.
+            one projection), ``plain`` (down(act(up))), ``experts`` (stacked ``packed``), ``heads``, or ``rows`` (the
+            activations are what the rows of a projection give).
+        output: path of the projection that reads the units' activations; with ``rows``, of the one that gives them;
+            for experts, of the parameter.
         parts: what the units own of the parameters: all of it is trained together.
         inputs: paths of the projections that a unit has rows of; gate before up.
         activation: name of the activation in between, a key of ``ACTIVATIONS``, or None if it is another one.
-        channels: channels of the input of ``output`` that make up one unit: 1, or those of a head.
+        channels: channels of the input of ``output`` (with ``rows``, of what it gives) that make up one unit: 1, or
+            those of a head.
         index: which of the stacked experts.
     """
 
@@ -85,7 +93,16 @@ class Site:
         """What tells this site from all others: its path, and what else lives there."""
         if self.index is not None:
             return f"{self.path}[{self.index}]"
-        return f"{self.path}:{self.kind}" if self.kind.startswith("attention") else self.path
+        return f"{self.path}:{self.kind}" if self.kind.startswith(HEAD_FAMILIES) else self.path
+
+    def given_channels(self) -> Tensor:
+        """Returns where the activations are in what ``output`` gives, with the structure ``rows``.
+
+        int64 [width * channels], unit by unit.
+        """
+        units = torch.arange(self.width)
+        weight = [part for part in self.parts if part.parameter == self.parts[0].parameter]
+        return torch.cat([part.index(units).reshape(self.width, -1) for part in weight], dim=1).flatten()
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields, as JSON holds them."""

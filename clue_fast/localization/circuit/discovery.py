@@ -20,7 +20,7 @@ from clue_fast.localization.circuit.gates import GATES, Circuit, count_gates, fi
 from clue_fast.localization.circuit.graph import Graph
 from clue_fast.localization.circuit.logic import make_formula, node_categories
 from clue_fast.localization.circuit.solve import TIME_LIMIT, Solution, solve
-from clue_fast.localization.circuit.twins import make_twins
+from clue_fast.localization.circuit.twins import CORRUPTIONS, make_twins
 from clue_fast.localization.measure import inference
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORGET = "forget"
-GRAINS = ("neuron", "node")
+GRANULARITIES = ("neuron", "node")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CircuitSettings:
         steps: runs a direction that the gradient is averaged over; 0 for the gradient at the run itself.
         corruption: how twins are made, see ``make_twins``.
         time_limit: of the solver, in seconds.
-        grain: "neuron" gives the category of an MLP to the units inside it that matter most; "node" to all of them.
+        granularity: "neuron" gives the category of an MLP to the units inside it that matter most; "node" to all.
         tokens_per_batch: most tokens in one forward pass, padding included.
     """
 
@@ -49,7 +49,7 @@ class CircuitSettings:
     steps: int = 0
     corruption: str = "auto"
     time_limit: float = TIME_LIMIT
-    grain: str = "neuron"
+    granularity: str = "neuron"
     tokens_per_batch: int = 512
 
     def __post_init__(self) -> None:
@@ -57,8 +57,10 @@ class CircuitSettings:
             raise BudgetError(f"edges {self.edges} is neither a share in (0, 1] nor a whole number above 1")
         if self.steps < 0 or self.steps != int(self.steps):
             raise BudgetError(f"steps {self.steps} is not a whole number from 0 on")
-        if self.grain not in GRAINS:
-            raise UnknownNameError("grain", self.grain, GRAINS)
+        if self.corruption not in CORRUPTIONS:
+            raise UnknownNameError("corruption", self.corruption, CORRUPTIONS)
+        if self.granularity not in GRANULARITIES:
+            raise UnknownNameError("granularity", self.granularity, GRANULARITIES)
 
     def edge_count(self, graph: Graph) -> int:
         """The number of edges of each circuit in each direction. Raises BudgetError if there are not as many."""

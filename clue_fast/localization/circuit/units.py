@@ -11,8 +11,9 @@ from torch import Tensor
 from clue_fast.budget import check_budget, pools, top
 from clue_fast.errors import BudgetError, CircuitError
 from clue_fast.localization.circuit.discovery import Discovery, category_bits, score_within
+from clue_fast.localization.circuit.graph import Graph
 from clue_fast.selection import Scores, Selection
-from clue_fast.sites import Site
+from clue_fast.sites import HEAD_FAMILIES, Site
 
 
 def select_units(
@@ -22,19 +23,20 @@ def select_units(
     fraction: float | None = None,
     *,
     count: int | None = None,
-    grain: str = "neuron",
+    granularity: str = "neuron",
 ) -> Selection:
     """Gives every unit the category of its node.
 
-    A head is a node, so its units have its category: that of what it writes and of what it reads with; key/value heads
-    that several heads share have that of their k and v. An MLP is a node of many units: at the grain "neuron" the top
-    of them, ranked by ``score_within``, have its category and the others none; at the grain "node" all have it.
+    What a head writes, and what it reads with, are nodes of their own: columns of the output projection, rows of those
+    of queries, keys and values, as in the published code; a key/value head that several heads share is one node. Whole
+    heads have all the categories of their nodes together. An MLP is a node of many units: at the granularity "neuron"
+    the top of them, ranked by ``score_within``, have its category and the others none; at "node" all have it.
 
     Args:
         discovery: see ``discover``.
         forget, retain: importances of all units to both sets, see ``importances``.
         fraction, count: how many units of an MLP, see ``select``; default 10 %.
-        grain: "neuron" or "node".
+        granularity: "neuron" or "node".
 
     Raises:
         BudgetError: the budget is out of range.
@@ -44,41 +46,48 @@ def select_units(
     categories: dict[Site, Tensor] = {}
     scores: dict[Site, Tensor] = {}
     for site in forget:
-        nodes = unit_nodes(discovery, site)
+        nodes = unit_nodes(discovery.graph, site)
         bits = torch.tensor([category_bits(discovery.categories, own) for own in nodes], dtype=torch.int8)
         scores[site] = score_within(bits, forget[site].cpu(), retain[site].cpu())
-        if grain == "neuron" and len(set(nodes)) == 1:
+        if granularity == "neuron" and not site.kind.startswith(HEAD_FAMILIES):
             ((_, number),) = pools((site,), budget, value, "layer")
             bits = torch.where(top(scores[site], number), bits, 0).to(torch.int8)
         categories[site] = bits
-    source: dict[str, Any] = {"criterion": "circuit", "grain": grain, budget: value, **discovery.source()}
+    source: dict[str, Any] = {"criterion": "circuit", "granularity": granularity, budget: value, **discovery.source()}
     return Selection(tuple(forget), categories, scores, source, forget.fingerprint)
 
 
-def unit_nodes(discovery: Discovery, site: Site) -> Sequence[tuple[str, ...]]:
+def unit_nodes(graph: Graph, site: Site) -> Sequence[tuple[str, ...]]:
     """The nodes that each unit of a site belongs to.
 
     Raises:
         CircuitError: the site lies in no layer of the circuit, or has other heads.
     """
-    architecture = discovery.graph.architecture
+    architecture = graph.architecture
     layers = [index for index, layer in enumerate(architecture.layers) if site.path.startswith(f"{layer.path}.")]
     if not layers:
         raise CircuitError(f"{site.name} lies in none of the {len(architecture.layers)} layers that circuits are of")
     (index,) = layers
-    if not site.kind.startswith("attention"):
+    if not site.kind.startswith(HEAD_FAMILIES):
         return [(f"m{index}",)] * site.width
     layer = architecture.layers[index]
-    heads = layer.kv_heads if site.kind == "attention_key_value" else layer.heads
+    names = HEAD_NODES[site.kind]
+    heads = layer.kv_heads if names[0].startswith("g") else layer.heads
     if heads != site.width:
         raise CircuitError(f"{site.name} has {site.width} units, the circuit has {heads} heads")
-    query = [(f"a{index}.h{head}", f"a{index}.h{head}.q") for head in range(heads)]
-    key_value = [(f"a{index}.g{head}.k", f"a{index}.g{head}.v") for head in range(heads)]
-    if site.kind == "attention_query":
-        return query
-    if site.kind == "attention_key_value":
-        return key_value
-    return [(*q, *kv) for q, kv in zip(query, key_value, strict=True)]
+    return [tuple(f"a{index}.{name.format(head)}" for name in names) for head in range(heads)]
+
+
+HEAD_NODES = {
+    "attention_head": ("h{}", "h{}.q", "g{}.k", "g{}.v"),
+    "attention_query": ("h{}", "h{}.q"),
+    "attention_key_value": ("g{}.k", "g{}.v"),
+    "projection_query": ("h{}.q",),
+    "projection_key": ("g{}.k",),
+    "projection_value": ("g{}.v",),
+    "projection_output": ("h{}",),
+}
+"""The nodes of a unit in its layer, by its kind, with the number of its head or key/value head."""
 
 
 def check_circuit_budget(threshold: float | None, scope: str, normalize: str | None) -> None:

@@ -16,7 +16,9 @@ from clue_fast.data import Record, encode, load_records
 from clue_fast.errors import BudgetError, CircuitError, DataError, SelectionError, SiteError, UnknownNameError
 from clue_fast.localization import CircuitSettings
 from clue_fast.localization.circuit import Discovery, discover, make_twins, select_units
+from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.circuit.discovery import score_within
+from clue_fast.localization.circuit.graph import Graph
 from clue_fast.people import make_people, records_of
 from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, RETAIN, Scores, Selection
@@ -29,6 +31,7 @@ FORGET_RECORDS, RETAIN_RECORDS, MORE_RECORDS = (
 )
 EVERYTHING = FORGET_RECORDS + RETAIN_RECORDS + MORE_RECORDS
 SETTINGS = CircuitSettings(edges=40)
+PROJECTIONS = {f"projection_{role}" for role in ("query", "key", "value", "output")}
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +157,8 @@ class TestUnits:
             assert set(found.tolist()) == ({0, category} if category else {0})
             assert int((found != 0).sum()) == (24 if category else 0)
 
-    def test_the_grain_of_nodes_takes_all_units(self, model: LlamaForCausalLM, discovery: Discovery) -> None:
-        selection = select_units(discovery, *self.importances(model), 0.25, grain="node")
+    def test_the_granularity_of_nodes_takes_all_units(self, model: LlamaForCausalLM, discovery: Discovery) -> None:
+        selection = select_units(discovery, *self.importances(model), 0.25, granularity="node")
         for site in selection.sites:
             if site.kind == "mlp":
                 category = CATEGORIES.index(discovery.categories.get(f"m{site.layer}", "irrelevant"))
@@ -174,6 +177,25 @@ class TestUnits:
                 for node in nodes:
                     expected |= bits[discovery.categories.get(node, "irrelevant")]
                 assert category == expected
+
+    @pytest.mark.parametrize("name", ["llama", "grouped", "phi3", "gpt2", "gpt_neox", "falcon_grouped"])
+    def test_a_projection_of_a_head_has_the_category_of_its_node_alone(
+        self, family: Callable[[str], PreTrainedModel], discovery: Discovery, name: str
+    ) -> None:
+        """Also of key/value heads that several heads share, and where q, k and v are packed."""
+        model = family(name)
+        graph = Graph(find_architecture(model))
+        nodes = dict.fromkeys(node.name for node in (*graph.writers, *graph.readers))
+        bits = {name: index % 4 for index, name in enumerate(nodes)}
+        categories = {name: CATEGORIES[own] for name, own in bits.items()}
+        made = dataclasses.replace(discovery, graph=graph, categories=categories)
+        selection = select_units(made, *self.importances(model, ("projection",)), 0.25)
+        assert {site.kind for site in selection.sites} == PROJECTIONS
+        pattern = {"query": "a{}.h{}.q", "key": "a{}.g{}.k", "value": "a{}.g{}.v", "output": "a{}.h{}"}
+        for site in selection.sites:
+            names = pattern[site.kind.removeprefix("projection_")]
+            expected = [bits[names.format(site.layer, head)] for head in range(site.width)]
+            assert selection.categories[site].tolist() == expected, site.name
 
     def test_units_are_ranked_by_what_their_category_asks_for(self) -> None:
         forget, retain = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -211,7 +233,7 @@ class TestLocalize:
         assert source["criterion"] == "circuit" and source["retain_sets"] == ["some", "more"]
         assert source["conflicts"] == source["conflicts_at_least"]
         assert selection.statistics is not None
-        assert {site.kind for site in selection.sites} == {"mlp", "attention_head"}
+        assert {site.kind for site in selection.sites} == {"mlp", *PROJECTIONS}
         selection.save(tmp_path / "s.safetensors")
         assert Selection.load(tmp_path / "s.safetensors", model).hash == selection.hash
 
@@ -277,8 +299,8 @@ class TestLocalize:
             run(criterion="astrology")
         with pytest.raises(BudgetError, match="edges -1"):
             CircuitSettings(edges=-1)
-        with pytest.raises(UnknownNameError, match="grain"):
-            CircuitSettings(grain="galaxy")
+        with pytest.raises(UnknownNameError, match="granularity"):
+            CircuitSettings(granularity="galaxy")
 
     def test_without_the_solver(
         self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
@@ -299,8 +321,6 @@ def test_a_model_that_is_no_decoder() -> None:
     config = LlamaConfig(
         vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    from clue_fast.localization.circuit.architecture import find_architecture
-
     model = LlamaForCausalLM(config)
     del model.model.layers[0]
     with pytest.raises(CircuitError, match="no list of layers"):
