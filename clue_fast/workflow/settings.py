@@ -16,7 +16,7 @@ from clue_fast.training.stages import Stage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEFAULT_OBJECTIVE = SimNPO(gamma=1.0)
+DEFAULT_OBJECTIVE = SimNPO(gamma=1.0, retain_weight=1.0)
 """Forgets no further than it must: a record whose answer has become improbable stops pulling."""
 
 WIDTH_RATE = 1.2

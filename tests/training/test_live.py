@@ -156,7 +156,7 @@ def test_refuses_by_name(make_trainer, make_model, make_arguments, make_examples
     trainer = make_trainer()
     with pytest.raises(UnknownNameError, match="unknown criterion 'nonsense'"):
         clue_fast.ConflictCallback(trainer, criterion="nonsense")
-    with pytest.raises(SettingError, match="'salun' needs weight gradients"):
+    with pytest.raises(SettingError, match="'salun' needs mean gradients"):
         clue_fast.ConflictCallback(trainer, criterion="salun")
     with pytest.raises(SettingError, match="relocalize_every 0"):
         clue_fast.ConflictCallback(trainer, relocalize_every=0)

@@ -160,7 +160,7 @@ def forget_formula(objective: Any, model: Table, original: Table, b: dict[str, d
     assert isinstance(objective, DPO)
     idk, idk_then = log_likelihoods(model, b["alternate"]), log_likelihoods(original, b["alternate"])
     margins = [(i[0] - it[0]) - (f[0] - ft[0]) for i, it, f, ft in zip(idk, idk_then, p, q, strict=True)]
-    return mean(-math.log(sigmoid(objective.beta * margin)) for margin in margins)
+    return mean(-2 / objective.beta * math.log(sigmoid(objective.beta * margin)) for margin in margins)
 
 
 def undial_token(now: list[float], then: list[float], label: int, strength: float) -> float:
@@ -246,6 +246,164 @@ def test_rmu_equals_its_formula(objective):
     assert loss.item() == pytest.approx(terms["forget"] + objective.retain_weight * terms["retain"], rel=1e-5)
     if objective.retain_weight:
         assert logs["retain_loss"].item() == pytest.approx(terms["retain"], rel=1e-5)
+
+
+# What each paper writes, of the probabilities that a model gives to the tokens of each answer, with their number of
+# tokens differing. NOW is the model that trains, THEN the original one.
+NOW = {
+    "forget": [[0.9, 0.5, 0.7], [0.2], [0.35, 0.99]],
+    "alternate": [[0.1, 0.3], [0.6, 0.4, 0.05, 0.8], [0.5]],
+    "retain": [[0.95, 0.4], [0.7, 0.6, 0.9]],
+}
+THEN = {
+    "forget": [[0.8, 0.9, 0.95], [0.6], [0.3, 0.9]],
+    "alternate": [[0.2, 0.1], [0.5, 0.7, 0.02, 0.9], [0.4]],
+    "retain": [[0.97, 0.5], [0.6, 0.8, 0.99]],
+}
+
+
+class Saying(nn.Module):
+    """Says yes with a given probability after each token, and no otherwise; every token is another one."""
+
+    def __init__(self, answers: dict[str, list[list[float]]]) -> None:
+        super().__init__()
+        rows = [[0.0, 0.0]]
+        self.batches: dict[str, dict[str, Tensor]] = {}
+        for name, records in answers.items():
+            longest = max(map(len, records)) + 1
+            ids, labels = [], []
+            for record in records:
+                padding = longest - len(record) - 1
+                ids.append([*range(len(rows), len(rows) + len(record)), 0] + [0] * padding)
+                labels.append([-100] + [0] * len(record) + [-100] * padding)
+                rows += [[math.log(p) + 3, math.log(1 - p) + 3] for p in record]
+            attended = [[1] * (len(record) + 1) + [0] * (longest - len(record) - 1) for record in records]
+            self.batches[name] = {
+                "input_ids": torch.tensor(ids),
+                "labels": torch.tensor(labels),
+                "attention_mask": torch.tensor(attended),
+            }
+        self.logits = nn.Parameter(torch.tensor(rows))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.logits[input_ids])
+
+
+def tofu_loss(records: list[list[float]]) -> float:
+    """L(S, w) of TOFU: l(x, w) = 1 / |a| sum_i NLL(a_i | a_<i), and its mean over the records."""
+    return sum(sum(-math.log(p) for p in record) / len(record) for record in records) / len(records)
+
+
+def log_pi(record: list[float]) -> float:
+    """log pi(y | x), of the whole answer."""
+    return math.log(math.prod(record))
+
+
+def log_ratios(name: str) -> list[float]:
+    return [log_pi(now) - log_pi(then) for now, then in zip(NOW[name], THEN[name], strict=True)]
+
+
+def tofu_kl() -> float:
+    """1 / |S_R| sum_s 1 / |s| sum_i KL(M_original(s_<i) || M_current(s_<i))."""
+    records = []
+    for now, then in zip(NOW["retain"], THEN["retain"], strict=True):
+        tokens = [q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) for p, q in zip(now, then, strict=True)]
+        records.append(sum(tokens) / len(tokens))
+    return sum(records) / len(records)
+
+
+def paper_npo(beta: float) -> float:
+    """arXiv 2404.05868: (2 / beta) E log(1 + (pi / pi_ref) ** beta)."""
+    return sum(2 / beta * math.log(1 + math.exp(ratio) ** beta) for ratio in log_ratios("forget")) / 3
+
+
+def paper_simnpo(beta: float, gamma: float) -> float:
+    """arXiv 2410.07163: E -(2 / beta) log sigmoid(-(beta / |y|) log pi(y | x) - gamma)."""
+    terms = []
+    for record in NOW["forget"]:
+        inner = -beta / len(record) * log_pi(record) - gamma
+        terms.append(2 / beta * math.log(1 + math.exp(-inner)))
+    return sum(terms) / 3
+
+
+def paper_wga(alpha: float) -> float:
+    """arXiv 2502.19301 as its code weighs tokens, w_i log p_i with w_i = p_i ** alpha; the mean over each answer."""
+    return sum(sum(p**alpha * math.log(p) for p in record) / len(record) for record in NOW["forget"]) / 3
+
+
+def paper_undial(strength: float) -> float:
+    """arXiv 2402.10052: cross-entropy to softmax(z - strength * onehot), z the logits of the original model."""
+    records = []
+    for now, then in zip(NOW["forget"], THEN["forget"], strict=True):
+        tokens = []
+        for p, q in zip(now, then, strict=True):
+            left = q * math.exp(-strength)
+            target = left / (left + 1 - q)
+            tokens.append(-target * math.log(p) - (1 - target) * math.log(1 - p))
+        records.append(sum(tokens) / len(tokens))
+    return sum(records) / 3
+
+
+def paper_dpo(beta: float) -> float:
+    """arXiv 2305.18290, equation 7, times 2 / beta as in the code of arXiv 2404.05868."""
+    pairs = zip(log_ratios("alternate"), log_ratios("forget"), strict=True)
+    return sum(2 / beta * math.log(1 + math.exp(-beta * (winner - loser))) for winner, loser in pairs) / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("gradient_ascent", {}, lambda: -tofu_loss(NOW["forget"])),
+        ("gradient_difference", {}, lambda: -tofu_loss(NOW["forget"]) + tofu_loss(NOW["retain"])),
+        ("kl", {}, lambda: -tofu_loss(NOW["forget"]) + tofu_kl()),
+        ("npo", {}, lambda: paper_npo(0.1) + tofu_loss(NOW["retain"])),
+        ("npo", {"beta": 2.0, "retain_weight": 0.0}, lambda: paper_npo(2.0)),
+        ("simnpo", {"retain_weight": 0.0}, lambda: paper_simnpo(2.5, 0.0)),
+        ("simnpo", {"beta": 4.5, "gamma": 1.0, "retain_weight": 0.0}, lambda: paper_simnpo(4.5, 1.0)),
+        ("wga", {}, lambda: paper_wga(1.0) + tofu_loss(NOW["retain"])),
+        ("wga", {"alpha": 0.5, "retain_weight": 0.0}, lambda: paper_wga(0.5)),
+        ("undial", {}, lambda: paper_undial(10.0)),
+        ("undial", {"strength": 3.0}, lambda: paper_undial(3.0)),
+        ("refusal", {}, lambda: tofu_loss(NOW["alternate"]) + tofu_loss(NOW["retain"])),
+        ("dpo", {}, lambda: paper_dpo(0.1) + tofu_loss(NOW["retain"])),
+        ("dpo", {"beta": 1.0, "retain_weight": 0.0}, lambda: paper_dpo(1.0)),
+    ],
+)
+def test_equals_its_paper_on_given_probabilities(name, options, expected):
+    model, original = Saying(NOW), Saying(THEN)
+    loss, _ = get_objective(name, **options).loss(model, model.batches, Original(model, original))
+    assert loss.item() == pytest.approx(expected(), rel=1e-5)
+
+
+def test_simnpo_weighs_both_terms_as_its_authors_on_tofu():
+    """0.1375 times the forget term plus the retain term, but for a common factor."""
+    model = Saying(NOW)
+    loss, _ = SimNPO().loss(model, model.batches, Original(model, model))
+    published = 0.1375 * paper_simnpo(2.5, 0.0) + tofu_loss(NOW["retain"])
+    assert 0.1375 * loss.item() == pytest.approx(published, rel=1e-3)
+
+
+def test_simnpo_margin_of_the_public_code_is_the_same_loss_with_another_gamma():
+    beta, margin = 2.5, 0.4
+    model = Saying(NOW)
+    published = [
+        -2 / beta * math.log(sigmoid(beta * (-log_pi(record) / len(record) - margin))) for record in NOW["forget"]
+    ]
+    loss, _ = SimNPO(beta=beta, gamma=beta * margin, retain_weight=0.0).loss(
+        model, model.batches, Original(model, model)
+    )
+    assert loss.item() == pytest.approx(mean(published), rel=1e-5)
+
+
+def test_dpo_forgets_as_hard_as_npo_whatever_beta():
+    """At the original model, the gradient of the forgotten answers is the same, and that of gradient ascent."""
+    b = {"forget": make_records(0, records=1), "alternate": make_records(20, records=1, tokens=6)}
+    for beta in (0.01, 0.1, 1.0):
+        model = Table(0)
+        dpo = gradient(DPO(beta=beta, retain_weight=0.0), model, copy.deepcopy(model), b)
+        npo = gradient(NPO(beta=beta, retain_weight=0.0), model, copy.deepcopy(model), b)
+        learned = gradient(Refusal(retain_weight=0.0), model, model, b) * log_likelihoods(model, b["alternate"])[0][1]
+        torch.testing.assert_close(dpo, npo + learned)
 
 
 def gradient(objective: Any, model: nn.Module, original: nn.Module, b: Any) -> Tensor:
@@ -352,7 +510,7 @@ def test_one_pass_a_step_and_one_for_the_reference(make_model, make_selection, m
 def test_says_what_is_missing():
     model = Table(0)
     trained = Original(model, model)
-    with pytest.raises(ObjectiveError, match=r"simnpo with a retain_weight of 1\.0 needs retain records"):
+    with pytest.raises(ObjectiveError, match=r"simnpo with a retain_weight of 7\.27 needs retain records"):
         SimNPO().loss(model, {"forget": make_records(0)}, trained)
     with pytest.raises(ObjectiveError, match="dpo needs alternate records"):
         DPO().loss(model, {"forget": make_records(0), "retain": make_records(1)}, trained)
@@ -378,6 +536,10 @@ def test_get_objective():
     ]  # fmt: skip
     assert all(cls.name == name and get_objective(name) == cls() for name, cls in OBJECTIVES.items())
     assert get_objective("npo", retain_weight=5.0) == NPO(beta=0.1, retain_weight=5.0)
+    assert SimNPO() == SimNPO(beta=2.5, gamma=0.0, retain_weight=7.27)  # TOFU forget05: 1 / 0.1375
+    assert WGA() == WGA(alpha=1.0) and UNDIAL() == UNDIAL(strength=10.0, retain_weight=0.0)
+    assert DPO() == DPO(beta=0.1, retain_weight=1.0)
+    assert RMU() == RMU(layer=7, scale=6.5, retain_weight=1200.0)
     assert get_objective(SimNPO(gamma=1.0), beta=3.0) == SimNPO(beta=3.0, gamma=1.0)
     with pytest.raises(UnknownNameError, match="unknown objective 'ga'; choose one of: dpo, gradient_ascent"):
         get_objective("ga")

@@ -22,6 +22,8 @@ class KL(GradientAscent):
     The retain term of a record is the mean of KL(original || current) over all tokens that a causal model
     predicts, prompt included; with other heads over the labelled positions. Source: TOFU, Maini et al. 2024
     (arXiv 2401.06121), "KL minimization".
+
+    The code of TOFU and what follows it averages over all positions of a batch, padding included.
     """
 
     name: ClassVar[str] = "kl"
@@ -53,6 +55,8 @@ class UNDIAL(Objective):
     The target is softmax(z - strength * onehot(label)), z the logits of the original model. A fixed target,
     so nothing runs away; the paper uses no retain records. Source: Dong et al. 2025, "UNDIAL:
     Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models" (arXiv 2402.10052).
+
+    open-unlearning averages over all positions of a batch, prompt and padding included.
 
     Attributes:
         strength: how much is taken from the logit of each label; 3, 10 and 30 in the paper.

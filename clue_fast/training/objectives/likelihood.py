@@ -16,7 +16,10 @@ class GradientAscent(Objective):
     """Raises the loss of the forget records: log p(x) / |x|.
 
     Unbounded below, so the model collapses if trained for long. Source: Jang et al. 2023, "Knowledge
-    Unlearning for Mitigating Privacy Risks in Language Models" (arXiv 2210.01504).
+    Unlearning for Mitigating Privacy Risks in Language Models" (arXiv 2210.01504); in this form
+    TOFU, Maini et al. 2024 (arXiv 2401.06121).
+
+    Jang et al. write the sum over the tokens, TOFU has the mean.
     """
 
     name: ClassVar[str] = "gradient_ascent"
@@ -47,6 +50,9 @@ class WGA(Objective):
     which is where gradient ascent runs away. Source: Wang et al. 2025, "Rethinking LLM Unlearning
     Objectives: A Gradient Perspective and Go Beyond" (arXiv 2502.19301).
 
+    The paper writes the sum over the tokens; its code (tmlr-group/G-effect) and open-unlearning take the mean over
+    all answer tokens of a batch and call alpha beta. open-unlearning gives 1 as the value of the paper.
+
     Attributes:
         alpha: power of the weight; at 0 this is gradient ascent.
     """
@@ -68,6 +74,8 @@ class NPO(Objective):
     Preference Optimization: From Catastrophic Collapse to Effective Unlearning" (arXiv 2404.05868); with the
     retain term it is their NPO+RT.
 
+    The public implementations have the same forget term; open-unlearning sets beta to 1 unless told otherwise.
+
     Attributes:
         beta: inverse temperature; above 0.
     """
@@ -88,7 +96,11 @@ class SimNPO(Objective):
     """NPO by length and without a reference: -(2 / beta) * log sigmoid(-(beta / |x|) * log p(x) - gamma).
 
     Source: Fan et al. 2024, "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM
-    Unlearning" (arXiv 2410.07163).
+    Unlearning" (arXiv 2410.07163); defaults are theirs for TOFU forget05.
+
+    They weigh the forget term with 0.1375 and the retain term with 1, which is retain_weight 1 / 0.1375 here; for
+    forget10 it is 0.125, with beta 4.5. Their code and open-unlearning have the margin inside the factor,
+    sigmoid(beta * (-log p(x) / |x| - gamma)): their gamma is gamma / beta here.
 
     Attributes:
         beta: inverse temperature; above 0.
@@ -96,6 +108,7 @@ class SimNPO(Objective):
     """
 
     name: ClassVar[str] = "simnpo"
+    retain_weight: float = 7.27
     beta: float = 2.5
     gamma: float = 0.0
 

@@ -31,6 +31,9 @@ class Refusal(Objective):
     """Learns the other answer: -log p(alternate) / |alternate|, with the retain term.
 
     Source: TOFU, Maini et al. 2024 (arXiv 2401.06121), "preference optimization" ("idk").
+
+    The paper adds the mean losses of both sets; its code takes one mean over the tokens of both together, in which
+    the short refusals weigh less.
     """
 
     name: ClassVar[str] = "refusal"
@@ -46,9 +49,14 @@ class Refusal(Objective):
 class DPO(Objective):
     """Prefers the other answer to the forgotten one, relative to the original model.
 
-    -log sigmoid(beta * (log p(alternate) / q(alternate) - log p(x) / q(x))). Source: Rafailov et al. 2023,
-    "Direct Preference Optimization" (arXiv 2305.18290), with refusals as in TOFU (arXiv 2401.06121); with the
-    retain term it is DPO+RT of arXiv 2404.05868.
+    -(2 / beta) * log sigmoid(beta * (log p(alternate) / q(alternate) - log p(x) / q(x))): NPO is what is left
+    without the other answer. Source: Rafailov et al. 2023, "Direct Preference Optimization" (arXiv 2305.18290),
+    with refusals as in TOFU (arXiv 2401.06121); with the factor 2 / beta and the retain term it is DPO+RT of the
+    code of NPO (arXiv 2404.05868).
+
+    Rafailov et al. and TOFU have no factor, the text of the NPO paper has 1 / beta, its code, that of SimNPO and
+    open-unlearning 2 / beta, with which the forget term pulls as hard as that of NPO, whatever beta. TOFU has no
+    retain term; open-unlearning sets beta to 1 unless told otherwise.
 
     Attributes:
         beta: inverse temperature; above 0.
@@ -65,4 +73,4 @@ class DPO(Objective):
         forget, alternate = (
             current[name].total(original[name] - current[name].losses) for name in ("forget", "alternate")
         )
-        return -functional.logsigmoid(self.beta * (alternate - forget))
+        return -functional.logsigmoid(self.beta * (alternate - forget)) * (2.0 / self.beta)

@@ -19,10 +19,13 @@ from clue_fast.training.objectives.predictions import Batch, head_of, join, run,
 class RMU(Objective):
     """Representation misdirection: forget activations of a layer towards c * u, retain activations as they were.
 
-    mean over tokens of |h - c u|^2, plus retain_weight times that of |h - h_original|^2, h what layer
+    The mean over tokens of |h - c u|^2, plus retain_weight times that of |h - h_original|^2, h what layer
     ``layer`` gives to the next. Only units up to that layer are trained. Source: Li et al. 2024, "The WMDP
     Benchmark: Measuring and Reducing Malicious Use With Unlearning" (arXiv 2403.03218); defaults are those
     for Zephyr-7B.
+
+    The public code has the mean over the features in place of the squared norm, for both terms. It updates weights
+    of three layers only, and open-unlearning counts answer tokens only, where the paper counts all.
 
     Attributes:
         layer: index of the layer.
