@@ -93,6 +93,18 @@ class SparseTraining(WholeCheckpoints, _Base):
                 self.optimizer = SparseAdamW(self.sparse.model, betas=betas, eps=self.args.adam_epsilon, **common)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes the schedule of ``args``, with fewer steps of warm-up where they would be all the steps there are.
+
+        The first step of a warm-up has a rate of 0: a training of that one step would train nothing.
+        """
+        given = self.args.warmup_steps
+        self.args.warmup_steps = min(self.args.get_warmup_steps(num_training_steps), max(0, num_training_steps - 1))
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.warmup_steps = given
+
     def reselect(self, selection: Selection) -> None:
         """Goes on with other units, see ``Sparse.reselect`` and ``SparseOptimizer.follow``.
 

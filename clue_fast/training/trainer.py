@@ -19,6 +19,7 @@ from clue_fast.training.hosting import SparseTraining
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective, get_objective
 from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler, grouped
+from clue_fast.training.saving import detach_quantizer
 from clue_fast.training.sparse import sparsify
 from clue_fast.training.stages import Stage, get_stages, stage_at
 
@@ -119,6 +120,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
         self._sampler = PairSampler(len(forget), len(retain), seed, retain_ratio)
         self._logged: dict[str, list[Tensor]] = {}
         self.groups_tokens = False
+        detach_quantizer(model)
         # First, since a Trainer creates its output folder as soon as it is made.
         sparse = sparsify(model, selection)
         try:

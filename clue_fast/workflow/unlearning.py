@@ -24,6 +24,7 @@ from clue_fast.selection import Selection
 from clue_fast.training import audit
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective, get_objective
+from clue_fast.training.saving import check_saving, detach_quantizer, keeping_trained_weights
 from clue_fast.training.stages import Stage, get_stages
 from clue_fast.workflow.loading import check_weights, load_sets
 from clue_fast.workflow.settings import (
@@ -148,6 +149,8 @@ def unlearn(
         raise SettingError("stages have epochs of their own; leave epochs out")
     other_answers = None if alternate is None else load_records(alternate, "alternate")
     check_weights(model)
+    detach_quantizer(model)
+    check_saving(model, output_dir, tokenizer)
     choose("gated_activation", model.device, backend)
     if selection is not None:
         selection.check(model)
@@ -195,48 +198,54 @@ def unlearn(
         if forget_target is not None and not teaches_answers(chosen_objective, schedule):
             share = shrink_update(sparse, model, tokenizer, sets["forget"], forget_target)
         sparse.restore()
-    with _stage("evaluate after", seconds):
-        evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
-        if reference is not None:
-            evaluation["reference"] = (
-                reference if isinstance(reference, Mapping) else evaluate(reference, tokenizer, sets, progress=progress)
-            )
-    results = {
-        "clue_fast": clue_fast.__version__,
-        "settings": {
-            **selection.source,
-            **training,
-            "layer_lr": layer_lr if isinstance(layer_lr, int | float) else str(layer_lr),
-            "objective": chosen_objective.name,
-            **asdict(chosen_objective),
-            **({} if schedule is None else described(schedule)),
-            "records": {name: len(records) for name, records in sets.items()},
-        },
-        "evaluation": {
-            stage: {name: metrics.as_dict() for name, metrics in figures.items()}
-            for stage, figures in evaluation.items()
-        },
-        "selection": {
-            "units": len(selection),
-            "of": sum(site.width for site in selection.sites),
-            "hash": selection.hash,
-        },
-        "weights": {
-            "total": sum(parameter.numel() for parameter in model.parameters()),
-            "trained": trained,
-            "changed_inside": audit.changed_inside(before, model, selection),
-            "changed_outside": audit.changed_outside(before, model, selection),
-            "update_kept": share,
-        },
-        "history": history,
-        "seconds": dict(seconds),
-    }
-    with _stage("save", seconds), output_folder(output_dir) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        selection.save(folder / "selection.safetensors")
-        save_json(folder / RESULTS, results)
-        write_plots(folder, selection, selection.statistics, history)
+    with keeping_trained_weights(model, output_dir):
+        with _stage("evaluate after", seconds):
+            evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
+            if reference is not None:
+                evaluation["reference"] = (
+                    reference
+                    if isinstance(reference, Mapping)
+                    else evaluate(reference, tokenizer, sets, progress=progress)
+                )
+        results = {
+            "clue_fast": clue_fast.__version__,
+            "settings": {
+                **selection.source,
+                **training,
+                "layer_lr": layer_lr if isinstance(layer_lr, int | float) else str(layer_lr),
+                "objective": chosen_objective.name,
+                **asdict(chosen_objective),
+                **({} if schedule is None else described(schedule)),
+                "records": {name: len(records) for name, records in sets.items()},
+            },
+            "evaluation": {
+                stage: {name: metrics.as_dict() for name, metrics in figures.items()}
+                for stage, figures in evaluation.items()
+            },
+            "selection": {
+                "units": len(selection),
+                "of": sum(site.width for site in selection.sites),
+                "hash": selection.hash,
+            },
+            "weights": {
+                "total": sum(parameter.numel() for parameter in model.parameters()),
+                "trained": trained,
+                "changed_inside": audit.changed_inside(before, model, selection),
+                "changed_outside": audit.changed_outside(before, model, selection),
+                "update_kept": share,
+            },
+            "history": history,
+            "seconds": dict(seconds),
+        }
+        with _stage("save", seconds), output_folder(output_dir) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            selection.save(folder / "selection.safetensors")
+            save_json(folder / RESULTS, results)
+            try:
+                write_plots(folder, selection, selection.statistics, history)
+            except Exception as error:  # pictures of what is in the other files
+                logger.warning("the plots could not be written: %s", error)
     return UnlearnResult(selection, results, Path(output_dir))
 
 
