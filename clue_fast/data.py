@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clue_fast.errors import DataError
+from clue_fast.whole_text import check_text, render, special_tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,11 +85,39 @@ def load_records(source: Source, name: str) -> list[Record]:
             "pass one split of it, or a list of dicts"
         )
     else:
-        rows, where = _numbered(source, name), f"the {name} set"
+        rows, where = _numbered(read_rows(source, name)), f"the {name} set"
     records = [_record(row, f"{where}, {place}") for place, row in rows]
     if not records:
         raise DataError(f"{where} is empty; it needs at least one record")
     return records
+
+
+def read_rows(source: Any, name: str, keep_format: bool = False) -> Any:
+    """A data set that can be read more than once: what only iterates is read into a list, a path or name stays.
+
+    Args:
+        source: as of ``load_records``, or encoded examples.
+        name: of the data set, for errors.
+        keep_format: leaves the format of a ``datasets.Dataset`` (torch, numpy, pandas ...); otherwise its rows are
+            plain Python, and only a transform of the user's own applies.
+
+    Raises:
+        DataError: it does not iterate.
+    """
+    if isinstance(source, (str, PathLike, Mapping, list)):
+        return source
+    if not isinstance(source, Iterable):
+        raise DataError(f"the {name} set is a {type(source).__name__}; pass a list of dicts, a path or a hub name")
+    with_format, own = getattr(source, "with_format", None), getattr(source, "format", None)
+    transformed = isinstance(own, Mapping) and own.get("type") == "custom"
+    if with_format is not None and not transformed and not keep_format:
+        source = with_format(None)
+    return list(source)
+
+
+def plain(value: Any) -> Any:
+    """A value of numpy or torch as Python has it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
@@ -104,53 +134,55 @@ def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
 
 
 def encode(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    name: str | None = None,
 ) -> list[Example]:
     r"""Tokenizes records for training and teacher-forced evaluation.
 
-    Prompt and completion are tokenized separately and concatenated, so that a prompt has the same tokens
-    with and without its answer. Prompt tokens get the label -100; the labels are the completion and the
-    end-of-sequence token.
+    Prompt and answer are tokenized as one text, see ``clue_fast.whole_text``. The labels are the tokens of the answer
+    and of the end of its turn; those of the prompt have the label -100.
 
     Args:
         records: what to encode.
         tokenizer: its chat template is used if it has one; otherwise "Question: ...\nAnswer: ...".
         max_length: longest example, in tokens; what lies beyond is cut off. None: nothing is cut.
+        name: of the data set, for errors and warnings.
 
     Raises:
-        DataError: a record keeps no label within `max_length`, or the tokenizer has no end-of-sequence token.
+        DataError: a record keeps no label within ``max_length``, its answer cannot be found in what the chat template
+            writes, the template refuses its conversation, or the tokenizer has no end-of-sequence token.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-    if not records:
-        return []
-    rendered = [_render(record, tokenizer) for record in records]
-    prompts = _prompt_tokens([prompt for prompt, _ in rendered], records, tokenizer)
-    completions = _tokens([completion for _, completion in rendered], tokenizer)
-    examples, cut = [], 0
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
-        if not completion or completion[-1] != end:
-            completion = [*completion, end]
-        input_ids = prompt + completion
-        labels = [IGNORED_LABEL] * len(prompt) + completion
-        if max_length is not None and len(input_ids) > max_length:
-            cut += 1
-            input_ids, labels = input_ids[:max_length], labels[:max_length]
-        if all(label == IGNORED_LABEL for label in labels[1:]):
-            raise DataError(
-                f"record {number} keeps no answer token: its prompt has {len(prompt)} tokens and max_length "
-                f"is {max_length}; raise max_length or shorten the prompt"
-            )
-        examples.append({"input_ids": input_ids, "labels": labels})
+    examples, cut = _encode(records, tokenizer, max_length, name)
     if cut:
-        logger.warning("%d of %d records were cut to %d tokens", cut, len(records), max_length)
+        of = "" if name is None else f" of the {name} set"
+        logger.warning("%d of %d records%s were cut to %d tokens", cut, len(records), of, max_length)
     return examples
 
 
-def encode_prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each record's prompt, as they stand in front of its answer in `encode`."""
-    return _prompt_tokens([_render(record, tokenizer)[0] for record in records], records, tokenizer)
+def check_encoding(
+    sets: Mapping[str, Sequence[Record]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> None:
+    """Raises the DataError of ``encode`` if a record of one of the sets cannot be encoded."""
+    for name, records in sets.items():
+        _encode(records, tokenizer, max_length, name)
+
+
+def encode_prompts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str | None = None
+) -> list[list[int]]:
+    """The tokens of each record's prompt, as they stand in front of its answer in ``encode``."""
+    return [input_ids[:first] for input_ids, first in _answers_in_tokens(records, tokenizer, name)]
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the end-of-sequence token, and that which ends a turn in the chat template."""
+    ends = {tokenizer.eos_token_id} - {None}
+    if tokenizer.chat_template:
+        last = encode([Record("?", "?")], tokenizer)[0]["input_ids"][-1]
+        ends |= {last} & special_tokens(tokenizer).keys()
+    return ends
 
 
 @dataclass(frozen=True)
@@ -193,10 +225,8 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _numbered(rows: object, name: str) -> Iterator[tuple[str, Any]]:
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Rows with their place, such as "record 3"."""
-    if not isinstance(rows, Iterable):
-        raise DataError(f"the {name} set is a {type(rows).__name__}; pass a list of dicts, a path or a hub name")
     return ((f"record {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -216,7 +246,7 @@ def _open(source: str | Path, name: str) -> tuple[Iterator[tuple[str, Any]], str
             'write a path to JSON lines, or "owner/name:subset"'
         )
     rows = _download(repository, *rest, name=name)
-    return _numbered(rows, name), f"the {name} set ({source})"
+    return _numbered(rows), f"the {name} set ({source})"
 
 
 def _download(repository: str, subset: str | None = None, split: str = "train", *, name: str) -> Iterable[Any]:
@@ -237,26 +267,46 @@ def _download(repository: str, subset: str | None = None, split: str = "train", 
 
 
 def _read_json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    where = f"the {name} set {path}"
     try:
-        text = path.read_text(encoding="utf-8")
+        # A byte-order mark, as Windows writes it, is no part of the text.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the {name} set {path} cannot be read: {error}") from error
+        other = isinstance(error, UnicodeDecodeError)
+        raise DataError(f"{where} cannot be read: {error}" + ("; save it as UTF-8" if other else "")) from error
+    if "\0" in text:
+        raise DataError(f"{where} holds NUL bytes, as UTF-16 has them; save it as UTF-8")
     if text.lstrip().startswith("["):
-        try:
-            yield from _numbered(json.loads(text), name)
-        except json.JSONDecodeError as error:
-            raise DataError(f"the {name} set {path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+        yield from _numbered(_parse(text, where))
         return
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"the {name} set {path}, line {number}: not valid JSON ({error.msg}); "
-                "it should hold one JSON object a line"
-            ) from error
+        line = line.removeprefix("\ufeff")  # of a file that was put behind another
+        if line.strip():
+            yield f"line {number}", _parse(line, where, number)
+
+
+def _parse(text: str, where: str, line: int | None = None) -> Any:
+    """The value of a JSON text, or of a line of JSON lines."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise DataError(f"{where}{place}: the name {twice!r} stands twice in one object; leave one of them out")
+        return found
+
+    place = "" if line is None else f", line {line}"
+    try:
+        return json.loads(text, object_pairs_hook=object_of)
+    except json.JSONDecodeError as error:
+        place = place or f", line {error.lineno}"
+        hint = "" if line is None else "; it should hold one JSON object a line"
+        raise DataError(f"{where}{place}: not valid JSON ({error.msg}){hint}") from error
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets thousands deep
+        raise DataError(f"{where}{place}: cannot be read as JSON ({error})") from error
 
 
 def _record(row: object, where: str) -> Record:
@@ -290,14 +340,17 @@ def _record(row: object, where: str) -> Record:
 
 
 def _text(value: object, column: str, where: str, *, optional: bool = False) -> str:
+    value = plain(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, expected text")
     if not optional and not value.strip():
         raise DataError(f"{where}: column {column!r} is empty; fill it or leave the record out")
+    check_text(value, f"{where}, column {column!r}")
     return value
 
 
 def _texts(value: object, column: str, where: str) -> tuple[str, ...]:
+    value = plain(value)
     if value is None:
         return ()
     values = [value] if isinstance(value, str) else value
@@ -307,6 +360,7 @@ def _texts(value: object, column: str, where: str) -> tuple[str, ...]:
 
 
 def _turns(messages: object, where: str) -> list[tuple[str, str]]:
+    messages = plain(messages)
     if (
         not isinstance(messages, Sequence)
         or isinstance(messages, str)
@@ -314,52 +368,59 @@ def _turns(messages: object, where: str) -> list[tuple[str, str]]:
     ):
         raise DataError(f"{where}: column 'messages' should be a list of objects with 'role' and 'content'")
     turns = [
-        tuple(_text(message[key], f"messages.{key}", where) for key in ("role", "content")) for message in messages
+        (
+            _text(message["role"], "messages.role", where),
+            _text(_joined(message["content"], where), "messages.content", where),
+        )
+        for message in messages
     ]
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         raise DataError(f"{where}: column 'messages' should end with a user's and an assistant's turn")
-    return [(role, content) for role, content in turns]
+    return turns
 
 
-def _render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The text of the prompt and that of the completion, which follows without a gap."""
-    if record.verbatim:
-        return record.prompt, record.completion
-    if tokenizer.chat_template:
-        return _render_chat(record, tokenizer)
-    if record.history:
-        raise DataError(
-            f"the record {record.prompt[:40]!r} is a chat of several turns, and the tokenizer has no "
-            "template; set tokenizer.chat_template, or pass question and answer"
-        )
-    return f"Question: {record.prompt}\nAnswer:", f" {record.completion}"
+def _joined(content: object, where: str) -> object:
+    """The text of a message's content, which may come in parts such as ``{"type": "text", "text": "Who?"}``."""
+    parts = plain(content)
+    if isinstance(parts, str) or not isinstance(parts, Sequence):
+        return parts
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise DataError(f"{where}: column 'messages.content' holds a part of type {kind!r}, expected parts of text")
+        texts.append(_text(part.get("text"), "messages.content.text", where, optional=True))
+    return "".join(texts)
 
 
-def _render_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    turns = [{"role": role, "content": content} for role, content in (*record.history, ("user", record.prompt))]
-    prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    turns.append({"role": "assistant", "content": record.completion})
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    # The template may close the turn with more than the end-of-sequence token, such as <end_of_turn>.
-    completion = whole[len(prompt) :].rstrip() if whole.startswith(prompt) else record.completion
-    return prompt, completion
+def _encode(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str | None
+) -> tuple[list[Example], int]:
+    """The examples of ``encode``, and how many of them were cut."""
+    examples: list[Example] = []
+    cut = 0
+    for number, (input_ids, first) in enumerate(_answers_in_tokens(records, tokenizer, name), start=1):
+        labels = [IGNORED_LABEL] * first + input_ids[first:]
+        if max_length is not None and len(input_ids) > max_length:
+            cut += 1
+            input_ids, labels = input_ids[:max_length], labels[:max_length]
+        if all(label == IGNORED_LABEL for label in labels[1:]):
+            raise DataError(
+                f"{_place(number, name)} keeps no answer token: its prompt has {first} tokens and max_length "
+                f"is {max_length}; raise max_length or shorten the prompt"
+            )
+        examples.append({"input_ids": input_ids, "labels": labels})
+    return examples, cut
 
 
-def _prompt_tokens(
-    prompts: Sequence[str], records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    start = tokenizer.bos_token_id
-    adds_start = start is not None and start in tokenizer("")["input_ids"]
-    tokens = _tokens(prompts, tokenizer)
-    if not adds_start:
-        return tokens
-    # A chat template writes the start token itself.
-    return [
-        [start, *prompt] if record.verbatim or not tokenizer.chat_template else prompt
-        for prompt, record in zip(tokens, records, strict=True)
-    ]
+def _answers_in_tokens(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str | None
+) -> list[tuple[list[int], int]]:
+    """The tokens of each record, and the index of the first of its answer."""
+    places = [_place(number, name) for number in range(1, len(records) + 1)]
+    texts = [render(record, tokenizer, place) for record, place in zip(records, places, strict=True)]
+    return tokenize(texts, tokenizer, places)
 
 
-def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return encoded
+def _place(number: int, name: str | None) -> str:
+    return f"record {number}" if name is None else f"record {number} of the {name} set"

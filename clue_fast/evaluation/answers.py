@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clue_fast.data import Record, batches_by_length, encode, encode_prompts, padding_token
+from clue_fast.data import Record, batches_by_length, encode, encode_prompts, end_tokens, padding_token
 from clue_fast.errors import DataError, SettingError
 from clue_fast.evaluation.state import evaluating, progress_bar
 
@@ -31,7 +31,7 @@ def greedy_answers(
     """The model's greedy answer to each record's prompt, in the order of the records.
 
     The model's own generation settings (sampling, penalties, forced tokens, a static cache) do not apply,
-    except for further end-of-sequence tokens.
+    except for further end-of-sequence tokens; an answer also ends where a turn does in the chat template.
 
     Args:
         model: a causal language model.
@@ -186,7 +186,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
 
     own: Any = model.generation_config
     own_ends = own.eos_token_id if own is not None else None
-    ends = {tokenizer.eos_token_id, *(own_ends if isinstance(own_ends, list) else [own_ends])} - {None}
+    ends = end_tokens(tokenizer) | {*(own_ends if isinstance(own_ends, list) else [own_ends])} - {None}
     settings: Any = GenerationConfig  # its constructor carries no types
     model.generation_config = settings(
         do_sample=False,

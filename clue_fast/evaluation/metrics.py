@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.data import Record
+from clue_fast.data import Record, check_encoding
 from clue_fast.errors import NonFiniteError, SettingError
 from clue_fast.evaluation.answers import greedy_answers, sampled_answers
 from clue_fast.evaluation.rouge import check_references, rouge_recall
@@ -105,6 +105,7 @@ def evaluate(
             raise SettingError(f"samples {number} of the {name} set is below 0; 0 samples nothing")
     for name, records in sets.items():
         check_references([record.completion for record in records], name)
+    check_encoding(sets, tokenizer, max_length)
     results = {}
     for name, records in sets.items():
         scores = score_answers(

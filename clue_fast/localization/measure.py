@@ -58,7 +58,10 @@ def measure(
     check_disjoint(forget_records, retain_records)
     if chosen.needs == "nothing":
         return Statistics(find_sites(model, kinds), model_fingerprint(model))
-    data = [encode(records, tokenizer, max_length) for records in (forget_records, retain_records)]
+    data = [
+        encode(records, tokenizer, max_length, name)
+        for name, records in (("forget", forget_records), ("retain", retain_records))
+    ]
     batches = Batches(data, padding_token(tokenizer), tokens_per_batch, progress)
     return measure_batches(model, batches, criterion, target=target, kinds=kinds, backend=backend)
 

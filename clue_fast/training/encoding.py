@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.data import Example, Record, Source, encode, load_records
+from clue_fast.data import Example, Record, Source, encode, load_records, plain, read_rows
 from clue_fast.errors import DataError
 from clue_fast.training.objectives.refusal import REFUSALS
 from clue_fast.training.pairing import Examples
@@ -36,21 +35,26 @@ def encode_set(
         DataError: the set is empty or unreadable, or text without a tokenizer, or its examples hold more than
             the collator of this package pads.
     """
-    examples = _examples(source)
-    if examples is None:
-        records = load_records(source, name)
+    rows = read_rows(source, name, keep_format=collated)
+    if not _is_encoded(rows):
+        records = load_records(rows, name)
         if tokenizer is None:
             raise DataError(f"the {name} set is text; pass the tokenizer as processing_class, or encode it")
-        return encode(records, tokenizer, max_length)
+        return encode(records, tokenizer, max_length, name)
     if collated:
-        return examples
+        return list(rows)
     known = {"input_ids", "labels", "attention_mask"}
-    for example in examples:
-        if set(example) - known or not isinstance(example["labels"], Sequence):
+    examples = [{key: plain(value) for key, value in example.items()} for example in rows]
+    for number, example in enumerate(examples, start=1):
+        if set(example) - known or not all(map(_is_tokens, example.values())):
             raise DataError(
-                f"an example of the {name} set holds {', '.join(sorted(example))} and needs a collator of its own; "
-                "pass it as data_collator"
+                f"example {number} of the {name} set holds {', '.join(sorted(example))} and needs a collator of its "
+                "own; pass it as data_collator"
             )
+        lengths = {key: len(value) for key, value in example.items()}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{length} {key}" for key, length in lengths.items())
+            raise DataError(f"example {number} of the {name} set has {found}; give each token one of each")
     return [_without_padding(example) for example in examples]
 
 
@@ -62,17 +66,18 @@ def encode_refusals(
     Raises:
         DataError: the set is encoded already, or holds plain text, to which there is no other answer.
     """
-    if _examples(source) is not None or tokenizer is None:
+    rows = read_rows(source, "forget")
+    if _is_encoded(rows) or tokenizer is None:
         raise DataError(
             "the forget set is encoded already, so its answers cannot be replaced; pass other answers to the "
             "same questions as alternate_dataset"
         )
     refused = []
-    for number, record in enumerate(load_records(source, "forget")):
+    for number, record in enumerate(load_records(rows, "forget")):
         if not record.prompt:
             raise DataError(f"forget record {number + 1} is plain text; only a question can be refused an answer")
         refused.append(_refused(record, random.Random(f"{seed} refusal {number}").choice(REFUSALS)))
-    return encode(refused, tokenizer, max_length)
+    return encode(refused, tokenizer, max_length, "alternate")
 
 
 def _refused(record: Record, answer: str) -> Record:
@@ -80,14 +85,17 @@ def _refused(record: Record, answer: str) -> Record:
     return replace(record, completion=joint + answer)
 
 
-def _examples(source: Source | Examples) -> list[Any] | None:
-    """The source as a list if it holds encoded examples, or None."""
-    if isinstance(source, (str, PathLike, Mapping)):
-        return None
-    items = list(source)
-    if items and all(isinstance(item, Mapping) and "input_ids" in item and "labels" in item for item in items):
-        return items
-    return None
+def _is_encoded(source: Any) -> bool:
+    """Whether the rows of a data set are examples, and no records."""
+    return (
+        isinstance(source, list)
+        and bool(source)
+        and all(isinstance(item, Mapping) and "input_ids" in item and "labels" in item for item in source)
+    )
+
+
+def _is_tokens(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(token, int) for token in value)
 
 
 def _without_padding(example: Mapping[str, Sequence[int]]) -> Example:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from clue_fast.data import Collator, Source, padding_token
+from clue_fast.data import Collator, Source, padding_token, read_rows
 from clue_fast.errors import DataError
 from clue_fast.selection import Selection
 from clue_fast.training.encoding import encode_refusals, encode_set
@@ -98,6 +98,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
             args.num_train_epochs = sum(stage.epochs for stage in self.stages)
         seed = args.seed if args.data_seed is None else args.data_seed
         collate = kwargs.pop("data_collator", None)
+        # Read once: the records to forget are looked at again for refusals.
+        forget_dataset = read_rows(forget_dataset, "forget", keep_format=collate is not None)
         forget, retain = (
             encode_set(source, name, processing_class, max_length, collate is not None)
             for name, source in (("forget", forget_dataset), ("retain", retain_dataset))

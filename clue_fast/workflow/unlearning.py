@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import clue_fast
 from clue_fast.budget import check_budget
-from clue_fast.data import Source, load_records
+from clue_fast.data import Source, check_encoding, load_records
 from clue_fast.errors import SettingError
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.files import check_output, output_folder, save_json
@@ -148,6 +148,7 @@ def unlearn(
     if stages is not None and epochs is not None:
         raise SettingError("stages have epochs of their own; leave epochs out")
     other_answers = None if alternate is None else load_records(alternate, "alternate")
+    check_encoding(sets if other_answers is None else {**sets, "alternate": other_answers}, tokenizer, max_length)
     check_weights(model)
     detach_quantizer(model)
     check_saving(model, output_dir, tokenizer)

@@ -48,7 +48,7 @@ def make_twins(
     """
     if corruption not in CORRUPTIONS:
         raise UnknownNameError("corruption", corruption, CORRUPTIONS)
-    examples = encode(records, tokenizer, max_length)
+    examples = encode(records, tokenizer, max_length, name)
     prompts = [_prompt(example) for example in examples]
     twins = []
     for index, (record, example) in enumerate(zip(records, examples, strict=True)):
