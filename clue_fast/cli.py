@@ -88,7 +88,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         alternate=options.alternate,
         stages=options.stages,
         learning_rate=options.learning_rate,
-        layer_lr=_layer_rate(options.layer_lr),
+        layer_lr=None if options.layer_lr is None else _layer_rate(options.layer_lr),
         master=options.master,
         epochs=options.epochs,
         batch_size=options.batch_size,
@@ -183,22 +183,23 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1.2 / width)")
     unlearn.add_argument(
         "--layer-lr",
-        default="0.2",
         metavar="RATIO",
         help="rate of the last layer over the first (0.2), geometric between; linear:RATIO in equal steps",
     )
     unlearn.add_argument("--master", default="fp32", help="keep small updates in fp32 copies, or round: stochastic")
     unlearn.add_argument("--alternate", metavar="FILE", help="other answers to the forget questions, for dpo, refusal")
-    unlearn.add_argument("--stages", help="clue: forget units for one epoch, then conflict units for five")
+    unlearn.add_argument(
+        "--stages",
+        help="clue: forget units for one epoch, then conflict units for five, and what was published with it",
+    )
     unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (10, or 100 steps)")
     unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8)")
-    unlearn.add_argument("--retain-ratio", type=int, default=4, help="retain records beside each forget record (4)")
+    unlearn.add_argument("--retain-ratio", type=int, help="retain records beside each forget record (4)")
     unlearn.add_argument(
         "--forget-target",
         type=float,
-        default=0.9,
         metavar="SHARE",
-        help="the update is shrunk as far as this share of the forget questions stays unanswered (0.9)",
+        help="shrink the update as far as this share of the forget questions stays unanswered (not at all)",
     )
     unlearn.set_defaults(run=_unlearn)
 

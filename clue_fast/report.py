@@ -42,9 +42,26 @@ def results_table(results: Mapping[str, Any]) -> str:
         f"changed: {weights['changed_inside']}",
         f"weights changed outside the selection: {weights['changed_outside']}",
         *([f"update kept: {weights['update_kept']:.1%}"] if "update_kept" in weights else []),
+        *_schedule_lines(results.get("settings", {})),
         "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in results["seconds"].items()),
     ]
     return "\n".join(lines)
+
+
+def _schedule_lines(settings: Mapping[str, Any]) -> list[str]:
+    """Which settings of a run are of a published schedule, and which of its stages had nothing to train."""
+    lines = []
+    if published := settings.get("published"):
+        own = {**published["settings"], "epochs": " + ".join(map(str, published["settings"]["epochs"]))}
+        kept = ", ".join(f"{name} {value}" for name, value in own.items() if name not in published["changed"])
+        changed = ", ".join(f"{name} {settings[name]} (published: {own[name]})" for name in published["changed"])
+        lines.append(f"schedule {published['schedule']}, as in {published['source']}: {kept}")
+        lines += [f"changed from it: {changed}"] if changed else []
+    lines += [
+        f"stage skipped: {' and '.join(units)} units, of which the selection has none"
+        for units in settings.get("skipped_stages", [])
+    ]
+    return lines
 
 
 def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:

@@ -98,6 +98,11 @@ class Selection:
         """How many units fewer than the budget asked for there were to select, see ``limit``."""
         return int(self.source.get("shortfall", 0))
 
+    @property
+    def categorized(self) -> bool:
+        """Whether forget and conflict units were told apart, rather than ranked by one score, see ``select``."""
+        return bool(self.source.get("categories", True))
+
     def restrict(self, *categories: str) -> Selection:
         """Returns this selection with the units of all other categories made irrelevant.
 
@@ -273,7 +278,7 @@ def select(
     budget, value = check_budget(fraction, count=count, threshold=threshold, scope=scope)
     chosen = _chosen(scores, budget, value, scope, normalize)
     categories = {site: mask.to(torch.int8) * CONFLICT for site, mask in chosen.items()}
-    source = {"criterion": scores.criterion, **_source(budget, value, scope, normalize)}
+    source = {"criterion": scores.criterion, "categories": False, **_source(budget, value, scope, normalize)}
     return Selection(tuple(scores), categories, scores, source, scores.fingerprint)
 
 

@@ -82,7 +82,7 @@ def refuses(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         ("--forget-target", "nan", "forget_target nan is not a share above 0 and up to 1"),
         ("--layer-lr", "slow", "layer-lr 'slow' is neither a number nor linear:NUMBER"),
         ("--master", "fp16", "unknown master 'fp16'; choose one of: fp32, stochastic"),
-        ("--stages", "clue", "stage 1 trains forget units, the selection has none"),
+        ("--stages", "clue", "a stage trains forget units, and units that are ranked by one score are all conflict"),
         ("--stages", "never", "unknown schedule of stages 'never'"),
         ("--alternate", "nowhere.jsonl", "nowhere.jsonl"),
         ("--epochs", "0", "epochs 0.0 is not a number above 0"),
@@ -97,9 +97,9 @@ def test_the_command_has_the_defaults_of_the_functions() -> None:
     arguments = ["MODEL", "--forget", "F", "--retain", "R", "--output", "O"]
     options = cli._parser().parse_args(["unlearn", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.unlearn).parameters.items()}
-    for name in ("criterion", "fraction", "scope", "batch_size", "retain_ratio", "forget_target", "master", "stages"):
+    names = ("criterion", "fraction", "scope", "batch_size", "layer_lr", "retain_ratio", "forget_target", "master")
+    for name in (*names, "stages"):
         assert getattr(options, name) == defaults[name], name
-    assert float(options.layer_lr) == defaults["layer_lr"]
     options = cli._parser().parse_args(["localize", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.localize).parameters.items()}
     for name in ("criterion", "fraction", "scope"):

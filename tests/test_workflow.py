@@ -167,10 +167,16 @@ def test_the_published_schedule(folder: Path, tmp_path: Path, capsys: pytest.Cap
         {"units": ["conflict"], "objective": "simnpo", "epochs": 5},
     ]
     assert settings["epochs"] == 6 and settings["layer_lr"] == "LinearLayerRate(ratio=2.0)"
+    assert settings["retain_ratio"] == 1 and settings["retain_weight"] == 1.0 and settings["forget_target"] is None
+    assert settings["published"]["source"] == "arXiv 2509.20977" and settings["published"]["changed"] == ["layer_lr"]
     assert {entry["stage"] for entry in results["history"]} == {1, 2}
     assert results["weights"]["changed_outside"] == 0 < results["weights"]["changed_inside"]
     assert main(["report", str(tmp_path / "out")]) == 0
-    assert "weights changed outside the selection: 0" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "weights changed outside the selection: 0" in table
+    published = "retain_ratio 1, retain_weight 1.0, forget_target None, epochs 1 + 5"
+    assert f"schedule clue, as in arXiv 2509.20977: {published}\n" in table
+    assert "changed from it: layer_lr LinearLayerRate(ratio=2.0) (published: 1.0)" in table
 
 
 def test_answers_to_give_instead(folder: Path, tmp_path: Path, model, tokenizer) -> None:

@@ -21,7 +21,10 @@ from clue_fast.training.objectives import Objective, get_objective
 from clue_fast.training.pairing import Examples, PairCollator, PairedRecords, PairSampler, grouped
 from clue_fast.training.saving import detach_quantizer
 from clue_fast.training.sparse import sparsify
-from clue_fast.training.stages import Stage, get_stages, stage_at
+from clue_fast.training.stages import Stage, get_schedule, get_stages, scheduled, scheduled_objective, stage_at
+
+LAYER_LR = 0.2
+RETAIN_RATIO = 1
 
 
 class UnlearnTrainer(SparseTraining, Trainer):
@@ -47,14 +50,16 @@ class UnlearnTrainer(SparseTraining, Trainer):
         alternate_dataset: other answers to the questions of the forget records, one each and in the same
             order, for the objectives ``refusal`` and ``dpo``. Default: refusals such as "I don't know".
         retain_ratio: retain records beside each forget record; a batch of 8 with a ratio of 4 runs over 8 + 32.
+            Default 1.
         selection: the units to train, made for this model.
         objective: its name, or an ``Objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
-            ``LayerRate``.
+            ``LayerRate``. Default 0.2, with a published schedule that one's.
         master: "fp32" or "stochastic", see ``SparseAdamW``.
         stages: which units train on which objective in which epochs, instead of all on one: "clue" for the
-            published schedule, or a sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the
-            schedule of the learning rate spans them all.
+            published schedule and the settings that belong to it, see ``clue_fast.training.stages.CLUE``, or a
+            sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the schedule of the learning rate
+            spans them all. A stage of which the selection has no units is skipped.
         max_length: longest example in tokens, for records that are not encoded yet.
         kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``. A
             ``data_collator`` makes a batch of a list of examples of one set; heads other than causal language
@@ -82,16 +87,19 @@ class UnlearnTrainer(SparseTraining, Trainer):
         forget_dataset: Source | Examples,
         retain_dataset: Source | Examples,
         alternate_dataset: Source | Examples | None = None,
-        retain_ratio: int = 1,
+        retain_ratio: int | None = None,
         selection: Selection,
         objective: str | Objective = "npo",
-        layer_lr: LayerRate = 0.2,
+        layer_lr: LayerRate | None = None,
         master: str = "fp32",
         stages: str | Sequence[Stage] | None = None,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.objective: Objective = get_objective(objective)
+        schedule = get_schedule(stages)
+        layer_lr = scheduled("layer_lr", layer_lr, schedule, LAYER_LR)
+        retain_ratio = scheduled("retain_ratio", retain_ratio, schedule, RETAIN_RATIO)
+        self.objective: Objective = scheduled_objective(objective, schedule)
         self.stages = None if stages is None else get_stages(stages, self.objective, selection)
         args = _prepared(args)
         if self.stages is not None:

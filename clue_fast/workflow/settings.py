@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.errors import SettingError, UnknownNameError
 from clue_fast.selection import Selection
 from clue_fast.training.layer_rates import LayerRate, layer_scale
-from clue_fast.training.objectives import SimNPO, get_objective
+from clue_fast.training.objectives import Objective, SimNPO, get_objective
 from clue_fast.training.optimizer import MASTERS
-from clue_fast.training.stages import Stage
+from clue_fast.training.stages import Schedule, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 DEFAULT_OBJECTIVE = SimNPO(gamma=1.0, retain_weight=1.0)
 """Forgets no further than it must: a record whose answer has become improbable stops pulling."""
 
+LAYER_LR = 0.2
+RETAIN_RATIO = 4
 WIDTH_RATE = 1.2
 EPOCHS = 10.0
 STEPS = 100
@@ -68,10 +71,36 @@ def check_rates(layer_lr: LayerRate, selection: Selection) -> None:
         raise SettingError(str(error)) from error
 
 
-def described(stages: Sequence[Stage]) -> dict[str, Any]:
-    """The stages of a training as settings, in place of its epochs."""
-    described = [
+def described(
+    every: Sequence[Stage],
+    kept: Sequence[Stage],
+    schedule: Schedule | None,
+    settings: Mapping[str, Any],
+    objective: Objective,
+) -> dict[str, Any]:
+    """The stages of a training as settings, in place of its epochs.
+
+    Args:
+        every: all stages that were asked for.
+        kept: those that had units to train.
+        schedule: the published one that they are of, or None.
+        settings, objective: of the run; what the schedule has otherwise is listed as changed.
+    """
+    stages = [
         {"units": list(stage.units), "objective": get_objective(stage.objective).name, "epochs": stage.epochs}
-        for stage in stages
+        for stage in kept
     ]
-    return {"stages": described, "epochs": sum(stage.epochs for stage in stages)}
+    found: dict[str, Any] = {
+        "stages": stages,
+        "skipped_stages": [list(stage.units) for stage in every if stage not in kept],
+        "epochs": sum(stage.epochs for stage in kept),
+    }
+    if schedule is not None:
+        values = {**settings, **asdict(objective)}
+        found["published"] = {
+            "schedule": schedule.name,
+            "source": schedule.source,
+            "settings": {**schedule.settings, "epochs": [stage.epochs for stage in every]},
+            "changed": [name for name, value in schedule.settings.items() if values[name] != value],
+        }
+    return found

@@ -17,18 +17,28 @@ from clue_fast.data import Source, check_encoding, load_records
 from clue_fast.errors import SettingError
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.files import check_output, output_folder, save_json
-from clue_fast.localization import check_criterion, localize
+from clue_fast.localization import CIRCUIT, check_criterion, localize
 from clue_fast.ops import choose
 from clue_fast.report import RESULTS, results_table, write_plots
 from clue_fast.selection import Selection
 from clue_fast.training import audit
 from clue_fast.training.layer_rates import LayerRate
-from clue_fast.training.objectives import Objective, get_objective
+from clue_fast.training.objectives import Objective
 from clue_fast.training.saving import check_saving, detach_quantizer, keeping_trained_weights
-from clue_fast.training.stages import Stage, get_stages
+from clue_fast.training.stages import (
+    Stage,
+    check_ranked,
+    get_schedule,
+    get_stages,
+    make_stages,
+    scheduled,
+    scheduled_objective,
+)
 from clue_fast.workflow.loading import check_weights, load_sets
 from clue_fast.workflow.settings import (
     DEFAULT_OBJECTIVE,
+    LAYER_LR,
+    RETAIN_RATIO,
     check_rates,
     check_training,
     default_epochs,
@@ -81,12 +91,12 @@ def unlearn(
     alternate: Source | None = None,
     stages: str | Sequence[Stage] | None = None,
     learning_rate: float | None = None,
-    layer_lr: LayerRate = 0.2,
+    layer_lr: LayerRate | None = None,
     master: str = "fp32",
     epochs: float | None = None,
     batch_size: int = 8,
-    retain_ratio: int = 4,
-    forget_target: float | None = 0.9,
+    retain_ratio: int | None = None,
+    forget_target: float | None = None,
     evaluate_every: int = 0,
     seed: int = 0,
     max_length: int = 512,
@@ -108,18 +118,20 @@ def unlearn(
         objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
             ``refusal``; default refusals such as "I don't know".
-        stages: "clue" for the published schedule, or a sequence of ``Stage``, see ``UnlearnTrainer``; the selection
-            then needs categories.
+        stages: "clue" for the published schedule and the settings that belong to it, unless they are given here (see
+            ``clue_fast.training.stages.CLUE``), or a sequence of ``Stage``. The selection then needs categories; a
+            stage of which it has no units is skipped.
         learning_rate: of the first layer; default see ``default_learning_rate``.
         layer_lr: rate of the last layer over that of the first, geometric in between, or another rate by layer, see
-            ``LayerRate``.
+            ``LayerRate``. Default 0.2, or that of the published schedule.
         master: "fp32" or "stochastic", see ``SparseAdamW``.
         epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
         batch_size: forget records a step.
-        retain_ratio: retain records beside each forget record.
+        retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
         forget_target: share of the forget questions that must no longer be answered (ROUGE-L recall below 0.5). Once
             trained, the update is shrunk to the smallest share of itself that reaches it, see
-            ``clue_fast.training.shrink``; None keeps the whole, and so do objectives that teach other answers.
+            ``clue_fast.training.shrink``; None, the default, keeps the whole, and so do objectives that teach other
+            answers.
         evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
         seed: of everything that is random.
         max_length: longer records are cut, in tokens.
@@ -132,14 +144,16 @@ def unlearn(
     check_output(output_dir)
     check_criterion(criterion)
     check_budget(fraction, scope=scope)
-    chosen_objective = get_objective(objective)
+    schedule = get_schedule(stages)
+    chosen_objective = scheduled_objective(objective, schedule)
+    every = None if stages is None else make_stages(stages, chosen_objective)
     sets = load_sets(forget, retain, held_out)
     training = {
         "learning_rate": default_learning_rate(model) if learning_rate is None else learning_rate,
-        "layer_lr": layer_lr,
+        "layer_lr": scheduled("layer_lr", layer_lr, schedule, LAYER_LR),
         "epochs": default_epochs(len(sets["forget"]), batch_size) if epochs is None else epochs,
         "batch_size": batch_size,
-        "retain_ratio": retain_ratio,
+        "retain_ratio": scheduled("retain_ratio", retain_ratio, schedule, RETAIN_RATIO),
         "forget_target": forget_target,
         "master": master,
         "seed": seed,
@@ -153,6 +167,11 @@ def unlearn(
     detach_quantizer(model)
     check_saving(model, output_dir, tokenizer)
     choose("gated_activation", model.device, backend)
+    kept: tuple[Stage, ...] | None = None
+    if every is not None:
+        if not (categories or criterion == CIRCUIT if selection is None else selection.categorized):
+            check_ranked(every)
+        kept = None if selection is None else get_stages(every, chosen_objective, selection)
     if selection is not None:
         selection.check(model)
     seconds: dict[str, float] = {}
@@ -178,8 +197,9 @@ def unlearn(
             )
     with _stage("train", seconds):
         before = audit.snapshot(model)
-        schedule = None if stages is None else get_stages(stages, chosen_objective, selection)
-        check_rates(layer_lr, selection)
+        if every is not None and kept is None:
+            kept = get_stages(every, chosen_objective, selection)
+        check_rates(training["layer_lr"], selection)
         sparse, history = train_selected(
             model,
             tokenizer,
@@ -188,7 +208,7 @@ def unlearn(
             chosen_objective,
             training,
             alternate=other_answers,
-            stages=schedule,
+            stages=kept,
             max_length=max_length,
             evaluate_every=evaluate_every,
             progress=progress,
@@ -196,9 +216,11 @@ def unlearn(
         trained = sum(parameter.numel() for parameter in sparse.trainable_parameters)
     with _stage("shrink", seconds):
         share = 1.0
-        if forget_target is not None and not teaches_answers(chosen_objective, schedule):
+        if forget_target is not None and not teaches_answers(chosen_objective, kept):
             share = shrink_update(sparse, model, tokenizer, sets["forget"], forget_target)
         sparse.restore()
+    rate = training["layer_lr"]
+    course = {} if every is None or kept is None else described(every, kept, schedule, training, chosen_objective)
     with keeping_trained_weights(model, output_dir):
         with _stage("evaluate after", seconds):
             evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
@@ -213,10 +235,10 @@ def unlearn(
             "settings": {
                 **selection.source,
                 **training,
-                "layer_lr": layer_lr if isinstance(layer_lr, int | float) else str(layer_lr),
+                "layer_lr": rate if isinstance(rate, int | float) else str(rate),
                 "objective": chosen_objective.name,
                 **asdict(chosen_objective),
-                **({} if schedule is None else described(schedule)),
+                **course,
                 "records": {name: len(records) for name, records in sets.items()},
             },
             "evaluation": {
