@@ -22,6 +22,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from bench import machine
 from bench.run import RESULTS, save
+from clue_fast.labels import IGNORED_LABEL
 from clue_fast.localization.circuit import Graph, Twin, edge_scores, find_circuits, make_formula, solve
 from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.targets import record_target
@@ -112,7 +113,7 @@ def twins(case: Case, seed: int) -> list[Twin]:
     for _ in range(case.samples):
         clean = torch.randint(1, case.vocabulary, (case.tokens,), generator=generator)
         other = torch.randint(1, case.vocabulary, (case.tokens // 2,), generator=generator)
-        labels = [-100] * (case.tokens - 4) + clean[-4:].tolist()
+        labels = [IGNORED_LABEL] * (case.tokens - 4) + clean[-4:].tolist()
         made.append(Twin(clean.tolist(), [*other.tolist(), *clean[case.tokens // 2 :].tolist()], labels))
     return made
 

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from clue_fast.errors import DataError
+from clue_fast.labels import IGNORED_LABEL
 from clue_fast.whole_text import check_text, render, special_tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-IGNORED_LABEL = -100
-"""The label that Hugging Face losses skip."""
 
 COLUMN_SETS = (("question", "answer"), ("prompt", "completion"), ("text",), ("messages",))
 

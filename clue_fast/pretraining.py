@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import IGNORED_LABEL, Collator, Record, encode, padding_token
+from clue_fast.data import Collator, Record, encode, padding_token
 from clue_fast.errors import DataError
+from clue_fast.labels import answer_mask, shift_labels
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -171,10 +172,9 @@ def _answer_loss(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> tuple[Ten
     Padding is on the right, so that a causal model needs no mask; logits are computed for answer tokens only.
     """
     hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    targets = batch["labels"][:, 1:]
-    answered = targets != IGNORED_LABEL
-    logits = model.lm_head(hidden[:, :-1][answered])
-    return nn.functional.cross_entropy(logits, targets[answered]), int(answered.sum())
+    answered = answer_mask(batch["labels"])
+    logits = model.lm_head(hidden[answered])
+    return nn.functional.cross_entropy(logits, shift_labels(batch["labels"])[answered]), int(answered.sum())
 
 
 def _batches(lengths: Sequence[int], batch_size: int, order: torch.Generator) -> Iterator[list[int]]:

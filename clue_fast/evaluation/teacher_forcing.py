@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import IGNORED_LABEL, Collator, Record, batches_by_length, encode, padding_token
+from clue_fast.data import Collator, Record, batches_by_length, encode, padding_token
 from clue_fast.evaluation.state import evaluating, progress_bar
+from clue_fast.labels import answer_mask, shift_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,11 +63,10 @@ def score_answers(
 
 def _score_batch(logits: Tensor, labels: Tensor) -> list[AnswerScore]:
     """logits: [examples, tokens, vocabulary], labels: [examples, tokens]."""
-    targets = labels[:, 1:]
-    answered = targets != IGNORED_LABEL
-    chosen = logits[:, :-1][answered].float()
-    losses = nn.functional.cross_entropy(chosen, targets[answered], reduction="none").double()
-    right = chosen.argmax(-1) == targets[answered]
+    answered = answer_mask(labels)
+    chosen, targets = logits[answered].float(), shift_labels(labels)[answered]
+    losses = nn.functional.cross_entropy(chosen, targets, reduction="none").double()
+    right = chosen.argmax(-1) == targets
     lengths = answered.sum(1).tolist()
     return [
         AnswerScore(loss.mean().item(), hits.double().mean().item())

@@ -1,9 +1,10 @@
 """The criteria of the field, one function each.
 
-E is the mean over the counted tokens of a set, E_s that over its records s, a the activation of a unit, and
-p = a·∂f/∂a its first-order effect on the target f. A unit u owns the weights w_u: its rows and columns of the modules
-around it; g_u(s) is the gradient of the loss of record s, the mean over its answer tokens, with respect to them, and
-ḡ_u = E_s g_u(s). Formulas that the field has for single weights are summed over the weights of a unit.
+E is the mean over the counted tokens of a set, those that predict an answer token, E_s that over its records s, a the
+activation of a unit, and p = a·∂f/∂a its first-order effect on the target f. A unit u owns the weights w_u: its rows
+and columns of the modules around it; g_u(s) is the gradient of the loss of record s, the mean over its answer tokens,
+with respect to them, and ḡ_u = E_s g_u(s). Formulas that the field has for single weights are summed over the weights
+of a unit.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class IntegratedGradients:
         Args:
             forward: runs the model and returns P, one value that sums over the records.
             groups: int64 [records], the group of each.
-            predicting: bool [records, tokens], true where an answer token comes next.
+            predicting: bool [records, tokens], true where an answer token is predicted.
         """
         for path, parts in self._by_module.items():
             gradient: Tensor | None = None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clue_fast.data import IGNORED_LABEL, Collator, Example, check_disjoint, encode, load_records, padding_token
+from clue_fast.data import Collator, Example, check_disjoint, encode, load_records, padding_token
+from clue_fast.labels import answer_mask, head_of
 from clue_fast.localization.criteria import get_criterion
 from clue_fast.localization.integrated_gradients import IntegratedGradients
 from clue_fast.localization.targets import answer_target, check_target, record_target
@@ -41,7 +42,7 @@ def measure(
     backend: str | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Records the statistics that a criterion needs, of forget and retain answers, in one pass over both.
+    """Records the statistics that a criterion needs, where answers of both sets are predicted, in one pass over both.
 
     Args:
         model, forget, retain, tokenizer: see ``localize``.
@@ -110,7 +111,7 @@ def record_groups(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> Statistics:
-    """Records encoded records by group, answer tokens only (``labels`` other than -100).
+    """Records encoded records by group, only where a token of the answer is predicted.
 
     Records of all groups are sorted by length and share batches. Without gradients only the layers run, not the
     language-model head.
@@ -165,58 +166,58 @@ class Batches:
 
 
 def _record_activations(patched: Patched, batches: Batches, target: str | None) -> Statistics:
-    """Statistics of activations at the answer tokens, and of a·∂f/∂a with a target."""
+    """Statistics of activations where answer tokens are predicted, and of a·∂f/∂a with a target."""
     model = patched.model
+    head = head_of(model)
     with inference(model), patched.record(DEFAULT_GROUPS[0], gradients=target is not None):
         for batch, groups in batches.on(_device(model)):
-            batch["token_group"] = _token_groups(batch, groups)
+            batch["token_group"] = _token_groups(batch, groups, head)
             if target is None:
                 inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_group")}
                 with torch.no_grad():
                     patched.forward_layers(**inputs, use_cache=False)
             else:
                 logits = _logits(model, batch, token_group=batch["token_group"])
-                torch.autograd.backward(answer_target(logits, batch["labels"], target)[0].sum())
+                torch.autograd.backward(answer_target(logits, batch["labels"], target, head)[0].sum())
     return patched.statistics
 
 
 def _record_weight_inputs(model: nn.Module, statistics: Statistics, batches: Batches) -> None:
-    layers = getattr(model, "base_model", model)
+    layers, head = getattr(model, "base_model", model), head_of(model)
     with inference(model), torch.no_grad(), WeightInputRecorder(model, statistics) as recorder:
         for batch, groups in batches.on(_device(model)):
-            recorder.groups = _token_groups(batch, groups)
+            recorder.groups = _token_groups(batch, groups, head)
             layers(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             recorder.count_records()
 
 
 def _record_squared_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
+    head = head_of(model)
     with inference(model), SquaredGradientRecorder(model, statistics) as recorder:
         for batch, recorder.groups in batches.on(_device(model)):
-            torch.autograd.backward(record_target(_logits(model, batch), batch["labels"], target).sum())
+            torch.autograd.backward(record_target(_logits(model, batch), batch["labels"], target, head).sum())
             recorder.count_records()
 
 
 def _record_mean_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
     statistics.records += torch.tensor([len(records) for records in batches.data], device=statistics.records.device)
+    head = head_of(model)
     for recorder in mean_gradient_recorders(model, statistics):
         with inference(model), recorder:
             for batch, recorder.groups in batches.on(_device(model)):
-                torch.autograd.backward(record_target(_logits(model, batch), batch["labels"], target).sum())
+                torch.autograd.backward(record_target(_logits(model, batch), batch["labels"], target, head).sum())
 
 
 def _record_integrated_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:
-    integrated = IntegratedGradients(model, statistics)
+    integrated, head = IntegratedGradients(model, statistics), head_of(model)
     with inference(model):
         for batch, groups in batches.on(_device(model)):
-            labels = batch["labels"]
-            predicting = torch.zeros_like(labels, dtype=torch.bool)
-            predicting[:, :-1] = labels[:, 1:] != IGNORED_LABEL
 
             def forward(batch: dict[str, Tensor] = batch) -> Tensor:
                 logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-                return answer_target(logits, batch["labels"], target)[0].sum()
+                return answer_target(logits, batch["labels"], target, head)[0].sum()
 
-            integrated.add(forward, groups, predicting)
+            integrated.add(forward, groups, answer_mask(batch["labels"], head))
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
@@ -228,9 +229,9 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Tenso
     return logits
 
 
-def _token_groups(batch: dict[str, Tensor], groups: Tensor) -> Tensor:
-    """The group of each answer token, 0 elsewhere, [records, tokens] int8."""
-    return (batch["labels"] != IGNORED_LABEL).to(torch.int8) * groups[:, None].to(torch.int8)
+def _token_groups(batch: dict[str, Tensor], groups: Tensor, head: str) -> Tensor:
+    """The group of each position that predicts an answer token, 0 elsewhere, [records, tokens] int8."""
+    return answer_mask(batch["labels"], head).to(torch.int8) * groups[:, None].to(torch.int8)
 
 
 def _device(model: nn.Module) -> torch.device:

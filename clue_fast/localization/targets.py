@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clue_fast.data import IGNORED_LABEL
 from clue_fast.errors import UnknownNameError
+from clue_fast.labels import answer_mask, shift_labels
 
 
 def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def check_target(name: str) -> str:
     return name
 
 
-def answer_target(logits: Tensor, labels: Tensor, target: str) -> tuple[Tensor, Tensor]:
-    """The target of every answer token, as it is predicted from the token before it.
+def answer_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> tuple[Tensor, Tensor]:
+    """The target of every answer token, where it is predicted.
 
     The gradients of ``loss`` and ``probability`` vanish where an answer is memorized; those of ``log_odds``,
     log p - log(1 - p), and ``logit`` do not.
@@ -54,21 +54,22 @@ def answer_target(logits: Tensor, labels: Tensor, target: str) -> tuple[Tensor, 
         logits: [records, tokens, vocabulary].
         labels: [records, tokens] int64, -100 where the token is no answer.
         target: a key of ``TARGETS``.
+        head: of the model, see ``clue_fast.labels``.
 
     Returns:
         The values, [answer tokens] float32, and the record of each, int64.
     """
     chosen = TARGETS[check_target(target)]
-    answer = labels[:, 1:] != IGNORED_LABEL
+    answer = answer_mask(labels, head)
     rows = torch.nonzero(answer)[:, 0]
     # float64 stays, as a reference may want it
-    selected = logits[:, :-1][answer]
+    selected = logits[answer]
     wide = selected if selected.dtype == torch.float64 else selected.float()
-    return chosen(wide, labels[:, 1:][answer][:, None]), rows
+    return chosen(wide, shift_labels(labels, head)[answer][:, None]), rows
 
 
-def record_target(logits: Tensor, labels: Tensor, target: str) -> Tensor:
+def record_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> Tensor:
     """The mean of the target over the answer tokens of each record, [records] float32; arguments as above."""
-    values, rows = answer_target(logits, labels, target)
+    values, rows = answer_target(logits, labels, target, head)
     counts = torch.bincount(rows, minlength=labels.shape[0]).clamp_min(1)
     return torch.zeros(labels.shape[0], dtype=values.dtype, device=values.device).index_add(0, rows, values) / counts

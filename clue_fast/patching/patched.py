@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import PatchError, SiteError, UnknownNameError
+from clue_fast.labels import has_head, head_of
 from clue_fast.ops import backend as backends
 from clue_fast.patching.install import Installation, install
 from clue_fast.patching.recorder import ON_NONFINITE, Recorder
@@ -48,6 +49,7 @@ class Patched:
         statistics = Statistics(self.sites, model_fingerprint(model), device=device)
         self._recorder = Recorder(statistics, backend)
         self._image_token = image_token(self._entry)
+        self._head = head_of(self._entry) if has_head(self._entry) else None
         model = unwrap(model)
         paths = {module: path for path, module in model.named_modules()}
         towers = {paths[module]: name for module, name in find_towers(self._entry).items()}
@@ -85,8 +87,9 @@ class Patched:
 
         Args:
             group: name of the group, such as "forget"; a new name makes a new group.
-            tokens: "answers" counts tokens with a label other than -100 only, "attended" all but padding; default
-                is answers where a batch has a label for every token, and attended where it has not.
+            tokens: "answers" counts only where a label other than -100 is predicted, which for a causal model is one
+                position before the token with that label, see ``clue_fast.labels``; "attended" all but padding.
+                Default is answers where a batch has a label for every token, and attended where it has not.
             gradients: also record a·∂L/∂a in backward passes.
             on_nonfinite: what NaN or infinity in an activation leads to. "raise": an error at the end of the block;
                 "skip_batch": the batch is left out, ``statistics.skipped`` counts them; "count": the token is left
@@ -245,7 +248,7 @@ class Patched:
         recorder = self._recorder
         groups, labels = len(recorder.statistics.groups), inputs.get("labels")
         images = Images.among(inputs, self._image_token)
-        return Batch(recorder.default_group, groups, recorder.tokens, labels, images, given, decoder)
+        return Batch(recorder.default_group, groups, recorder.tokens, self._head, labels, images, given, decoder)
 
     def _seen(self, tower: str, inputs: dict[str, Any]) -> int:
         """How many positions ``generate`` has fed to a tower before, where it feeds all of them again."""

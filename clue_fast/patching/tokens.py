@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from clue_fast.errors import PatchError
+from clue_fast.labels import answer_mask
 
 TEXT, ENCODER, DECODER, IMAGES = "text", "encoder", "decoder", "images"
 ANSWERS, ATTENDED = "answers", "attended"
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Batch:
         default: group of the rows where the batch does not say.
         groups: number of groups there are.
         tokens: ``answers``, ``attended`` or None, see ``Patched.record``.
+        head: how labels relate to positions, see ``clue_fast.labels``; None where the model has no head.
         labels: of the batch, if it has any.
         images: how many there are, or how large each is, and the token ids of the text that they belong to.
         given: the batch's own ``token_group``, [batch] or [batch, tokens], or None.
@@ -112,6 +113,7 @@ class Batch:
     default: int
     groups: int
     tokens: str | None
+    head: str | None = None
     labels: Tensor | None = None
     images: Images | None = None
     given: Tensor | None = None
@@ -238,5 +240,10 @@ class Batch:
                 f"recording reads attention_mask as [batch, tokens], got {found} for tokens {shape}; pass token_group"
             )
         if answers:
-            counted &= labels.to(device) != IGNORED_LABEL  # type: ignore[union-attr]
+            if self.head is None:
+                raise PatchError(
+                    "the model has no head that is known, so that it is open which positions predict the labels of the "
+                    'batch; record the model with its head, pass token_group, or tokens="attended"'
+                )
+            counted &= answer_mask(labels.to(device), self.head)  # type: ignore[union-attr]
         return counted

@@ -25,13 +25,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clue_fast.data import IGNORED_LABEL
 from clue_fast.errors import SparseError
+from clue_fast.labels import answer_mask, head_of
 from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
 from clue_fast.patching import patched_of
 from clue_fast.selection import Selection
 from clue_fast.training.fusing import fused
-from clue_fast.training.objectives.predictions import Batch, head_of, join, run
+from clue_fast.training.objectives.predictions import Batch, join, run
 from clue_fast.training.parts import TrainedPart, plan, trained_parts
 from clue_fast.training.sparse import make_parts
 
@@ -138,11 +138,9 @@ def _shadow(model: nn.Module) -> nn.Module:
 
 
 def _positions(model: nn.Module, batch: Batch) -> Tensor:
-    """Places of the labelled positions in the flattened logits, int64."""
+    """Places in the flattened logits of the positions that predict a label, int64."""
     labels = batch["labels"]
-    if head_of(model, batch) == "causal":
-        labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    return torch.nonzero(labels.flatten() != IGNORED_LABEL).flatten()
+    return torch.nonzero(answer_mask(labels, head_of(model, labels)).flatten()).flatten()
 
 
 def _loss(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tensor:

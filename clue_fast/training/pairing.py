@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from clue_fast.data import IGNORED_LABEL, Example
+from clue_fast.data import Example
+from clue_fast.labels import answer_mask
 from clue_fast.statistics import DEFAULT_GROUPS
 
 Examples: TypeAlias = "Sequence[Example]"
@@ -91,17 +92,28 @@ class PairCollator:
         return {name: dict(self.collate([one for item in items for one in item[name]])) for name in items[0]}
 
 
-def grouped(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Says of every batch which tokens are of the groups forget and retain: its answers, or all, by record.
+def grouped(batches: Mapping[str, Mapping[str, Tensor]], head: str) -> dict[str, dict[str, Tensor]]:
+    """Says of every batch which tokens are of the groups forget and retain: those that predict its labels.
+
+    Args:
+        batches: with ``labels``.
+        head: of the model, see ``clue_fast.labels``.
 
     Returns:
-        The batches with ``token_group``, int8 in the shape of ``input_ids``, or [records] where labels have another.
+        The batches with ``token_group``, int8 in the shape of ``input_ids``, or [records] where labels are of
+        records; of the decoder with ``decoder_token_group``, beside the encoder's tokens, which have no labels.
     """
     numbers = {name: number for number, name in enumerate(DEFAULT_GROUPS, start=1)}
     found = {}
     for name, batch in batches.items():
-        labels, ids = batch["labels"], batch.get("input_ids")
-        by_token = ids is not None and ids.shape == labels.shape
-        counted = labels != IGNORED_LABEL if by_token else torch.ones(len(labels), device=labels.device)
-        found[name] = {**batch, "token_group": counted.to(torch.int8) * numbers.get(name, 0)}
+        labels, mask, number = batch["labels"], batch.get("attention_mask"), numbers.get(name, 0)
+        counted, records = answer_mask(labels, head), torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        if head == "seq2seq":
+            groups = {"token_group": records, "decoder_token_group": counted}
+        elif head == "classification":
+            groups = {"token_group": records}
+        else:
+            padded = mask is not None and mask.shape == labels.shape
+            groups = {"token_group": counted & (mask != 0) if padded else counted}
+        found[name] = {**batch, **{key: group.to(torch.int8) * number for key, group in groups.items()}}
     return found

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from clue_fast.data import Collator, Source, padding_token, read_rows
 from clue_fast.errors import DataError
+from clue_fast.labels import head_of
 from clue_fast.selection import Selection
 from clue_fast.training.encoding import encode_refusals, encode_set
 from clue_fast.training.hosting import SparseTraining
@@ -161,7 +162,9 @@ class UnlearnTrainer(SparseTraining, Trainer):
         """Returns the loss of the objective; for plain batches, as in evaluation, that of the model."""
         if "forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        batches = grouped(inputs) if self.groups_tokens else inputs
+        batches = inputs
+        if self.groups_tokens:
+            batches = grouped(inputs, head_of(model, inputs["forget"]["labels"]))
         loss, logs = self.objective.loss(model, batches, self.sparse)
         for name, value in logs.items():
             self._logged.setdefault(name, []).append(value)

@@ -44,7 +44,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list) -> dict:
-    """Activations and their products with the gradient of the log-odds, record by record, [answer tokens, width]."""
+    """Activations and their products with the gradient of the log-odds where answers are predicted, [tokens, width]."""
     activations: dict[str, list[torch.Tensor]] = {}
     products: dict[str, list[torch.Tensor]] = {}
     for example in encode(records, tokenizer):
@@ -63,9 +63,8 @@ def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
         for handle in handles:
             handle.remove()
         for path, value in seen.items():
-            counted = labels != -100
-            activations.setdefault(path, []).append(value[0, counted].detach().double())
-            products.setdefault(path, []).append((value * value.grad)[0, counted].detach().double())
+            activations.setdefault(path, []).append(value[0, :-1][answer].detach().double())
+            products.setdefault(path, []).append((value * value.grad)[0, :-1][answer].detach().double())
     return {
         "activations": {path: torch.cat(parts) for path, parts in activations.items()},
         "products": {path: torch.cat(parts) for path, parts in products.items()},

@@ -39,8 +39,8 @@ class SlowLoop:
         self.layers = self.model.model.layers
         self.forget, self.retain = data
 
-    def run(self, example: dict, scale: tuple[int, float] | None = None) -> tuple[dict, Answer, Tensor, Tensor]:
-        """Inputs of every linear module by layer and name; the answer; what counts; what predicts."""
+    def run(self, example: dict, scale: tuple[int, float] | None = None) -> tuple[dict, Answer, Tensor]:
+        """Inputs of every linear module by layer and name; the answer; the positions that predict it."""
         inputs: dict[tuple[int, str], Tensor] = {}
         labels = torch.tensor(example["labels"])
         predicting = torch.nonzero(labels[1:] != -100).flatten()
@@ -69,26 +69,26 @@ class SlowLoop:
         answers = labels[1:][predicting]
         rows = range(len(answers))
         answer = Answer(logits[predicting][rows, answers], logits[predicting].log_softmax(-1)[rows, answers])
-        return inputs, answer, labels != -100, predicting
+        return inputs, answer, predicting
 
     def activations(self, data: list) -> list[Tensor]:
-        """By layer, [counted tokens, units]."""
+        """By layer, [predicting tokens, units]."""
         found: list[list[Tensor]] = [[] for _ in self.layers]
         for example in data:
-            inputs, _, counted, _ = self.run(example)
+            inputs, _, predicting = self.run(example)
             for index in range(len(self.layers)):
-                found[index].append(inputs[index, "down_proj"][0, counted].detach())
+                found[index].append(inputs[index, "down_proj"][0, predicting].detach())
         return [torch.cat(parts) for parts in found]
 
     def products(self, data: list, target: Callable[[Answer], Tensor]) -> list[Tensor]:
-        """a·∂f/∂a by layer, [counted tokens, units]."""
+        """a·∂f/∂a by layer, [predicting tokens, units]."""
         found: list[list[Tensor]] = [[] for _ in self.layers]
         for example in data:
-            inputs, answer, counted, _ = self.run(example)
+            inputs, answer, predicting = self.run(example)
             target(answer).sum().backward()
             for index in range(len(self.layers)):
                 z = inputs[index, "down_proj"]
-                found[index].append((z * z.grad)[0, counted].detach())
+                found[index].append((z * z.grad)[0, predicting].detach())
         return [torch.cat(parts) for parts in found]
 
     def weight_gradients(self, data: list) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
@@ -96,7 +96,7 @@ class SlowLoop:
         found = []
         for example in data:
             self.model.zero_grad()
-            _, answer, _, _ = self.run(example)
+            _, answer, _ = self.run(example)
             (-answer.log_probability.mean()).backward()
             found.append(
                 [
@@ -197,9 +197,9 @@ def slow_wanda(loop: SlowLoop) -> list[Tensor]:
     def score_of(data: list) -> list[Tensor]:
         inputs: dict[tuple[int, str], list[Tensor]] = {}
         for example in data:
-            seen, _, counted, _ = loop.run(example)
+            seen, _, predicting = loop.run(example)
             for key, z in seen.items():
-                inputs.setdefault(key, []).append(z[0, counted].detach())
+                inputs.setdefault(key, []).append(z[0, predicting].detach())
         norms = {key: torch.cat(z).square().mean(0).sqrt() for key, z in inputs.items()}
         scores = []
         for layer in range(len(loop.layers)):
@@ -217,10 +217,10 @@ def slow_integrated_gradients(loop: SlowLoop) -> list[Tensor]:
         for layer in range(len(loop.layers)):
             total = torch.zeros(352, dtype=loop.model.dtype)
             for example in data:
-                inputs, _, _, predicting = loop.run(example)
+                inputs, _, predicting = loop.run(example)
                 a = inputs[layer, "down_proj"][0, predicting].detach()
                 for step in range(1, STEPS + 1):
-                    inputs, answer, _, _ = loop.run(example, (layer, step / STEPS))
+                    inputs, answer, _ = loop.run(example, (layer, step / STEPS))
                     answer.log_probability.exp().sum().backward()
                     total += (a * inputs[layer, "down_proj"].grad[0, predicting]).sum(0) / STEPS
             scores.append(total / len(data))
@@ -258,6 +258,20 @@ def test_scores_equal_a_slow_loop_from_the_paper(baby_llama: LlamaForCausalLM, s
         # In float32 the forward pass itself errs; the loop in float32 errs as much.
         own = relative_error(SLOW[name](SlowLoop(baby_llama.float(), data)), expected)
         assert relative_error(list(score(measured(baby_llama, data, name), name).values()), expected) <= 2 * own
+
+
+@pytest.mark.parametrize("name", [name for name, each in CRITERIA.items() if "gradients" in each.needs])
+def test_answers_of_one_token_matter(baby_llama: LlamaForCausalLM, stories: Data, name: str) -> None:
+    """The last token of the prompt predicts all there is: what units do there is seen, and is not nothing."""
+    data = [
+        [{"input_ids": each["input_ids"][:7], "labels": each["labels"][:7]} for each in examples]
+        for examples in short(stories, name)
+    ]
+    assert all(sum(label != -100 for label in each["labels"]) == 1 for examples in data for each in examples)
+    expected = SLOW[name](SlowLoop(baby_llama.double(), data))
+    found = list(score(measured(baby_llama, data, name), name).values())
+    assert min(float(values.abs().max()) for values in found) > 0
+    assert relative_error(found, expected) <= 1e-5
 
 
 def test_no_criterion_is_without_a_slow_loop() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from families import FAMILIES, SEQ2SEQ
+from families import FAMILIES, MASKED, SEQ2SEQ
 from torch import Tensor, nn
 
 
@@ -119,13 +119,23 @@ def watching(model: nn.Module, name: str, heads: bool = False) -> Iterator[dict[
 
 
 def counts(name: str, path: str, batch: dict[str, Tensor], tokens: int) -> Tensor:
-    """Which of the tokens that a site sees count when a batch with labels is recorded, [tokens] bool."""
-    attended, answers = batch["attention_mask"].bool(), batch["labels"] != -100
-    if FAMILIES[name].task == SEQ2SEQ:
-        return (attended if path.startswith("encoder") else answers).flatten()
+    """Which of the tokens that a site sees count when a batch with labels is recorded, [tokens] bool.
+
+    Those that predict an answer: the token before it in a causal model, the one in its place in others.
+    """
+    task = FAMILIES[name].task
     if "vision" in path or "visual" in path:
         return torch.ones(tokens, dtype=torch.bool)
-    return (attended & answers).flatten()
+    if task == SEQ2SEQ and path.startswith("encoder"):
+        return batch["attention_mask"].bool().flatten()
+    counted = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    before = 0 if task in (SEQ2SEQ, MASKED) else 1
+    for row, labels in enumerate(batch["labels"].tolist()):
+        for place, label in enumerate(labels):
+            attended = task == SEQ2SEQ or bool(batch["attention_mask"][row, place - before])
+            if label != -100 and place >= before and attended:
+                counted[row, place - before] = True
+    return counted.flatten()
 
 
 def statistics_of(activations: Tensor, products: Tensor | None) -> dict[str, Tensor]:

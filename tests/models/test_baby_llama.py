@@ -115,6 +115,48 @@ def test_patched_logits_stay_within_twice_the_rounding_error(baby_llama: LlamaFo
     assert torch.equal(restored.view(torch.uint8), stock.view(torch.uint8))
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_statistics_of_answers_are_of_the_positions_that_predict_them(baby_llama: LlamaForCausalLM, side: str) -> None:
+    """A plain loop over records that are run alone: the token before each token of the answer counts."""
+    texts = [text[:length] for text, length in zip(sample(baby_llama, 5, 40).tolist(), (40, 8, 23, 31, 7), strict=True)]
+    prompts = (6, 7, 1, 30, 5)  # the second and the fourth have an answer of one token
+    model = baby_llama.double()
+    kept: dict[str, list[torch.Tensor]] = {}
+    paths = [site.output for site in clue_fast.find_sites(model)]
+    for text, prompt in zip(texts, prompts, strict=True):
+        for path in paths:
+            kept.setdefault(path, []).append(torch.empty(0))
+
+        def keep(path: str, prompt: int = prompt):
+            return lambda _, args: kept[path].__setitem__(-1, args[0][0, prompt - 1 : -1])
+
+        handles = [model.get_submodule(path).register_forward_pre_hook(keep(path)) for path in paths]
+        with torch.no_grad():
+            model(torch.tensor([text]))
+        for handle in handles:
+            handle.remove()
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for text, prompt in zip(texts, prompts, strict=True):
+        answer = [-100] * prompt + text[prompt:]
+        for name, values, fill in (
+            ("input_ids", text, 0),
+            ("attention_mask", [1] * len(text), 0),
+            ("labels", answer, -100),
+        ):
+            padding = [fill] * (40 - len(text))
+            rows[name].append(values + padding if side == "right" else padding + values)
+    batch = {name: torch.tensor(row) for name, row in rows.items()}
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with clue_fast.patch(model) as patched, torch.no_grad():
+        with patched.record("forget"):
+            model(**batch)
+        for site in patched.sites:
+            found, expected = patched.statistics.of(site, "forget"), torch.cat(kept[site.output])
+            assert found.count == len(expected) == 34 + 1 + 22 + 1 + 2
+            torch.testing.assert_close(found.mean, expected.mean(0), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found.max_abs, expected.abs().amax(0), rtol=1e-9, atol=1e-12)
+
+
 def test_statistics_equal_those_of_hooks(baby_llama: LlamaForCausalLM) -> None:
     tokens = sample(baby_llama, 4, 64)
     mask = torch.ones_like(tokens)

@@ -279,7 +279,9 @@ class TestQuantized:
         torch.testing.assert_close(found, stock, rtol=1e-3, atol=1e-3)
         assert len(sites) == 2
         for site in sites:
-            kept = seen[site].double()[(batch["labels"] != -100).flatten()]
+            predicting = torch.zeros_like(batch["labels"], dtype=torch.bool)
+            predicting[:, :-1] = batch["labels"][:, 1:] != -100
+            kept = seen[site].double()[predicting.flatten()]
             mean = patched.statistics.of(site, "forget").mean
             torch.testing.assert_close(mean, kept.mean(0), rtol=1e-3, atol=1e-4)
 

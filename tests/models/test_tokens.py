@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import clue_fast
 from clue_fast.errors import PatchError, UnknownNameError
+from clue_fast.patching.patched import CACHES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from families import IMAGE, make_batch, make_model
@@ -100,6 +102,102 @@ class TestOneTower:
     def test_a_group_that_there_is_not(self, causal: Any) -> None:
         with pytest.raises(PatchError, match=r"1\.\.3, the recorded groups are 0\.\.2"):
             counted(causal, {"input_ids": IDS, "token_group": torch.tensor([1, 2, 1, 3])})
+
+
+def mean_at(model: nn.Module, batch: dict[str, Tensor], places: list[tuple[int, int]], tower: str) -> Tensor:
+    """Mean of what the last site of a tower of the stock model gives at (row, position)."""
+    kept: list[Tensor] = []
+    site = [site for site in clue_fast.find_sites(model) if tower in site.path][-1]
+    handle = model.get_submodule(site.output).register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    with torch.no_grad():
+        model(**{name: value for name, value in batch.items() if "token_group" not in name})
+    handle.remove()
+    return torch.stack([kept[0].double()[place] for place in places]).mean(0)
+
+
+def assert_counts(model: nn.Module, batch: dict[str, Tensor], *places: list[tuple[int, int]], tower: str = "") -> None:
+    """These (row, position) count for the group forget, and for retain if there are more."""
+    with clue_fast.patch(model) as patched, torch.no_grad():
+        with patched.record("forget"):
+            model(**batch)
+        site = [site for site in patched.sites if tower in site.path][-1]
+        assert patched.statistics.count[:, patched.statistics.number(site)].tolist() == [*map(len, places), 0][:2]
+        found = [patched.statistics.of(site, group).mean for group in ("forget", "retain")[: len(places)]]
+    for mean, own in zip(found, places, strict=True):
+        expected = mean_at(model, batch, own, tower)
+        assert float((mean - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+class TestPositions:
+    """Which positions count when a batch has labels: those that predict them."""
+
+    def test_the_last_token_of_the_prompt_predicts_the_first_of_the_answer(self, causal: Any) -> None:
+        batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+        assert_counts(causal, batch, [(0, i) for i in (1, 2, 3)] + [(row, i) for row in (1, 2, 3) for i in range(1, 6)])
+
+    def test_an_answer_of_one_token(self, causal: Any) -> None:
+        labels = torch.full_like(IDS, -100)
+        labels[2, 4] = 9
+        assert_counts(causal, {"input_ids": IDS, "labels": labels}, [(2, 3)])
+
+    def test_nothing_predicts_the_first_token(self, causal: Any) -> None:
+        assert_counts(causal, {"input_ids": IDS, "labels": IDS}, [(row, i) for row in range(4) for i in range(6)])
+
+    def test_padding_on_the_left_predicts_nothing(self, causal: Any) -> None:
+        mask = MASK.flip(1)
+        batch = {"input_ids": IDS, "attention_mask": mask, "labels": torch.where(mask == 1, IDS, -100)}
+        places = [(0, i) for i in range(2, 6)] + [(row, i) for row in (1, 2, 3) for i in range(6)]
+        assert_counts(causal, batch, places)
+
+    def test_packed_records_end_without_predicting_the_next(self, causal: Any) -> None:
+        """Records of 3, 1 and 3 tokens in one row, with the labels of a flattening collator."""
+        ids = IDS[:1]
+        labels = ids.clone()
+        labels[0, [0, 3, 4]] = -100
+        batch = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 0, 1, 2]]), "labels": labels}
+        assert_counts(causal, batch, [(0, 0), (0, 1), (0, 4), (0, 5)])
+
+    def test_tokens_behind_a_cache(self, causal: Any) -> None:
+        """The mask spans the cache as well; the first of the new tokens was predicted in the pass before."""
+        with torch.no_grad():
+            name = next(name for name in CACHES if name in inspect.signature(causal.forward).parameters)
+            cache = {name: causal(IDS[:, :3], use_cache=True).past_key_values}
+            with clue_fast.patch(causal) as patched, patched.record("forget"):
+                causal(IDS[:, 3:], attention_mask=torch.ones_like(IDS), labels=IDS[:, 3:], **cache)
+        assert int(patched.statistics.count[0, 0]) == 4 * 3
+
+    def test_rows_of_a_mixed_batch(self, causal: Any) -> None:
+        batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS, "token_group": torch.tensor([1, 2, 0, 2])}
+        assert_counts(causal, batch, [(0, i) for i in (1, 2, 3)], [(row, i) for row in (1, 3) for i in range(1, 6)])
+
+    def test_a_group_for_every_token_is_taken_as_it_is(self, causal: Any) -> None:
+        group = torch.zeros_like(IDS)
+        group[0, 0], group[1, 4], group[3, 6] = 1, 2, 1
+        assert_counts(causal, {"input_ids": IDS, "labels": LABELS, "token_group": group}, [(0, 0), (3, 6)], [(1, 4)])
+
+    def test_a_decoder_predicts_labels_at_their_own_position(self, seq2seq: Any) -> None:
+        labels = QUESTIONS["labels"].clone()
+        labels[1, 0] = labels[2, 2] = -100
+        places = [(row, i) for row, i in torch.nonzero(labels != -100).tolist()]
+        assert_counts(seq2seq, QUESTIONS | {"labels": labels}, places, tower="decoder")
+
+    def test_a_masked_model_predicts_labels_at_their_own_position(self) -> None:
+        labels = torch.full_like(IDS, -100)
+        labels[0, 0] = labels[1, 3] = labels[3, 6] = 9
+        batch = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
+        assert_counts(make_model("bert"), batch, [(0, 0), (1, 3), (3, 6)])
+
+    @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+    def test_the_last_piece_of_an_image_predicts_the_text_behind_it(self, name: str) -> None:
+        places = [(row, i) for row in (1, 2) for i in (4, 5)]
+        assert_counts(make_model(name), make_batch(name), places, tower="language_model")
+
+    def test_layers_without_a_head_predict_nothing_that_is_known(self, causal: Any) -> None:
+        layers = causal.model
+        with pytest.raises(PatchError, match=r"no head that is known.*pass token_group"):
+            counted(layers, {"input_ids": IDS, "labels": LABELS})
+        assert counted(layers, {"input_ids": IDS, "labels": LABELS}, tokens="attended") == [28, 0]
+        assert counted(layers, {"input_ids": IDS, "attention_mask": MASK}) == [26, 0]
 
 
 class TestEncoderAndDecoder:
@@ -194,7 +292,9 @@ class TestImages:
         assert counted(model, batch, "vis") == [pieces, pieces]
         labels = batch.pop("labels")
         assert counted(model, batch, "language_model") == [7, 5]
-        assert counted(model, batch | {"labels": labels}, "language_model") == [3, 1]
+        # Answers are the first token, after which images begin, and the last two, which padding ends in the first row:
+        # nothing predicts the first, an image the next, and that the last.
+        assert counted(model, batch | {"labels": labels}, "language_model") == [2, 0]
 
     def test_images_of_different_sizes_and_numbers(self) -> None:
         """Two images in the first row, none in the second, one in the third; 16, 24 and 16 patches, merged by four."""

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import clue_fast
 from clue_fast.errors import DataError, ObjectiveError
+from clue_fast.labels import head_of
 from clue_fast.training import OBJECTIVES, RMU, get_objective
 from clue_fast.training.objectives import predict
-from clue_fast.training.objectives.predictions import head_of
+from clue_fast.training.pairing import grouped
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -101,7 +103,7 @@ def test_a_record_has_the_loss_of_the_stock_model(case):
     """Two batches of different length in one pass: every record as the model itself scores it, alone and unpadded."""
     head, model = case
     both = {"forget": make_batch(head, 0), "retain": make_batch(head, 1, records=2, length=9)}
-    assert head_of(model, both["forget"]) == ("causal" if head == "vision" else head)
+    assert head_of(model, both["forget"]["labels"]) == ("causal" if head == "vision" else head)
     found = predict(model, both)
     for side, batch in both.items():
         for record in range(len(batch["labels"])):
@@ -112,6 +114,41 @@ def test_a_record_has_the_loss_of_the_stock_model(case):
             expected = model(**alone).loss
             mean = found[side].mean(found[side].losses)[record]
             torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_is_recorded_where_labels_are_predicted(case):
+    """Forget and retain in one pass, as a trainer runs them, against hooks on every record alone."""
+    head, model = case
+    both = {"forget": make_batch(head, 0), "retain": make_batch(head, 1, records=2, length=9)}
+    if head == "seq2seq":  # as many labels as the encoder has tokens
+        both["forget"]["labels"] = labels(both["forget"], 0, 7)
+    with clue_fast.patch(model) as patched, patched.record("other"):
+        batches = grouped(both, head_of(model, both["forget"]["labels"]))
+        predict(model, batches)
+    for site in [site for site in patched.sites if head != "vision" or "language_model" in site.path]:
+        for side, batch in both.items():
+            kept: list[Tensor] = []
+            for record in range(len(batch["labels"])):
+                alone = {name: tensor[record : record + 1] for name, tensor in batch.items()}
+                attended = torch.nonzero(alone["attention_mask"][0]).flatten()
+                places = torch.nonzero(batch["labels"][record] != -100).flatten()
+                if head == "classification" or "encoder.block" in site.path:
+                    places = attended
+                elif head == "vision":
+                    places = torch.tensor([place - 1 for place in places.tolist() if place > 0])
+                if head == "masked":  # its mask may hide what has a label
+                    places = torch.tensor([place for place in places.tolist() if place in attended.tolist()])
+
+                def keep(_: Any, inputs: tuple[Tensor, ...], places: Tensor = places, kept: list = kept) -> None:
+                    kept.append(inputs[0][0, places].double())
+
+                handle = model.get_submodule(site.output).register_forward_pre_hook(keep)
+                with torch.no_grad():
+                    model(**alone)
+                handle.remove()
+            found, expected = patched.statistics.of(site, side), torch.cat(kept)
+            assert found.count == len(expected) > 0
+            torch.testing.assert_close(found.mean, expected.mean(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))

@@ -53,9 +53,9 @@ def test_scores_are_those_of_the_batches_that_trained(objective, make_trainer):
                 model(torch.tensor([example["input_ids"]]))
             for hook in hooks:
                 hook.remove()
-            counted = torch.tensor(example["labels"]) != -100
+            predicting = [i - 1 for i, label in enumerate(example["labels"]) if label != -100]
             for i, h in kept.items():
-                seen.setdefault((name, i), []).append(h[counted])
+                seen.setdefault((name, i), []).append(h[predicting])
     for i, (site, scores) in enumerate(callback.scores.items()):
         forget, retain = (torch.cat(seen[name, i]) for name in ("forget", "retain"))
         spread = ((forget.var(0, correction=0) + retain.var(0, correction=0)) / 2).sqrt()

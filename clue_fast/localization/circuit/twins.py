@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clue_fast.data import IGNORED_LABEL, Example, Record, encode, encode_prompts
+from clue_fast.data import Example, Record, encode, encode_prompts
 from clue_fast.errors import DataError, UnknownNameError
+from clue_fast.labels import IGNORED_LABEL
 from clue_fast.localization.circuit.attribution import Twin
 
 if TYPE_CHECKING:

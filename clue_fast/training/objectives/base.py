@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import ObjectiveError
-from clue_fast.training.objectives.predictions import HEADS, Batch, Predictions, head_of, predict
+from clue_fast.labels import HEADS, head_of
+from clue_fast.training.objectives.predictions import Batch, Predictions, predict
 
 Current = Mapping[str, Predictions]
 Original = Mapping[str, Tensor]
@@ -76,14 +77,14 @@ class Objective:
         """Returns the loss to run backward, and detached scalars to log.
 
         Args:
-            model: see ``predictions`` for its heads.
+            model: see ``clue_fast.labels`` for its heads.
             batches: "forget" and "retain", and "alternate" for objectives that need it.
             trained: the ``Sparse`` of the model.
 
         Raises:
             ObjectiveError: the objective makes no sense with the head of the model, or lacks a batch.
         """
-        head = head_of(model, batches[self.forget_batches[0]])
+        head = head_of(model, batches[self.forget_batches[0]]["labels"])
         self.check_head(model, head)
         used = self.batches(batches, head)
         # The original goes first: swapping weights later would break the graph of the pass that trains.
@@ -122,7 +123,7 @@ def announce(trained: Trained, batches: Mapping[str, Batch], forget_batches: tup
 
 def ungrouped(batch: Batch) -> Batch:
     """Without the groups that its tokens are recorded in, if they are: the original model is not what is measured."""
-    return {name: tensor for name, tensor in batch.items() if name != "token_group"}
+    return {name: tensor for name, tensor in batch.items() if name not in ("token_group", "decoder_token_group")}
 
 
 def _with_mask(batch: Batch) -> Batch:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clue_fast.data import IGNORED_LABEL
+from clue_fast.labels import IGNORED_LABEL
 from clue_fast.training.objectives.base import Current, Objective, Original
 from clue_fast.training.objectives.likelihood import GradientAscent
 from clue_fast.training.objectives.predictions import Batch, Predictions

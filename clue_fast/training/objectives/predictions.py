@@ -1,9 +1,4 @@
-"""Runs a model over the batches of a step in one pass, and reads what it says at every labelled position.
-
-Four kinds of heads are known, told apart by how their labels relate to their logits: ``causal`` (a label is
-predicted from the tokens before it), ``seq2seq`` (the decoder predicts the labels), ``masked`` (a label is
-predicted at its own position; token classification is the same) and ``classification`` (one label a record).
-"""
+"""Runs a model over the batches of a step in one pass, and reads what it says wherever it predicts a label."""
 
 from __future__ import annotations
 
@@ -16,25 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clue_fast.data import IGNORED_LABEL
 from clue_fast.errors import DataError, ObjectiveError
+from clue_fast.labels import IGNORED_LABEL, answer_mask, head_of, shift_labels
+from clue_fast.sites import unwrap
 
 Batch: TypeAlias = "Mapping[str, Tensor]"
 """Inputs of the model, and ``labels``: int64 [records, positions], or [records] for classification."""
 
-HEADS = ("causal", "seq2seq", "masked", "classification")
 # What the tokens that are added to make two batches equally long are filled with; 0 is masked from attention.
 _FILL = {"labels": IGNORED_LABEL}
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says at the labelled positions of a batch of records.
+    """What a model says where it predicts the labels of a batch of records.
 
     Attributes:
         logits: [labels, vocabulary] float32, the positions of one record after those of another.
         labels: [labels] int64.
-        counted: [records, positions] bool, which positions they are.
+        counted: [records, positions] bool, which positions predict them.
     """
 
     logits: Tensor
@@ -60,28 +55,6 @@ class Predictions:
         return self.total(values) / self.tokens.clamp(min=1)
 
 
-def head_of(model: nn.Module, batch: Batch) -> str:
-    """Returns which of ``HEADS`` a model has.
-
-    Raises:
-        ObjectiveError: the labels are real numbers or several yes/no answers, which have no likelihood here.
-    """
-    labels = batch["labels"]
-    if labels.is_floating_point():
-        raise ObjectiveError(
-            "the labels are real numbers (regression, or several labels a record); objectives work on "
-            "the probability of one label: use a head with a softmax"
-        )
-    if labels.dim() == 1:
-        return "classification"
-    model = unwrapped(model)
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq"
-    can_generate = getattr(model, "can_generate", None)
-    return "masked" if callable(can_generate) and not can_generate() else "causal"
-
-
 def predict(model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Predictions]:
     """Runs all batches in one forward pass, and returns the predictions for each by its name."""
     joined = join(list(batches.values()))
@@ -89,28 +62,27 @@ def predict(model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Predict
     labels = joined["labels"]
     logits = getattr(output, "logits", None)
     if logits is None:
-        raise ObjectiveError(f"{type(unwrapped(model)).__name__} returns no logits; objectives need a head with labels")
-    head = head_of(model, joined)
-    if head == "causal":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    elif head == "classification":
+        raise ObjectiveError(f"{type(unwrap(model)).__name__} returns no logits; objectives need a head with labels")
+    head = head_of(model, labels)
+    if head == "classification":
         logits, labels = logits[:, None], labels[:, None]
     if logits.shape[:2] != labels.shape:
         raise ObjectiveError(
-            f"{type(unwrapped(model)).__name__} gives logits at {list(logits.shape[:2])} positions for "
+            f"{type(unwrap(model)).__name__} gives logits at {list(logits.shape[:2])} positions for "
             f"{list(labels.shape)} labels; expand image or prefix tokens in input_ids first"
         )
     records = [len(batch["labels"]) for batch in batches.values()]
     parts = zip(batches, torch.split(logits, records), torch.split(labels, records), strict=True)
-    return {name: _select(*part) for name, *part in parts}
+    return {name: _select(own, answers, head) for name, own, answers in parts}
 
 
 def run(model: nn.Module, batch: Batch, **options: Any) -> Any:
     """Runs the model on a batch, without its labels, and returns its output."""
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    head = head_of(model, batch)
+    head = head_of(model, batch["labels"])
     if head == "seq2seq" and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = unwrapped(model).prepare_decoder_input_ids_from_labels(batch["labels"])
+        inner: Any = unwrap(model)
+        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(batch["labels"])
     if head in ("causal", "seq2seq"):
         # Caching keys is of no use here, and not compatible with gradient checkpointing.
         options["use_cache"] = False
@@ -132,12 +104,6 @@ def join(batches: Sequence[Batch]) -> dict[str, Tensor]:
     return {name: _stack(name, [batch[name] for batch in batches]) for name in batches[0]}
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """The model inside a wrapper such as DistributedDataParallel."""
-    inner = getattr(model, "module", None)
-    return model if inner is None else unwrapped(inner)
-
-
 def _stack(name: str, tensors: list[Tensor]) -> Tensor:
     shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
     if len(shapes) > 1:
@@ -148,6 +114,6 @@ def _stack(name: str, tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors)
 
 
-def _select(logits: Tensor, labels: Tensor) -> Predictions:
-    counted = labels != IGNORED_LABEL
-    return Predictions(logits[counted].float(), labels[counted], counted)
+def _select(logits: Tensor, labels: Tensor, head: str) -> Predictions:
+    counted = answer_mask(labels, head)
+    return Predictions(logits[counted].float(), shift_labels(labels, head)[counted], counted)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clue_fast.errors import ObjectiveError
+from clue_fast.labels import head_of
+from clue_fast.sites import unwrap
 from clue_fast.training.objectives.base import Objective, Trained, announce, evaluating, ungrouped
-from clue_fast.training.objectives.predictions import Batch, head_of, join, run, unwrapped
+from clue_fast.training.objectives.predictions import Batch, join, run
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class RMU(Objective):
         self, model: nn.Module, batches: Mapping[str, Batch], trained: Trained
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``Objective.loss``."""
-        head = head_of(model, batches["forget"])
+        head = head_of(model, batches["forget"]["labels"])
         self.check_head(model, head)
         used = self.batches(batches, head)
         original: dict[str, Tensor] = {}
@@ -75,7 +77,7 @@ class RMU(Objective):
         if states is None or not 0 <= self.layer < len(states) - 2:
             layers = 0 if states is None else len(states) - 1
             raise ObjectiveError(
-                f"rmu steers layer {self.layer}, {type(unwrapped(model)).__name__} has {layers} layers; "
+                f"rmu steers layer {self.layer}, {type(unwrap(model)).__name__} has {layers} layers; "
                 f"give it a layer below {max(0, layers - 1)}: RMU(layer=...)"
             )
         parts = states[self.layer + 1].split([len(batch["labels"]) for batch in batches.values()])
