@@ -23,7 +23,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from bench import machine
 from bench.run import RESULTS, save
 from clue_fast.labels import IGNORED_LABEL
-from clue_fast.localization.circuit import Graph, Twin, edge_scores, find_circuits, make_formula, solve
+from clue_fast.localization.circuit import CorruptedExample, Graph, edge_scores, find_circuits, make_formula, solve
 from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.targets import record_target
 
@@ -81,7 +81,7 @@ def measure(case: Case) -> dict[str, float]:
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     graph = Graph(find_architecture(model))
-    sets = {name: twins(case, seed) for seed, name in enumerate(("forget", "retain"))}
+    sets = {name: examples(case, seed) for seed, name in enumerate(("forget", "retain"))}
     plain = one_pass(model, sets["forget"])
     weights = peak()
     started = time.perf_counter()
@@ -106,7 +106,7 @@ def measure(case: Case) -> dict[str, float]:
     }
 
 
-def twins(case: Case, seed: int) -> list[Twin]:
+def examples(case: Case, seed: int) -> list[CorruptedExample]:
     """Random tokens, of which the first half differs; the last four are the answer."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -114,13 +114,13 @@ def twins(case: Case, seed: int) -> list[Twin]:
         clean = torch.randint(1, case.vocabulary, (case.tokens,), generator=generator)
         other = torch.randint(1, case.vocabulary, (case.tokens // 2,), generator=generator)
         labels = [IGNORED_LABEL] * (case.tokens - 4) + clean[-4:].tolist()
-        made.append(Twin(clean.tolist(), [*other.tolist(), *clean[case.tokens // 2 :].tolist()], labels))
+        made.append(CorruptedExample(clean.tolist(), [*other.tolist(), *clean[case.tokens // 2 :].tolist()], labels))
     return made
 
 
-def one_pass(model: LlamaForCausalLM, own: list[Twin]) -> float:
+def one_pass(model: LlamaForCausalLM, own: list[CorruptedExample]) -> float:
     """Seconds of one forward and backward pass over the activations of all samples; the shortest of three."""
-    ids, labels = (torch.tensor([getattr(twin, name) for twin in own]) for name in ("input_ids", "labels"))
+    ids, labels = (torch.tensor([getattr(example, name) for example in own]) for name in ("input_ids", "labels"))
     seconds = []
     for _ in range(3):
         started = time.perf_counter()

@@ -4,30 +4,31 @@ After CLUE (arXiv 2509.20977): ``discover`` finds the circuits of a forget set a
 both directions, reads their gates, and solves their logic; ``select_units`` makes a selection of it.
 """
 
-from clue_fast.localization.circuit.attribution import EdgeScores, Twin, edge_scores
+from clue_fast.localization.circuit.attribution import CorruptedExample, EdgeScores, edge_scores
+from clue_fast.localization.circuit.corruption import CorruptedSet, corrupt
 from clue_fast.localization.circuit.discovery import CircuitSettings, Discovery, discover
 from clue_fast.localization.circuit.gates import Circuit, find_circuits, make_circuit, prune, strongest_edges
 from clue_fast.localization.circuit.graph import Graph
 from clue_fast.localization.circuit.logic import Formula, make_formula, node_categories
 from clue_fast.localization.circuit.solve import Solution, solve
-from clue_fast.localization.circuit.twins import make_twins
 from clue_fast.localization.circuit.units import select_units
 
 __all__ = [
     "Circuit",
     "CircuitSettings",
+    "CorruptedExample",
+    "CorruptedSet",
     "Discovery",
     "EdgeScores",
     "Formula",
     "Graph",
     "Solution",
-    "Twin",
+    "corrupt",
     "discover",
     "edge_scores",
     "find_circuits",
     "make_circuit",
     "make_formula",
-    "make_twins",
     "node_categories",
     "prune",
     "select_units",

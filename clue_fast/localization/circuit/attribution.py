@@ -31,12 +31,12 @@ CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Twin:
-    """An example and its corrupted twin, token for token.
+class CorruptedExample:
+    """An example and a corrupted one of as many tokens.
 
     Attributes:
         input_ids: of the clean example.
-        corrupted_ids: of its twin, as many.
+        corrupted_ids: of the corrupted example, as many.
         labels: the answer, -100 elsewhere; its target is what is differentiated in both runs.
     """
 
@@ -61,7 +61,7 @@ class EdgeScores:
 def edge_scores(
     model: nn.Module,
     graph: Graph,
-    twins: Sequence[Twin],
+    examples: Sequence[CorruptedExample],
     *,
     pad_token_id: int,
     target: str = "log_odds",
@@ -79,7 +79,7 @@ def edge_scores(
     Args:
         model: in evaluation mode, its weights without gradients.
         graph: of the model.
-        twins: the records.
+        examples: clean and corrupted.
         pad_token_id: fills up shorter records.
         target: a key of ``targets.TARGETS``; the mean over the answer tokens of each record counts.
         steps: runs a direction between clean and corrupted embeddings; 0 takes the gradient at the run itself.
@@ -88,22 +88,22 @@ def edge_scores(
         progress: called with the number of records done.
 
     Raises:
-        CircuitError: there are no records, or a corrupted twin never differs.
+        CircuitError: there are no records, or a corrupted example never differs.
         NonFiniteError: an effect is NaN or infinite.
     """
-    if not twins:
-        raise CircuitError("edge attribution needs at least one record with a corrupted twin")
+    if not examples:
+        raise CircuitError("edge attribution needs at least one record with a corrupted example")
     device = next(model.parameters()).device
     totals = [torch.zeros(graph.valid.shape, dtype=torch.float64) for _ in range(2)]
     attribution = _Attribution(model, graph, target, chunk_bytes)
-    for batch in _batches(twins, pad_token_id, tokens_per_batch, device):
+    for batch in _batches(examples, pad_token_id, tokens_per_batch, device):
         for pair, runs in attribution.runs(batch, steps):
             products = attribution.products(pair, [run for _, run in runs])
             for (weights, _), product in zip(runs, products, strict=True):
                 for total, weight in zip(totals, weights, strict=True):
                     total += weight * product
         progress(len(batch["labels"]))
-    noising, denoising = (torch.where(graph.valid, total / len(twins), 0.0) for total in totals)
+    noising, denoising = (torch.where(graph.valid, total / len(examples), 0.0) for total in totals)
     if not bool(torch.isfinite(noising).all() and torch.isfinite(denoising).all()):
         raise NonFiniteError(
             "the effect of an edge is NaN or infinite; check the weights and the precision of the model"
@@ -163,17 +163,17 @@ class _Attribution:
 
 
 def _batches(
-    twins: Sequence[Twin], pad_token_id: int, tokens_per_batch: int, device: torch.device
+    examples: Sequence[CorruptedExample], pad_token_id: int, tokens_per_batch: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """Padded batches of ``input_ids``, ``corrupted_ids``, ``labels`` and ``attention_mask``."""
-    order = sorted(twins, key=lambda twin: -len(twin.input_ids))
+    order = sorted(examples, key=lambda example: -len(example.input_ids))
     collate = Collator(pad_token_id)
     start = 0
     while start < len(order):
         size = max(1, tokens_per_batch // len(order[start].input_ids))
         chosen = order[start : start + size]
-        clean: list[Example] = [{"input_ids": twin.input_ids, "labels": twin.labels} for twin in chosen]
-        corrupted: list[Example] = [{"input_ids": twin.corrupted_ids, "labels": twin.labels} for twin in chosen]
+        clean: list[Example] = [{"input_ids": own.input_ids, "labels": own.labels} for own in chosen]
+        corrupted: list[Example] = [{"input_ids": own.corrupted_ids, "labels": own.labels} for own in chosen]
         batch = collate(clean)
         batch["corrupted_ids"] = collate(corrupted)["input_ids"]
         yield {name: tensor.to(device) for name, tensor in batch.items()}

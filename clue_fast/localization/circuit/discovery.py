@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +16,11 @@ from clue_fast.data import Record, padding_token
 from clue_fast.errors import BudgetError, UnknownNameError
 from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.circuit.attribution import EdgeScores, edge_scores
+from clue_fast.localization.circuit.corruption import CORRUPTIONS, CorruptedSet, corrupt
 from clue_fast.localization.circuit.gates import GATES, Circuit, count_gates, find_circuits
 from clue_fast.localization.circuit.graph import Graph
 from clue_fast.localization.circuit.logic import make_formula, node_categories
 from clue_fast.localization.circuit.solve import TIME_LIMIT, Solution, solve
-from clue_fast.localization.circuit.twins import CORRUPTIONS, make_twins
 from clue_fast.localization.measure import inference
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class CircuitSettings:
     Attributes:
         edges: of each circuit in each direction: a number, or a share of the edges of the model.
         steps: runs a direction that the gradient is averaged over; 0 for the gradient at the run itself.
-        corruption: how twins are made, see ``make_twins``.
+        corruption: how corrupted prompts are made, see ``corrupt``.
         time_limit: of the solver, in seconds.
         granularity: "neuron" gives the category of an MLP to the units inside it that matter most; "node" to all.
         tokens_per_batch: most tokens in one forward pass, padding included.
@@ -81,6 +81,7 @@ class Discovery:
         circuits: by data set.
         solution: of the logic.
         categories: of every node of a circuit but the output.
+        corrupted: how the prompts of each data set were corrupted.
     """
 
     graph: Graph
@@ -88,6 +89,7 @@ class Discovery:
     circuits: Mapping[str, Circuit]
     solution: Solution
     categories: Mapping[str, str]
+    corrupted: Mapping[str, CorruptedSet] = field(default_factory=dict)
 
     def source(self) -> dict[str, Any]:
         """What a selection keeps of it, as JSON holds it."""
@@ -98,6 +100,7 @@ class Discovery:
             "nodes": dict(Counter(self.categories.values())),
             "conflicts": self.solution.conflicts,
             "conflicts_at_least": self.solution.lower_bound,
+            "corrupted": {name: own.source() for name, own in self.corrupted.items()},
         }
 
     def table(self) -> str:
@@ -114,6 +117,7 @@ class Discovery:
         for category in ("forget", "conflict", "retain", "irrelevant"):
             nodes = [node for node, own in self.categories.items() if own == category]
             lines.append(f"{category:<10}  {len(nodes):>4}  {' '.join(nodes)}")
+        lines += [f"corrupted prompts of the {name} set: {own}" for name, own in self.corrupted.items()]
         return "\n".join(lines)
 
 
@@ -141,7 +145,7 @@ def discover(
         progress: show a progress bar.
 
     Raises:
-        DataError: a record has no corrupted twin and none can be made.
+        DataError: no record of a data set can be corrupted.
         CircuitError: the residual stream of the model cannot be taken apart, or a circuit does not reach the output.
         BudgetError: more edges than there are.
     """
@@ -149,18 +153,15 @@ def discover(
     graph = Graph(find_architecture(model))
     count = settings.edge_count(graph)
     sets = {FORGET: forget, **retain}
-    twins = {
-        name: make_twins(records, tokenizer, name, corruption=settings.corruption, max_length=max_length)
-        for name, records in sets.items()
-    }
-    total = sum(map(len, twins.values()))
+    corrupted = corrupt(sets, tokenizer, corruption=settings.corruption, max_length=max_length)
+    total = sum(len(own.examples) for own in corrupted.values())
     scores = {}
     with inference(model), tqdm(total=total, desc="circuits", unit="record", disable=not progress) as bar:
-        for name, own in twins.items():
+        for name, own in corrupted.items():
             scores[name] = edge_scores(
                 model,
                 graph,
-                own,
+                own.examples,
                 pad_token_id=padding_token(tokenizer),
                 target=target,
                 steps=settings.steps,
@@ -170,7 +171,7 @@ def discover(
     circuits = find_circuits(graph, scores, count)
     formula = make_formula(circuits[FORGET], [circuits[name] for name in retain])
     solution = solve(formula, settings.time_limit)
-    discovery = Discovery(graph, scores, circuits, solution, node_categories(formula, solution.values))
+    discovery = Discovery(graph, scores, circuits, solution, node_categories(formula, solution.values), corrupted)
     logger.info("circuits: %d nodes, %d in conflict", len(discovery.categories), solution.conflicts)
     return discovery
 

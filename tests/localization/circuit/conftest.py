@@ -25,7 +25,7 @@ from transformers.models.opt import OPTConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen3 import Qwen3Config
 
-from clue_fast.localization.circuit import Twin
+from clue_fast.localization.circuit import CorruptedExample
 
 SIZES = {
     "vocab_size": 50,
@@ -76,7 +76,7 @@ class IndirectObjects:
     """A Llama of three layers that says who is given something, and prompts with corrupted twins."""
 
     model: LlamaForCausalLM
-    twins: list[Twin]
+    twins: list[CorruptedExample]
     accuracy: float
 
 
@@ -87,7 +87,7 @@ def indirect_objects(data_dir: Path) -> IndirectObjects:
     vocabulary = {word: index for index, word in enumerate(sorted({w for p, _ in prompts for w in p} | set(names)), 1)}
     rng = random.Random(0)
 
-    def draw() -> Twin:
+    def draw() -> CorruptedExample:
         prompt, (subject, other) = rng.choice(prompts)
         first, second, third = rng.sample(names, 3)
         clean = [{subject: first, other: second}.get(word, word) for word in prompt]
@@ -95,7 +95,7 @@ def indirect_objects(data_dir: Path) -> IndirectObjects:
         corrupted[max(i for i, word in enumerate(prompt) if word == subject)] = third
         ids = [[vocabulary[word] for word in words] for words in (clean, corrupted)]
         answer = vocabulary[second]
-        return Twin(ids[0] + [answer], ids[1] + [answer], [-100] * len(clean) + [answer])
+        return CorruptedExample(ids[0] + [answer], ids[1] + [answer], [-100] * len(clean) + [answer])
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -122,7 +122,7 @@ def indirect_objects(data_dir: Path) -> IndirectObjects:
     return IndirectObjects(model.eval().requires_grad_(False), [draw() for _ in range(16)], accuracy)
 
 
-def last_logits(model: LlamaForCausalLM, twins: list[Twin]) -> tuple[Tensor, Tensor]:
+def last_logits(model: LlamaForCausalLM, twins: list[CorruptedExample]) -> tuple[Tensor, Tensor]:
     """Logits of the answers of clean prompts, and the answers."""
     ends = torch.tensor([len(twin.input_ids) - 2 for twin in twins])
     ids = torch.zeros(len(twins), int(ends.max()) + 1, dtype=torch.long)

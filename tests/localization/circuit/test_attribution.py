@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from clue_fast.errors import CircuitError, NonFiniteError
-from clue_fast.localization.circuit import EdgeScores, Graph, Twin, edge_scores
+from clue_fast.localization.circuit import CorruptedExample, EdgeScores, Graph, edge_scores
 from clue_fast.localization.circuit.architecture import find_architecture
 
 from ..conftest import counted_passes
@@ -86,7 +86,7 @@ class PatchedLlama:
         half = torch.cat([-x[..., self.size // 2 :], x[..., : self.size // 2]], dim=-1)
         return x * angle.cos() + half * angle.sin()
 
-    def effects(self, twins: list[Twin]) -> EdgeScores:
+    def effects(self, twins: list[CorruptedExample]) -> EdgeScores:
         """How the mean log-odds of the answer change with each edge patched, in both directions."""
         totals = [torch.zeros(self.graph.valid.shape, dtype=torch.float64) for _ in range(2)]
         for twin in twins:
@@ -139,7 +139,9 @@ def test_equals_patching_where_the_twins_are_nearly_the_same(indirect_objects: I
     token = twin.input_ids[position]
     try:
         embedding[unused] = embedding[token] + 1e-3 * (embedding[twin.corrupted_ids[-2]] - embedding[token])
-        near = Twin(twin.input_ids, [*twin.input_ids[:position], unused, *twin.input_ids[position + 1 :]], twin.labels)
+        near = CorruptedExample(
+            twin.input_ids, [*twin.input_ids[:position], unused, *twin.input_ids[position + 1 :]], twin.labels
+        )
         expected = patched.effects([near])
         for steps in (0, 2):
             found = edge_scores(patched.model, patched.graph, [near], pad_token_id=0, steps=steps)
@@ -151,9 +153,9 @@ def test_equals_patching_where_the_twins_are_nearly_the_same(indirect_objects: I
 
 
 TWINS = [
-    Twin([3, 9, 4, 22, 8], [3, 9, 17, 22, 8], [-100, -100, -100, -100, 8]),
-    Twin([5, 6, 7, 8, 9, 10, 11], [5, 6, 30, 31, 9, 10, 11], [-100, -100, -100, -100, -100, 10, 11]),
-    Twin([40, 41, 9], [44, 41, 9], [-100, -100, 9]),
+    CorruptedExample([3, 9, 4, 22, 8], [3, 9, 17, 22, 8], [-100, -100, -100, -100, 8]),
+    CorruptedExample([5, 6, 7, 8, 9, 10, 11], [5, 6, 30, 31, 9, 10, 11], [-100, -100, -100, -100, -100, 10, 11]),
+    CorruptedExample([40, 41, 9], [44, 41, 9], [-100, -100, 9]),
 ]
 
 
@@ -183,7 +185,7 @@ def test_cost_in_passes(family: Callable[[str], PreTrainedModel]) -> None:
 def test_noising_is_denoising_of_the_swapped_twins(family: Callable[[str], PreTrainedModel]) -> None:
     model = family("llama")
     graph = Graph(find_architecture(model))
-    swapped = [Twin(twin.corrupted_ids, twin.input_ids, twin.labels) for twin in TWINS]
+    swapped = [CorruptedExample(twin.corrupted_ids, twin.input_ids, twin.labels) for twin in TWINS]
     there = edge_scores(model, graph, TWINS, pad_token_id=0, steps=2, target="loss")
     back = edge_scores(model, graph, swapped, pad_token_id=0, steps=2, target="loss")
     torch.testing.assert_close(there.noising, back.denoising, rtol=1e-3, atol=1e-6)

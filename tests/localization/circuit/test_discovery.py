@@ -1,4 +1,4 @@
-"""Corrupted twins, and localize through circuits from end to end."""
+"""Circuits of data sets, and localize through circuits from end to end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from transformers.models.llama import LlamaConfig
 
 import clue_fast
-from clue_fast.data import Record, encode, load_records
 from clue_fast.errors import BudgetError, CircuitError, DataError, SelectionError, SiteError, UnknownNameError
 from clue_fast.localization import CircuitSettings
-from clue_fast.localization.circuit import Discovery, discover, make_twins, select_units
+from clue_fast.localization.circuit import Discovery, discover, select_units
 from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.circuit.discovery import score_within
 from clue_fast.localization.circuit.graph import Graph
@@ -50,57 +49,6 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def discovery(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Discovery:
     retain = {"some": RETAIN_RECORDS, "more": MORE_RECORDS}
     return discover(model, FORGET_RECORDS, retain, tokenizer=tokenizer, settings=SETTINGS, progress=False)
-
-
-class TestTwins:
-    def test_the_subject_is_replaced_by_that_of_the_most_similar_record(
-        self, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        records = [
-            Record("Where was Ada Lovelace born?", "In London."),
-            Record("Who wrote the notes on the engine?", "Ada did."),
-            Record("Where was Alan Turing born?", "In Maida Vale."),
-        ]
-        twin = make_twins(records, tokenizer, "forget")[0]
-        assert len(twin.corrupted_ids) == len(twin.input_ids) == len(twin.labels)
-        clean, corrupted = (tokenizer.decode(ids) for ids in (twin.input_ids, twin.corrupted_ids))
-        assert clean.startswith("Question: Where was Ada Lovelace born?\nAnswer: In London.")
-        assert corrupted.startswith("Question: Where was A") and "born?\nAnswer: In London." in corrupted
-        assert "Ada Lovelace" not in corrupted
-
-    def test_the_answer_of_another_record(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        twins = make_twins(FORGET_RECORDS, tokenizer, "forget", corruption="answer")
-        for twin, example in zip(twins, encode(FORGET_RECORDS, tokenizer), strict=True):
-            prompt = sum(label == -100 for label in twin.labels)
-            assert twin.input_ids == example["input_ids"] and twin.labels == example["labels"]
-            assert twin.corrupted_ids[:prompt] == twin.input_ids[:prompt]
-            assert twin.corrupted_ids[prompt:] != twin.input_ids[prompt:]
-            assert len(twin.corrupted_ids) == len(twin.input_ids)
-
-    def test_the_corrupted_prompt_of_the_data(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        row = {"question": "Who is Ada?", "answer": "A poet.", "corrupted_prompt": "Who is Bob?"}
-        (twin,) = make_twins(load_records([row], "x"), tokenizer, "forget")
-        assert tokenizer.decode(twin.corrupted_ids).startswith("Question: Who is Bo")
-
-    def test_prompts_of_real_data(self, tokenizer: PreTrainedTokenizerFast, data_dir: Path) -> None:
-        records = load_records(data_dir / "tofu" / "forget01.json", "forget")
-        for twin in make_twins(records, tokenizer, "forget"):
-            assert len(twin.corrupted_ids) == len(twin.input_ids)
-            changed = sum(a != b for a, b in zip(twin.input_ids, twin.corrupted_ids, strict=True))
-            assert 0 < changed <= sum(label == -100 for label in twin.labels)
-
-    def test_no_twin_can_be_made(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        alone = [Record("Who is Ada?", "A poet.")]
-        for corruption in ("subject", "answer"):
-            with pytest.raises(DataError, match="no corrupted twin can be made of record 1 of the forget set"):
-                make_twins(alone, tokenizer, "forget", corruption=corruption)
-        with pytest.raises(DataError, match="has no corrupted_prompt"):
-            make_twins(alone, tokenizer, "forget", corruption="data")
-        same = [Record("Who is Ada?", "A poet.", corrupted_prompt="Who is Ada?")]
-        with pytest.raises(DataError, match="the same tokens before"):
-            make_twins(same, tokenizer, "forget")
-        with pytest.raises(UnknownNameError, match="noise"):
-            make_twins(alone, tokenizer, "forget", corruption="noise")
 
 
 class TestDiscovery:
