@@ -55,6 +55,7 @@ def _localize(options: argparse.Namespace) -> None:
         fraction=options.fraction,
         scope=options.scope,
         categories=options.categories,
+        permutations=options.permutations,
         seed=options.seed,
         progress=not options.quiet,
     )
@@ -84,6 +85,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         fraction=options.fraction,
         scope=options.scope,
         categories=options.categories,
+        permutations=options.permutations,
         objective=options.objective or DEFAULT_OBJECTIVE,
         alternate=options.alternate,
         stages=options.stages,
@@ -234,6 +236,13 @@ def _add_localization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criterion", default="difference", help="formula of the score (default: difference)")
     parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.1)")
     parser.add_argument("--categories", action="store_true", help="tell forget, retain and conflict units apart")
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=30,
+        metavar="N",
+        help="exchanges of labels that the selection is compared with, 0 for none (30)",
+    )
     parser.add_argument("--scope", default="layer", help="rank within each layer, or global (default: layer)")
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from clue_fast.errors import FileFormatError
 from clue_fast.evaluation import COMPARED, Metrics, compare, metric_title
-from clue_fast.selection import Selection
+from clue_fast.reliability import Reliability
+from clue_fast.selection import RELIABILITY, Selection
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def results_table(results: Mapping[str, Any]) -> str:
             lines.append(f"recall kept on {name.replace('_', ' ')}: {'-' if kept is None else f'{kept:.1%}'} of before")
     lines += [
         f"units selected: {selection['units']} of {selection['of']} ({selection['units'] / selection['of']:.1%})",
+        *([Reliability.from_dict(selection[RELIABILITY]).sentence] if RELIABILITY in selection else []),
         f"weights trained: {weights['trained']} of {weights['total']} ({weights['trained'] / weights['total']:.1%}), "
         f"changed: {weights['changed_inside']}",
         f"weights changed outside the selection: {weights['changed_outside']}",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clue_fast.budget import NORMALIZATIONS, check_budget, pools, top
 from clue_fast.errors import FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
+from clue_fast.reliability import Reliability
 from clue_fast.sites import Site, check_sites, model_fingerprint
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 CATEGORIES = ("irrelevant", "forget", "retain", "conflict")
 IRRELEVANT, FORGET, RETAIN, CONFLICT = range(4)
+
+RELIABILITY = "reliability"
+"""Where the source of a selection has it."""
 
 
 class Scores(dict[Site, Tensor]):
@@ -103,6 +107,16 @@ class Selection:
         """Whether forget and conflict units were told apart, rather than ranked by one score, see ``select``."""
         return bool(self.source.get("categories", True))
 
+    @property
+    def reliability(self) -> Reliability | None:
+        """Whether the labels of the data matter to it and halves of the data agree, where ``localize`` measured it."""
+        values = self.source.get(RELIABILITY)
+        return None if values is None else Reliability.from_dict(values)
+
+    def _derived(self, **source: Any) -> dict[str, Any]:
+        """The source of what is made from this selection; what the data say of this one does not hold for that."""
+        return {**{key: value for key, value in self.source.items() if key != RELIABILITY}, **source}
+
     def restrict(self, *categories: str) -> Selection:
         """Returns this selection with the units of all other categories made irrelevant.
 
@@ -114,9 +128,8 @@ class Selection:
                 raise UnknownNameError("category", name, CATEGORIES)
         kept = torch.tensor([CATEGORIES.index(name) for name in categories], dtype=torch.int8)
         changed = {site: values * torch.isin(values, kept) for site, values in self.categories.items()}
-        return Selection(
-            self.sites, changed, self.scores, {**self.source, "restricted_to": list(categories)}, self.fingerprint
-        )
+        source = self._derived(restricted_to=list(categories))
+        return Selection(self.sites, changed, self.scores, source, self.fingerprint)
 
     def limit(
         self,
@@ -151,7 +164,7 @@ class Selection:
             logger.warning(
                 "the budget asks for %d units more than are forget or conflict; they are not filled up", shortfall
             )
-        source = {**self.source, f"limit_{budget}": value, "limit_scope": scope, "shortfall": shortfall}
+        source = self._derived(**{f"limit_{budget}": value, "limit_scope": scope, "shortfall": shortfall})
         return Selection(self.sites, changed, self.scores, source, self.fingerprint)
 
     def __or__(self, other: Selection) -> Selection:
@@ -194,7 +207,7 @@ class Selection:
             raise SelectionError("the selection holds no unit to train; raise the fraction or lower the threshold")
 
     def summary(self) -> str:
-        """Returns a table: units of every site by category, and what is to be trained."""
+        """Returns a table: units of every site by category, what is to be trained, and how far the data agree on it."""
         width = max((len(site.name) for site in self.sites), default=4)
         lines = [f"{'site':<{width}}  units  {'  '.join(f'{name:>10}' for name in CATEGORIES)}"]
         for site in self.sites:
@@ -204,6 +217,8 @@ class Selection:
         lines.append(f"{len(self)} of {units} units to train ({self.fraction:.2%}), {self.hash}")
         if self.shortfall:
             lines.append(f"{self.shortfall} units fewer than the budget asked for: there are no more to select")
+        if self.reliability is not None:
+            lines.append(self.reliability.sentence)
         return "\n".join(lines)
 
     def __repr__(self) -> str:

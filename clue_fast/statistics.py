@@ -114,6 +114,19 @@ class Statistics:
         for name in names:
             self.record_sums.setdefault(name, self.values.new_zeros(groups, units))
 
+    def add_records(self, name: str, units: slice, values: Tensor, groups: Tensor) -> None:
+        """Adds what was measured of single records to a sum over those of each group.
+
+        Args:
+            name: of the sum, see ``allocate_record_sums``.
+            units: the range of units that was measured.
+            values: [records, units] float64, on any device.
+            groups: [records] int64, the group of each record.
+        """
+        numbers = torch.arange(1, len(self.groups) + 1, device=values.device)
+        members = (groups.to(values.device) == numbers[:, None]).to(values)
+        self.record_sums[name][:, units] += (members @ values).to(self.values.device)
+
     def number(self, site: Site) -> int:
         """Returns the place of a site among the sites. Raises PatchError if it is none of them."""
         if site not in self._numbers:
@@ -203,6 +216,31 @@ class Statistics:
     def empty(self, device: torch.device | None = None) -> Statistics:
         """Returns statistics of the same sites and groups in which nothing is recorded, here or on another device."""
         return Statistics(self.sites, self.fingerprint, self.groups, device or self.values.device)
+
+    def regroup(self, members: Tensor, groups: Sequence[str] = DEFAULT_GROUPS) -> Statistics:
+        """Returns statistics of groups that are put together from these; what is in none of them is left out.
+
+        Args:
+            members: [new groups, groups] bool, which of these groups make up each new one.
+            groups: names of the new ones.
+        """
+        found = Statistics(self.sites, self.fingerprint, groups, self.values.device)
+        members = members.to(self.values.device)
+        rows = [torch.nonzero(own).flatten() for own in members]
+
+        def put_together(sums: Tensor) -> Tensor:
+            return torch.stack([sums[own].sum(0) for own in rows])
+
+        found.values = put_together(self.values)
+        for row, own in enumerate(rows):
+            if len(own):
+                found.values[row, _MAXIMUM] = self.values[own, _MAXIMUM].amax(0)
+        found.count, found.nonfinite = put_together(self.count), put_together(self.nonfinite)
+        found.records, found.skipped = put_together(self.records), self.skipped.clone()
+        found.record_sums = {name: put_together(sums) for name, sums in self.record_sums.items()}
+        if self.gradient_values is not None:
+            found.gradient_values = put_together(self.gradient_values)
+        return found
 
     def merge(self, other: Statistics) -> Statistics:
         """Returns the statistics of both recordings together.

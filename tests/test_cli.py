@@ -73,6 +73,7 @@ def refuses(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         ("--fraction", "1.5", "fraction 1.5 is outside (0, 1]"),
         ("--fraction", "nan", "fraction nan is outside (0, 1]"),
         ("--scope", "galaxy", "unknown scope 'galaxy'"),
+        ("--permutations", "-1", "permutations -1 is not a whole number from 0 (none) on"),
         ("--learning-rate", "0", "learning_rate 0.0 is not a number above 0"),
         ("--learning-rate", "nan", "learning_rate nan is not a number above 0"),
         ("--layer-lr", "-1", "layer_lr -1.0 is not a number above 0"),
@@ -97,12 +98,12 @@ def test_the_command_has_the_defaults_of_the_functions() -> None:
     arguments = ["MODEL", "--forget", "F", "--retain", "R", "--output", "O"]
     options = cli._parser().parse_args(["unlearn", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.unlearn).parameters.items()}
-    names = ("criterion", "fraction", "scope", "batch_size", "layer_lr", "retain_ratio", "forget_target", "master")
-    for name in (*names, "stages"):
+    shared = ("criterion", "fraction", "scope", "permutations")
+    for name in (*shared, "batch_size", "layer_lr", "retain_ratio", "forget_target", "master", "stages"):
         assert getattr(options, name) == defaults[name], name
     options = cli._parser().parse_args(["localize", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.localize).parameters.items()}
-    for name in ("criterion", "fraction", "scope"):
+    for name in shared:
         assert getattr(options, name) == defaults[name], name
 
 

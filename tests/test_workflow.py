@@ -88,6 +88,8 @@ def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
     assert written >= {"config.json", "model.safetensors", "selection.safetensors", "results.json"} | plots
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results_table(results) == result.table()
+    assert results["selection"]["reliability"]["of"] == 31 and "reliability" not in results["settings"]
+    assert result.selection.reliability.sentence in result.table().splitlines()
     assert "weights changed outside the selection: 0" in result.table()
     steps = [entry["step"] for entry in results["history"]]
     assert steps == sorted(steps)
@@ -138,9 +140,13 @@ def test_commands_work_on_each_others_files(folder: Path, tmp_path: Path, capsys
     data = ["--forget", str(folder / "forget.jsonl"), "--retain", str(folder / "retain.jsonl"), "--quiet"]
     selection = tmp_path / "selection.safetensors"
     assert main(["localize", str(folder / "model"), *data, "--fraction", "0.1", "--output", str(selection)]) == 0
-    assert "32 of 320 units to train (10.00%)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "32 of 320 units to train (10.00%)" in printed
+    trust = printed.splitlines()[-1]
+    assert trust.startswith("two halves of the data select the same units ") and trust.endswith(" of 31)")
     assert main(unlearn_arguments(folder, tmp_path / "out", selection=str(selection))) == 0
-    assert "units selected: 32 of 320 (10.0%)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "units selected: 32 of 320 (10.0%)" in printed and trust in printed
     assert main(["report", str(tmp_path / "out")]) == 0
     assert "units selected: 32 of 320 (10.0%)" in capsys.readouterr().out
     reference = ["--reference", str(folder / "model"), "--output", str(tmp_path / "figures.json")]

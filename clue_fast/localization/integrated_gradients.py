@@ -69,14 +69,11 @@ class IntegratedGradients:
             product = scaled.activation.double() * gradient / self.steps * predicting.reshape(-1)[:, None]
             for owned in parts:
                 values = owned.per_unit(owned.take(product))
-                self._add_by_group(owned.units, values.reshape(len(groups), -1, owned.width).sum(1), groups)
+                self.statistics.add_records(
+                    INTEGRATED, owned.units, values.reshape(len(groups), -1, owned.width).sum(1), groups
+                )
         counts = torch.bincount(groups, minlength=len(self.statistics.groups) + 1)
         self.statistics.records += counts[1:].to(self.statistics.records.device)
-
-    def _add_by_group(self, units: slice, values: Tensor, groups: Tensor) -> None:
-        sums = self.statistics.record_sums[INTEGRATED]
-        for row in range(len(self.statistics.groups)):
-            sums[row, units] += values[groups == row + 1].sum(0).to(sums.device)
 
 
 class _Scaled:

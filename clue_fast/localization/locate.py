@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.budget import check_budget
 from clue_fast.data import Record, check_disjoint, load_records
 from clue_fast.errors import SelectionError
+from clue_fast.localization.blocks import PERMUTATIONS, check_permutations, reliability
 from clue_fast.localization.circuit import CircuitSettings, discover, select_units
 from clue_fast.localization.circuit.units import check_circuit_budget
 from clue_fast.localization.criteria import CRITERIA, get_criterion, importances, score
-from clue_fast.localization.measure import TOKENS_PER_BATCH, measure
+from clue_fast.localization.measure import MEASURED_BY_BLOCKS, TOKENS_PER_BATCH, measure, measure_blocks
 from clue_fast.localization.targets import check_target
-from clue_fast.selection import Selection, categorize, select
+from clue_fast.reliability import Reliability
+from clue_fast.selection import RELIABILITY, Selection, categorize, select
 from clue_fast.sites import DEFAULT_KINDS
+from clue_fast.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +49,7 @@ def localize(
     circuit: CircuitSettings | None = None,
     target: str | None = None,
     kinds: Iterable[str] | None = None,
+    permutations: int = PERMUTATIONS,
     seed: int = 0,
     max_length: int = 512,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -64,7 +70,10 @@ def localize(
         circuit: of the criterion ``circuit``.
         kinds: of units, see ``find_sites``; default the channels of MLPs and experts, with ``circuit`` also the
             projections of heads.
-        seed: of the criterion ``random``.
+        permutations: how often the labels forget and retain of records are exchanged, to say in
+            ``Selection.reliability`` whether other labels do as well and whether two halves of the data agree; no
+            further pass over the data. 0 says nothing.
+        seed: of the criterion ``random``, and of exchanges and halves.
         target, max_length, tokens_per_batch, backend, progress: see ``measure``.
 
     Returns:
@@ -73,7 +82,7 @@ def localize(
     Raises:
         DataError: a data set is empty, unreadable, or both share records.
         UnknownNameError: no such criterion or target.
-        BudgetError: the budget is out of range.
+        BudgetError, SettingError: the budget, or permutations, are out of range.
         SelectionError: categories are wanted of a criterion that only compares.
         CircuitError: see ``clue_fast.localization.circuit.discover``.
         SiteError: the model has no sites.
@@ -82,6 +91,7 @@ def localize(
     started = time.perf_counter()
     check_criterion(criterion)
     check_budget(fraction, count=count, threshold=threshold, scope=scope)
+    check_permutations(permutations)
     measuring: dict[str, Any] = {
         "tokenizer": tokenizer,
         "target": target,
@@ -95,22 +105,22 @@ def localize(
         check_circuit_budget(threshold, scope, normalize)
         budget: dict[str, Any] = {"fraction": fraction, "count": count}
         selection = _localize_by_circuits(model, forget, retain, circuit, budget, measuring)
+        if permutations:
+            selection.source[RELIABILITY] = Reliability(reason="circuits do not come from sums over records").as_dict()
     else:
         if isinstance(retain, Mapping):
             raise SelectionError(f"several retain sets need the criterion {CIRCUIT!r}; {criterion!r} compares two sets")
-        statistics = measure(model, forget, retain, criterion=criterion, **measuring)
-        budget = {"count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
-        if categories:
-            selection = categorize(*importances(statistics, criterion), fraction, **budget)
-        else:
-            selection = select(score(statistics, criterion, seed=seed, backend=backend), fraction, **budget)
-        selection.statistics = statistics
+        budget = {"fraction": fraction, "count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
+        ranking = _Ranking(criterion, categories, seed, backend)
+        selection = _localize_by_statistics(model, forget, retain, ranking, budget, permutations, measuring)
     selection.source["seed"] = seed
     if target is not None:
         selection.source["target"] = target
     units = sum(site.width for site in selection.sites)
     seconds = time.perf_counter() - started
     logger.info("localize: %d of %d units by %s in %.1f s", len(selection), units, criterion, seconds)
+    if selection.reliability is not None:
+        logger.info("localize: %s", selection.reliability.sentence)
     return selection
 
 
@@ -123,6 +133,49 @@ def _kinds(criterion: str, kinds: Iterable[str] | None) -> tuple[str, ...]:
     if kinds is not None:
         return tuple(kinds)
     return (*DEFAULT_KINDS, "projection") if criterion == CIRCUIT else DEFAULT_KINDS
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """How units are ranked, see ``localize``."""
+
+    criterion: str
+    categories: bool
+    seed: int
+    backend: str | None
+
+    def select(self, statistics: Statistics, budget: Mapping[str, Any]) -> Selection:
+        """The selection from statistics."""
+        if self.categories:
+            return categorize(*importances(statistics, self.criterion), **budget)
+        return select(score(statistics, self.criterion, seed=self.seed, backend=self.backend), **budget)
+
+
+def _localize_by_statistics(
+    model: PreTrainedModel,
+    forget: Any,
+    retain: Any,
+    ranking: _Ranking,
+    budget: dict[str, Any],
+    permutations: int,
+    measuring: dict[str, Any],
+) -> Selection:
+    needs = get_criterion(ranking.criterion).needs
+    if permutations and needs in MEASURED_BY_BLOCKS:
+        blocks = measure_blocks(model, forget, retain, criterion=ranking.criterion, seed=ranking.seed, **measuring)
+        statistics = next(blocks.labelled(blocks.truth[None]))
+        selection = ranking.select(statistics, budget)
+        if budget["threshold"] is not None:  # under other labels as many units, whatever their scores
+            budget = {"count": len(selection), "scope": "global", "normalize": budget["normalize"]}
+        found = reliability(blocks, partial(ranking.select, budget=budget), selection, permutations, ranking.seed)
+    else:
+        statistics = measure(model, forget, retain, criterion=ranking.criterion, **measuring)
+        selection = ranking.select(statistics, budget)
+        found = Reliability(reason=f"{ranking.criterion} units do not come from sums over records")
+    if permutations:
+        selection.source[RELIABILITY] = found.as_dict()
+    selection.statistics = statistics
+    return selection
 
 
 def _localize_by_circuits(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clue_fast.data import Collator, Example, check_disjoint, encode, load_records, padding_token
+from clue_fast.data import Collator, Example, Record, check_disjoint, encode, load_records, padding_token
 from clue_fast.labels import answer_mask, head_of
+from clue_fast.localization.blocks import BlockStatistics, deal
 from clue_fast.localization.criteria import get_criterion
 from clue_fast.localization.integrated_gradients import IntegratedGradients
 from clue_fast.localization.targets import answer_target, check_target, record_target
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_PER_BATCH = 4096
+
+MEASURED_BY_BLOCKS = ("activations", "gradients", "weight_inputs", "squared_gradients", "integrated_gradients")
+"""What can be measured of many groups in one pass, and put together from them."""
 
 
 def measure(
@@ -54,17 +58,52 @@ def measure(
         backend: forces a backend.
         progress: show a progress bar.
     """
-    chosen = get_criterion(criterion)
-    forget_records, retain_records = load_records(forget, "forget"), load_records(retain, "retain")
-    check_disjoint(forget_records, retain_records)
-    if chosen.needs == "nothing":
+    sets = _load(forget, retain)
+    if get_criterion(criterion).needs == "nothing":
         return Statistics(find_sites(model, kinds), model_fingerprint(model))
-    data = [
-        encode(records, tokenizer, max_length, name)
-        for name, records in (("forget", forget_records), ("retain", retain_records))
-    ]
+    data = [encode(records, tokenizer, max_length, name) for name, records in zip(DEFAULT_GROUPS, sets, strict=True)]
     batches = Batches(data, padding_token(tokenizer), tokens_per_batch, progress)
     return measure_batches(model, batches, criterion, target=target, kinds=kinds, backend=backend)
+
+
+def measure_blocks(
+    model: PreTrainedModel,
+    forget: Any,
+    retain: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    criterion: str = "difference",
+    target: str | None = None,
+    kinds: Iterable[str] = DEFAULT_KINDS,
+    max_length: int = 512,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    backend: str | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> BlockStatistics:
+    """Records the same as ``measure`` in the same pass, with a sum for each block of records.
+
+    Args:
+        criterion: one whose needs are among ``MEASURED_BY_BLOCKS``.
+        seed: which records come together, see ``deal``.
+        model, forget, retain, tokenizer, target, kinds, max_length, tokens_per_batch, backend, progress: see
+            ``measure``.
+    """
+    sets = dict(zip(DEFAULT_GROUPS, _load(forget, retain), strict=True))
+    blocks = deal(sets["forget"], sets["retain"], seed)
+    encoded = {group: encode(records, tokenizer, max_length, group) for group, records in sets.items()}
+    data = [[encoded[block.group][place] for place in block.records] for block in blocks]
+    # The first two are of forget and of retain records, and have the names that statistics begin with.
+    names = [*DEFAULT_GROUPS, *(f"{block.group} {number}" for number, block in enumerate(blocks[2:], start=2))]
+    batches = Batches(data, padding_token(tokenizer), tokens_per_batch, progress, names)
+    statistics, inputs = _measure(model, batches, criterion, target, kinds, backend)
+    return BlockStatistics(statistics, blocks, inputs)
+
+
+def _load(forget: Any, retain: Any) -> tuple[list[Record], list[Record]]:
+    forget_records, retain_records = load_records(forget, "forget"), load_records(retain, "retain")
+    check_disjoint(forget_records, retain_records)
+    return forget_records, retain_records
 
 
 def measure_batches(
@@ -83,14 +122,31 @@ def measure_batches(
         batches: of group 1, forget, and group 2, retain.
         criterion, target, kinds, backend: see ``measure``.
     """
+    return _measure(model, batches, criterion, target, kinds, backend)[0]
+
+
+def _measure(
+    model: nn.Module,
+    batches: Batches,
+    criterion: str,
+    target: str | None,
+    kinds: Iterable[str],
+    backend: str | None,
+) -> tuple[Statistics, WeightInputRecorder | None]:
+    """Statistics of the groups of the batches, and what recorded those of the inputs of weights, if that did."""
     chosen = get_criterion(criterion)
     differentiated = check_target(target or chosen.target or "log_odds")
+    inputs = None
     if chosen.needs in ("activations", "gradients"):
         with patch(model, kinds=kinds, backend=backend) as patched:
-            return _record_activations(patched, batches, differentiated if chosen.needs == "gradients" else None)
-    statistics = Statistics(find_sites(model, kinds), model_fingerprint(model), device=_device(model))
+            for name in batches.groups:
+                patched.statistics.group_index(name)
+            target = differentiated if chosen.needs == "gradients" else None
+            return _record_activations(patched, batches, target), None
+    sites, device = find_sites(model, kinds), _device(model)
+    statistics = Statistics(sites, model_fingerprint(model), batches.groups, device)
     if chosen.needs == "weight_inputs":
-        _record_weight_inputs(model, statistics, batches)
+        inputs = _record_weight_inputs(model, statistics, batches)
     elif chosen.needs == "squared_gradients":
         _record_squared_gradients(model, statistics, batches, differentiated)
     elif chosen.needs == "mean_gradients":
@@ -98,7 +154,7 @@ def measure_batches(
     elif chosen.needs == "integrated_gradients":
         _record_integrated_gradients(model, statistics, batches, differentiated)
     statistics.check_finite()
-    return statistics
+    return statistics, inputs
 
 
 def record_groups(
@@ -138,12 +194,14 @@ class Batches:
         pad_token_id: fills up shorter records.
         tokens_per_batch: most tokens in a batch, padding included.
         progress: show a progress bar.
+        groups: their names.
     """
 
     data: Sequence[Sequence[Example]]
     pad_token_id: int
     tokens_per_batch: int
     progress: bool
+    groups: Sequence[str] = DEFAULT_GROUPS
 
     def on(self, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yields batches, and the group of each of their records, int64."""
@@ -157,7 +215,8 @@ class Batches:
         with tqdm(total=len(items), desc="localize", unit="record", disable=not self.progress) as bar:
             while start < len(items):
                 size = max(1, self.tokens_per_batch // len(items[start][0]["input_ids"]))
-                chosen = items[start : start + size]
+                # Neighboring tokens of one group are summed together.
+                chosen = sorted(items[start : start + size], key=lambda item: item[1])
                 batch = collate([record for record, _ in chosen])
                 groups = torch.tensor([group for _, group in chosen], device=device)
                 yield {name: tensor.to(device) for name, tensor in batch.items()}, groups
@@ -182,13 +241,14 @@ def _record_activations(patched: Patched, batches: Batches, target: str | None) 
     return patched.statistics
 
 
-def _record_weight_inputs(model: nn.Module, statistics: Statistics, batches: Batches) -> None:
+def _record_weight_inputs(model: nn.Module, statistics: Statistics, batches: Batches) -> WeightInputRecorder:
     layers, head = getattr(model, "base_model", model), head_of(model)
     with inference(model), torch.no_grad(), WeightInputRecorder(model, statistics) as recorder:
         for batch, groups in batches.on(_device(model)):
             recorder.groups = _token_groups(batch, groups, head)
             layers(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             recorder.count_records()
+    return recorder
 
 
 def _record_squared_gradients(model: nn.Module, statistics: Statistics, batches: Batches, target: str) -> None:

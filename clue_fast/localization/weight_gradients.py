@@ -120,9 +120,7 @@ class SquaredGradientRecorder(_BackwardRecorder):
         if self._arrived[owned.site] == len(self.statistics.sites[owned.site].parts):
             total = self._squares.pop(owned.site)
             del self._arrived[owned.site]
-            sums = self.statistics.record_sums[SQUARE]
-            for row in range(len(self.statistics.groups)):
-                sums[row, owned.units] += total[(groups == row + 1).to(total.device)].sum(0).to(sums.device)
+            self.statistics.add_records(SQUARE, owned.units, total, groups)
 
 
 class MeanGradientRecorder(_BackwardRecorder):

@@ -53,7 +53,9 @@ class WeightInputRecorder:
             handle.remove()
         self._handles.clear()
         if kind is None and self._squares:
-            self._reduce()
+            self.statistics.allocate_record_sums(WEIGHTED_INPUT)
+            weighted = self.weighted(torch.eye(len(self.statistics.groups), dtype=torch.bool))
+            self.statistics.record_sums[WEIGHTED_INPUT] += weighted * self.statistics.records[:, None]
 
     def count_records(self) -> None:
         """Counts the records of the last batch; call it once a batch."""
@@ -61,25 +63,38 @@ class WeightInputRecorder:
         counts = torch.bincount(of_record, minlength=len(self.statistics.groups) + 1)
         self.statistics.records += counts[1:].to(self.statistics.records.device)
 
-    def _hook(self, path: str) -> Any:
-        @torch.no_grad()
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            z = arguments[0].flatten(0, -2).double()
-            group = self.groups.flatten().to(z.device)
-            members = torch.stack([group == row + 1 for row in range(len(self.statistics.groups))]).double()
-            self._squares[path] = self._squares.get(path, 0.0) + members @ z.square()
-            self._tokens[path] = self._tokens.get(path, 0.0) + members.sum(1, keepdim=True)
-
-        return hook
-
     @torch.no_grad()
-    def _reduce(self) -> None:
-        self.statistics.allocate_record_sums(WEIGHTED_INPUT)
-        sums = self.statistics.record_sums[WEIGHTED_INPUT]
+    def weighted(self, members: Tensor) -> Tensor:
+        """The sum over the weights of each unit of |w_ij| rms(z_j), z_j over all tokens of some groups together.
+
+        Args:
+            members: [rows, groups] bool, the groups of each row.
+
+        Returns:
+            [rows, units] float64, on the device of the statistics.
+        """
+        found = self.statistics.values.new_zeros(len(members), int(self.statistics.offsets[-1]))
         for path, parts in self._by_module.items():
-            rms = (self._squares[path] / self._tokens[path].clamp_min(1.0)).sqrt()
+            own = members.to(self._squares[path])
+            rms = (own @ self._squares[path] / (own @ self._tokens[path]).clamp_min(1.0)).sqrt()
             weight = matrix(self._model.get_submodule(path)).detach().abs().double()
             for owned in parts:
                 weighted = weight.sum(0) * rms if owned.side == COLUMNS else rms @ weight.T
-                values = owned.per_unit(owned.take(weighted)).to(sums.device)
-                sums[:, owned.units] += values * self.statistics.records[:, None]
+                found[:, owned.units] += owned.per_unit(owned.take(weighted)).to(found.device)
+        return found
+
+    def _hook(self, path: str) -> Any:
+        @torch.no_grad()
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            group = self.groups.to(arguments[0].device)
+            of_record = group.amax(dim=1)
+            numbers = torch.arange(1, len(self.statistics.groups) + 1, device=group.device)
+            members = (of_record == numbers[:, None]).double()
+            counted = group != 0
+            z = arguments[0].reshape(*group.shape, -1)
+            squares = torch.where(counted[..., None], z.double(), 0.0).square().sum(1)
+            self._squares[path] = self._squares.get(path, 0.0) + members @ squares
+            tokens = counted.sum(1, keepdim=True).double()
+            self._tokens[path] = self._tokens.get(path, 0.0) + members @ tokens
+
+        return hook

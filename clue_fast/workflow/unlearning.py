@@ -18,9 +18,10 @@ from clue_fast.errors import SettingError
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import CIRCUIT, check_criterion, localize
+from clue_fast.localization.blocks import PERMUTATIONS, check_permutations
 from clue_fast.ops import choose
 from clue_fast.report import RESULTS, results_table, write_plots
-from clue_fast.selection import Selection
+from clue_fast.selection import RELIABILITY, Selection
 from clue_fast.training import audit
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective
@@ -87,6 +88,7 @@ def unlearn(
     fraction: float | None = None,
     scope: str = "layer",
     categories: bool = False,
+    permutations: int = PERMUTATIONS,
     objective: str | Objective = DEFAULT_OBJECTIVE,
     alternate: Source | None = None,
     stages: str | Sequence[Stage] | None = None,
@@ -114,7 +116,7 @@ def unlearn(
         held_out: records that must stay and that take no part in scoring or training; they are only evaluated.
         reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
-        criterion, fraction, scope, categories: see ``localize``.
+        criterion, fraction, scope, categories, permutations: see ``localize``.
         objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
             ``refusal``; default refusals such as "I don't know".
@@ -144,6 +146,7 @@ def unlearn(
     check_output(output_dir)
     check_criterion(criterion)
     check_budget(fraction, scope=scope)
+    check_permutations(permutations)
     schedule = get_schedule(stages)
     chosen_objective = scheduled_objective(objective, schedule)
     every = None if stages is None else make_stages(stages, chosen_objective)
@@ -190,6 +193,7 @@ def unlearn(
                 fraction=fraction,
                 scope=scope,
                 categories=categories,
+                permutations=permutations,
                 seed=seed,
                 max_length=max_length,
                 backend=backend,
@@ -233,7 +237,7 @@ def unlearn(
         results = {
             "clue_fast": clue_fast.__version__,
             "settings": {
-                **selection.source,
+                **{name: value for name, value in selection.source.items() if name != RELIABILITY},
                 **training,
                 "layer_lr": rate if isinstance(rate, int | float) else str(rate),
                 "objective": chosen_objective.name,
@@ -249,6 +253,7 @@ def unlearn(
                 "units": len(selection),
                 "of": sum(site.width for site in selection.sites),
                 "hash": selection.hash,
+                **({} if selection.reliability is None else {RELIABILITY: selection.reliability.as_dict()}),
             },
             "weights": {
                 "total": sum(parameter.numel() for parameter in model.parameters()),
