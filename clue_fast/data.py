@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clue_fast.errors import DataError
-from clue_fast.labels import IGNORED_LABEL
+from clue_fast.labels import IGNORED_LABEL, answer_mask
 from clue_fast.whole_text import check_text, render, special_tokens, tokenize
 
 if TYPE_CHECKING:
@@ -402,7 +402,7 @@ def _encode(
         if max_length is not None and len(input_ids) > max_length:
             cut += 1
             input_ids, labels = input_ids[:max_length], labels[:max_length]
-        if all(label == IGNORED_LABEL for label in labels[1:]):
+        if not answer_mask(torch.tensor(labels)).any():
             raise DataError(
                 f"{_place(number, name)} keeps no answer token: its prompt has {first} tokens and max_length "
                 f"is {max_length}; raise max_length or shorten the prompt"

@@ -73,6 +73,13 @@ def packed(records: Sequence[Record]) -> dict[str, Tensor]:
     }
 
 
+def labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with every token of its records as label; in a packed row, all but the first of each record."""
+    ids = batch["input_ids"]
+    first = (batch["position_ids"] == 0) & ("attention_mask" not in batch)
+    return batch | {"labels": ids.masked_fill((batch.get("attention_mask", ids) == 0) | first, -100)}
+
+
 def recorded(
     batches: Sequence[dict[str, Tensor]], dtype: torch.dtype = torch.float32, gradients: bool = False
 ) -> clue_fast.Statistics:
@@ -140,6 +147,22 @@ def test_gradients_and_accumulation(corpus: list[Record], size: int) -> None:
     batches = [padded(corpus[start : start + size]) for start in range(0, len(corpus), size)]
     found, expected = recorded(batches, torch.float64, True), one_by_one(corpus, dtype=torch.float64, gradients=True)
     assert_same(found, expected, TOLERANCE[torch.float64])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(corpus=corpora(), size=st.sampled_from([1, 4, 16]), side=st.sampled_from(["left", "right"]))
+def test_answers_in_batches_with_padding_and_packed(corpus: list[Record], size: int, side: str) -> None:
+    """Every token but the last of a record predicts one: neither does padding, nor a record the next one of its row."""
+    expected = recorded([labelled(padded([record])) for record in corpus], torch.float64)
+    tokens = [sum(len(ids) - 1 for ids, group in corpus if group == number) for number in (1, 2)]
+    assert expected.count[:, 0].tolist() == tokens
+    batches = [labelled(padded(corpus[start : start + size], side)) for start in range(0, len(corpus), size)]
+    assert_same(recorded(batches, torch.float64), expected, TOLERANCE[torch.float64])
+    rows = []
+    for group in (1, 2):  # by row, since by token nothing but token_group counts
+        if part := [record for record in corpus if record[1] == group]:
+            rows.append(labelled(packed(part)) | {"token_group": torch.tensor([group], dtype=torch.int8)})
+    assert_same(recorded(rows, torch.float64), expected, TOLERANCE[torch.float64])
 
 
 CORPUS: list[Record] = [([5, 9, 30, 12], 1), ([7, 7, 41], 2), ([60, 3, 8, 19, 22], 1), ([11], 2)]
