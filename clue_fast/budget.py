@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clue_fast.errors import BudgetError
+from clue_fast.errors import BudgetError, UnknownNameError
 from clue_fast.sites import Site
 
 SCOPES = ("layer", "kind", "global")
@@ -39,6 +39,12 @@ def check_budget(
         if budget == "count" and not (number >= 1 and number == int(number)):
             raise BudgetError(f"count {number} is not a whole number above 0")
     return budget, value
+
+
+def check_normalization(normalize: str | None) -> None:
+    """Raises UnknownNameError if there is no such normalization."""
+    if normalize is not None and normalize not in NORMALIZATIONS:
+        raise UnknownNameError("normalization", normalize, NORMALIZATIONS)
 
 
 def pools(sites: tuple[Site, ...], budget: str, value: Any, scope: str) -> list[tuple[list[Site], int]]:

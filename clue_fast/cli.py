@@ -13,7 +13,10 @@ from clue_fast.errors import ClueFastError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from clue_fast.localization import CircuitSettings
     from clue_fast.training.layer_rates import LayerRate
+
+CIRCUIT_OPTION = "circuit_"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +47,7 @@ def _localize(options: argparse.Namespace) -> None:
     from clue_fast.workflow import load_sets
 
     check_output_file(options.output)
+    circuit = _circuit(options)
     sets = load_sets(options.forget, options.retain)
     model, tokenizer = _load(options.model, options)
     selection = localize(
@@ -56,6 +60,7 @@ def _localize(options: argparse.Namespace) -> None:
         scope=options.scope,
         categories=options.categories,
         permutations=options.permutations,
+        circuit=circuit,
         seed=options.seed,
         progress=not options.quiet,
     )
@@ -69,6 +74,7 @@ def _unlearn(options: argparse.Namespace) -> None:
     from clue_fast.workflow import DEFAULT_OBJECTIVE, load_sets, unlearn
 
     check_output(options.output)
+    circuit = _circuit(options)
     sets = load_sets(options.forget, options.retain, options.held_out)
     model, tokenizer = _load(options.model, options)
     reference = None if options.reference is None else _load(options.reference, options)[0]
@@ -86,6 +92,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         scope=options.scope,
         categories=options.categories,
         permutations=options.permutations,
+        circuit=circuit,
         objective=options.objective or DEFAULT_OBJECTIVE,
         alternate=options.alternate,
         stages=options.stages,
@@ -146,6 +153,18 @@ def _load(name: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreT
     if options.quiet:
         disable_progress_bar()  # type: ignore[no-untyped-call]
     return load_model(name, trust_remote_code=options.trust_remote_code)
+
+
+def _circuit(options: argparse.Namespace) -> CircuitSettings | None:
+    """The settings of circuits that were given, or None."""
+    from clue_fast.localization import CircuitSettings
+
+    given = {
+        name.removeprefix(CIRCUIT_OPTION): value
+        for name, value in vars(options).items()
+        if name.startswith(CIRCUIT_OPTION) and value is not None
+    }
+    return CircuitSettings(**given) if given else None
 
 
 def _layer_rate(text: str) -> LayerRate:
@@ -244,6 +263,13 @@ def _add_localization(parser: argparse.ArgumentParser) -> None:
         help="exchanges of labels that the selection is compared with, 0 for none (30)",
     )
     parser.add_argument("--scope", default="layer", help="rank within each layer, or global (default: layer)")
+    circuits = parser.add_argument_group("circuits", "of the criterion circuit")
+    circuits.add_argument("--circuit-edges", type=float, metavar="N", help="edges, a number or a share (0.05)")
+    circuits.add_argument("--circuit-steps", type=int, metavar="N", help="runs that gradients are averaged over (0)")
+    circuits.add_argument("--circuit-corruption", metavar="HOW", help="what is replaced in corrupted prompts (auto)")
+    circuits.add_argument("--circuit-granularity", metavar="UNITS", help="neuron, or node: all of an MLP (neuron)")
+    circuits.add_argument("--circuit-time-limit", type=float, metavar="S", help="of the solver, in seconds")
+    circuits.add_argument("--circuit-tokens-per-batch", type=int, metavar="N", help="in one forward pass (512)")
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.budget import NORMALIZATIONS, check_budget, pools, top
+from clue_fast.budget import NORMALIZATIONS, check_budget, check_normalization, pools, top
 from clue_fast.errors import FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
 from clue_fast.reliability import Reliability
@@ -337,8 +337,7 @@ def _chosen(scores: Scores, budget: str, value: Any, scope: str, normalize: str 
     for site, values in scores.items():
         if torch.isnan(values).any():
             raise NonFiniteError(f"{site.path} has a score that is not a number; look at its weights and statistics")
-    if normalize is not None and normalize not in NORMALIZATIONS:
-        raise UnknownNameError("normalization", normalize, NORMALIZATIONS)
+    check_normalization(normalize)
     comparable = {site: NORMALIZATIONS[normalize](v) if normalize else v for site, v in scores.items()}
     if budget == "threshold":
         return {site: values >= value for site, values in comparable.items()}

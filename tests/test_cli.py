@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import clue_fast
 from clue_fast import cli
 from clue_fast.demo import write_jsonl
+from clue_fast.localization import CircuitSettings
 from clue_fast.people import make_people, records_of
 from clue_fast.pretraining import train_tokenizer
 
@@ -85,6 +87,7 @@ def refuses(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         ("--master", "fp16", "unknown master 'fp16'; choose one of: fp32, stochastic"),
         ("--stages", "clue", "a stage trains forget units, and units that are ranked by one score are all conflict"),
         ("--stages", "never", "unknown schedule of stages 'never'"),
+        ("--circuit-steps", "1", "settings of circuits need the criterion 'circuit'"),
         ("--alternate", "nowhere.jsonl", "nowhere.jsonl"),
         ("--epochs", "0", "epochs 0.0 is not a number above 0"),
         ("--batch-size", "0", "batch_size 0 is not a whole number above 0"),
@@ -101,6 +104,12 @@ def test_the_command_has_the_defaults_of_the_functions() -> None:
     shared = ("criterion", "fraction", "scope", "permutations")
     for name in (*shared, "batch_size", "layer_lr", "retain_ratio", "forget_target", "master", "stages"):
         assert getattr(options, name) == defaults[name], name
+    assert cli._circuit(options) is None
+    for field in dataclasses.fields(CircuitSettings):
+        value = getattr(CircuitSettings(), field.name)
+        given = [*arguments, f"--circuit-{field.name.replace('_', '-')}", str(value)]
+        for command in ("unlearn", "localize"):
+            assert cli._circuit(cli._parser().parse_args([command, *given])) == CircuitSettings(), field.name
     options = cli._parser().parse_args(["localize", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.localize).parameters.items()}
     for name in shared:

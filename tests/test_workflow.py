@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +16,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import clue_fast
 from clue_fast.cli import main
 from clue_fast.demo import write_jsonl
-from clue_fast.errors import NonFiniteError, OutputError
+from clue_fast.errors import NonFiniteError, OutputError, SelectionError
 from clue_fast.people import make_people, records_of
 from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.report import results_table
+from clue_fast.training import Stage
 
 PEOPLE = make_people(8, seed=1)
 FORGET, RETAIN, HELD_OUT = (records_of(PEOPLE[part]) for part in (slice(0, 1), slice(1, 6), slice(6, 8)))
@@ -183,6 +187,122 @@ def test_the_published_schedule(folder: Path, tmp_path: Path, capsys: pytest.Cap
     published = "retain_ratio 1, retain_weight 1.0, forget_target None, epochs 1 + 5"
     assert f"schedule clue, as in arXiv 2509.20977: {published}\n" in table
     assert "changed from it: layer_lr LinearLayerRate(ratio=2.0) (published: 1.0)" in table
+
+
+def test_the_published_method_from_the_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Circuits, the logic of their conflicts, and the published schedule; in one command, to its table."""
+    changes = {"criterion": "circuit", "stages": "clue", "held-out": f"{folder}/held_out.jsonl"}
+    arguments = unlearn_arguments(folder, tmp_path / "out", **changes, **{"circuit-edges": "0.2"})
+    del arguments[arguments.index("--epochs") : arguments.index("--epochs") + 2]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    published = "layer_lr 1.0, retain_ratio 1, retain_weight 1.0, forget_target None, epochs 1 + 5"
+    assert f"schedule clue, as in arXiv 2509.20977: {published}\n" in table
+    assert "weights changed outside the selection: 0" in table and "recall kept on held out" in table
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    settings = results["settings"]
+    assert settings["criterion"] == "circuit" and settings["published"]["changed"] == []
+    ran = [tuple(stage["units"]) for stage in settings["stages"]]
+    skipped = [tuple(units) for units in settings["skipped_stages"]]
+    assert set(ran + skipped) == {("forget",), ("conflict",)} and ran
+    assert all(f"stage skipped: {units[0]} units, of which the selection has none" in table for units in skipped)
+    assert results["weights"]["changed_inside"] > 0
+
+    selection = clue_fast.Selection.load(tmp_path / "out" / "selection.safetensors")
+    assert {site.kind for site in selection.sites} == {
+        "mlp",
+        "projection_query",
+        "projection_key",
+        "projection_value",
+        "projection_output",
+    }
+    before, after = (LlamaForCausalLM.from_pretrained(f).state_dict() for f in (folder / "model", tmp_path / "out"))
+    for site in selection.sites:
+        for part in site.parts:
+            changed = (before[part.parameter] != after[part.parameter]).any(1 - part.dim)
+            allowed = {
+                int(slice_)
+                for other in selection.sites
+                for own in other.parts
+                if own.parameter == part.parameter
+                for slice_ in own.index(selection.units(other))
+            }
+            assert set(changed.nonzero().flatten().tolist()) <= allowed, part
+
+
+def test_an_empty_stage_is_skipped_and_named_in_the_table(
+    folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Here a selection in which nothing matters to the forget set alone; if all stages are empty, it is refused."""
+    options = {"tokenizer": tokenizer, "criterion": "attribution", "categories": True, "progress": False}
+    selection = clue_fast.localize(model, FORGET, RETAIN, **options)
+    settings = {"forget": FORGET, "retain": RETAIN, "stages": "clue", "progress": False}
+    result = clue_fast.unlearn(
+        model, tokenizer, **settings, selection=selection.restrict("conflict"), output_dir=tmp_path / "out"
+    )
+    assert "stage skipped: forget units, of which the selection has none" in result.table()
+    assert result.results["settings"]["epochs"] == 5 and result.results["settings"]["skipped_stages"] == [["forget"]]
+    assert {entry["stage"] for entry in result.results["history"]} == {1}
+    alone = settings | {"stages": [Stage(("forget",), "npo", 1)], "selection": selection.restrict("conflict")}
+    with pytest.raises(SelectionError, match="no stage has anything to train: the selection has no forget units;"):
+        clue_fast.unlearn(model, tokenizer, **alone, output_dir=tmp_path / "x")
+    ranked = clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, progress=False)
+    with pytest.raises(SelectionError, match="ranked by one score are all conflict units"):
+        clue_fast.unlearn(model, tokenizer, **settings, selection=ranked, output_dir=tmp_path / "x")
+
+
+class TestBeforeTheFirstPass:
+    """What can be known of the published method is said before the model has run over any data."""
+
+    @pytest.fixture
+    def refused(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[..., None]:
+        def run_over_data(*_: object, **__: object) -> None:
+            raise AssertionError("the model ran over data")
+
+        passes = {"localization.measure": "Batches", "localization.circuit.discovery": "edge_scores"}
+        for module, name in {**passes, "workflow.unlearning": "evaluate"}.items():
+            monkeypatch.setattr(importlib.import_module(f"clue_fast.{module}"), name, run_over_data)
+
+        def run(message: str, **changes: str) -> None:
+            options = {"criterion": "circuit", "stages": "clue", **changes}
+            arguments = unlearn_arguments(folder, tmp_path / "out", **options)
+            if "epochs" not in changes:
+                del arguments[arguments.index("--epochs") : arguments.index("--epochs") + 2]
+            assert main(arguments) == 2
+            assert message in capsys.readouterr().err
+            assert not (tmp_path / "out").exists()
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"criterion": "difference"}, "units that are ranked by one score are all conflict units"),
+            ({"criterion": "astrology"}, "unknown criterion 'astrology'"),
+            ({"stages": "never"}, "unknown schedule of stages 'never'"),
+            ({"epochs": "3"}, "stages have epochs of their own"),
+            ({"objective": "hope"}, "unknown objective 'hope'"),
+            ({"scope": "global"}, "scope 'layer'"),
+            ({"circuit-edges": "100000"}, "edges 100000 is more than the"),
+            ({"circuit-edges": "nan"}, "edges nan is neither a share"),
+            ({"circuit-steps": "-1"}, "steps -1 is not a whole number from 0 on"),
+            ({"circuit-tokens-per-batch": "0"}, "tokens_per_batch 0 is not a whole number from 1 on"),
+            ({"circuit-time-limit": "nan"}, "time_limit nan is not a number of seconds above 0"),
+            ({"circuit-granularity": "galaxy"}, "unknown granularity 'galaxy'"),
+            ({"circuit-corruption": "noise"}, "unknown corruption 'noise'"),
+            ({"circuit-corruption": "data"}, "has no corrupted_prompt"),
+        ],
+    )
+    def test_settings(self, refused, changes: dict[str, str], message: str) -> None:
+        refused(message, **changes)
+
+    def test_no_solver(self, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "pysat.examples", None)
+        refused("python-sat")
 
 
 def test_answers_to_give_instead(folder: Path, tmp_path: Path, model, tokenizer) -> None:

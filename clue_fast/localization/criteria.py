@@ -174,15 +174,22 @@ def importances(statistics: Statistics, criterion: str = "attribution") -> tuple
         UnknownNameError, PatchError, NonFiniteError: see ``score``.
     """
     chosen = get_criterion(criterion)
-    if chosen.importance is None:
+    importance = get_importance(criterion)
+    _require(statistics, chosen)
+    forget, retain = (_scores(statistics, importance(Units(statistics, g)), criterion) for g in DEFAULT_GROUPS)
+    return forget, retain
+
+
+def get_importance(criterion: str) -> Importance:
+    """Returns the importance that a criterion gives to a unit. Raises SelectionError if it only compares both sets."""
+    importance = get_criterion(criterion).importance
+    if importance is None:
         having = ", ".join(sorted(name for name, other in CRITERIA.items() if other.importance is not None))
         raise SelectionError(
             f"criterion {criterion!r} compares both sets and gives no importance to either, so it has no categories; "
             f"choose one of: {having}"
         )
-    _require(statistics, chosen)
-    forget, retain = (_scores(statistics, chosen.importance(Units(statistics, g)), criterion) for g in DEFAULT_GROUPS)
-    return forget, retain
+    return importance
 
 
 def _scores(statistics: Statistics, values: Tensor, criterion: str) -> Scores:

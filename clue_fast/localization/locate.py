@@ -9,14 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.budget import check_budget
+from clue_fast.budget import check_budget, check_normalization, pools
 from clue_fast.data import Record, check_disjoint, load_records
-from clue_fast.errors import SelectionError
+from clue_fast.errors import SelectionError, SettingError
 from clue_fast.localization.blocks import PERMUTATIONS, check_permutations, reliability
-from clue_fast.localization.circuit import CircuitSettings, discover, select_units
-from clue_fast.localization.circuit.units import check_circuit_budget
-from clue_fast.localization.criteria import CRITERIA, get_criterion, importances, score
-from clue_fast.localization.measure import MEASURED_BY_BLOCKS, TOKENS_PER_BATCH, measure, measure_blocks
+from clue_fast.localization.circuit import CircuitSettings, Graph, discover, select_units
+from clue_fast.localization.circuit.architecture import find_architecture
+from clue_fast.localization.circuit.units import check_circuit_budget, check_units
+from clue_fast.localization.criteria import CRITERIA, get_criterion, get_importance, importances, score
+from clue_fast.localization.measure import (
+    MEASURED_BY_BLOCKS,
+    TOKENS_PER_BATCH,
+    measure,
+    measure_blocks,
+    measured_sites,
+)
 from clue_fast.localization.targets import check_target
 from clue_fast.reliability import Reliability
 from clue_fast.selection import RELIABILITY, Selection, categorize, select
@@ -81,8 +88,9 @@ def localize(
 
     Raises:
         DataError: a data set is empty, unreadable, or both share records.
-        UnknownNameError: no such criterion or target.
-        BudgetError, SettingError: the budget, or permutations, are out of range.
+        UnknownNameError: no such criterion, target or normalization.
+        BudgetError: the budget is out of range.
+        SettingError: permutations are out of range, or settings of circuits are given for another criterion.
         SelectionError: categories are wanted of a criterion that only compares.
         CircuitError: see ``clue_fast.localization.circuit.discover``.
         SiteError: the model has no sites.
@@ -90,8 +98,13 @@ def localize(
     """
     started = time.perf_counter()
     check_criterion(criterion)
-    check_budget(fraction, count=count, threshold=threshold, scope=scope)
+    budgeted = check_budget(fraction, count=count, threshold=threshold, scope=scope)
+    check_normalization(normalize)
     check_permutations(permutations)
+    if target is not None:
+        check_target(target)
+    if circuit is not None and criterion != CIRCUIT:
+        raise SettingError(f"settings of circuits need the criterion {CIRCUIT!r}; {criterion!r} has no use for them")
     measuring: dict[str, Any] = {
         "tokenizer": tokenizer,
         "target": target,
@@ -110,6 +123,10 @@ def localize(
     else:
         if isinstance(retain, Mapping):
             raise SelectionError(f"several retain sets need the criterion {CIRCUIT!r}; {criterion!r} compares two sets")
+        if categories:
+            get_importance(criterion)
+        if count is not None or isinstance(fraction, Mapping):
+            pools(measured_sites(model, criterion, kinds=measuring["kinds"], backend=backend), *budgeted, scope)
         budget = {"fraction": fraction, "count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
         ranking = _Ranking(criterion, categories, seed, backend)
         selection = _localize_by_statistics(model, forget, retain, ranking, budget, permutations, measuring)
@@ -193,6 +210,8 @@ def _localize_by_circuits(
     sets: dict[str, list[Record]] = {name: load_records(source, name) for name, source in sources.items()}
     for records in sets.values():
         check_disjoint(forget_records, records)
+    sites = measured_sites(model, UNIT_CRITERION, kinds=measuring["kinds"], backend=measuring["backend"])
+    check_units(Graph(find_architecture(model)), sites, **budget)
     discovery = discover(
         model,
         forget_records,

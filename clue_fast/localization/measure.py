@@ -16,11 +16,12 @@ from clue_fast.labels import answer_mask, head_of
 from clue_fast.localization.blocks import BlockStatistics, deal
 from clue_fast.localization.criteria import get_criterion
 from clue_fast.localization.integrated_gradients import IntegratedGradients
+from clue_fast.localization.owned import owned_parts
 from clue_fast.localization.targets import answer_target, check_target, record_target
 from clue_fast.localization.weight_gradients import SquaredGradientRecorder, mean_gradient_recorders
 from clue_fast.localization.weight_inputs import WeightInputRecorder
 from clue_fast.patching import Patched, patch
-from clue_fast.sites import DEFAULT_KINDS, find_sites, model_fingerprint
+from clue_fast.sites import DEFAULT_KINDS, Site, find_sites, model_fingerprint
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 
 if TYPE_CHECKING:
@@ -104,6 +105,22 @@ def _load(forget: Any, retain: Any) -> tuple[list[Record], list[Record]]:
     forget_records, retain_records = load_records(forget, "forget"), load_records(retain, "retain")
     check_disjoint(forget_records, retain_records)
     return forget_records, retain_records
+
+
+def measured_sites(
+    model: nn.Module, criterion: str, *, kinds: Iterable[str] = DEFAULT_KINDS, backend: str | None = None
+) -> tuple[Site, ...]:
+    """Returns the sites that ``measure`` measures. Raises what it raises before it runs the model over any data."""
+    needs = get_criterion(criterion).needs
+    if needs in ("activations", "gradients"):
+        with patch(model, kinds=kinds, backend=backend) as patched:
+            return patched.sites
+    statistics = Statistics(find_sites(model, kinds), model_fingerprint(model))
+    if needs == "integrated_gradients":
+        IntegratedGradients(model, statistics)
+    elif needs != "nothing":
+        owned_parts(model, statistics)
+    return tuple(statistics.sites)
 
 
 def measure_batches(

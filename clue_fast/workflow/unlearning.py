@@ -17,7 +17,7 @@ from clue_fast.data import Source, check_encoding, load_records
 from clue_fast.errors import SettingError
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.files import check_output, output_folder, save_json
-from clue_fast.localization import CIRCUIT, check_criterion, localize
+from clue_fast.localization import CIRCUIT, CircuitSettings, check_criterion, localize
 from clue_fast.localization.blocks import PERMUTATIONS, check_permutations
 from clue_fast.ops import choose
 from clue_fast.report import RESULTS, results_table, write_plots
@@ -89,6 +89,7 @@ def unlearn(
     scope: str = "layer",
     categories: bool = False,
     permutations: int = PERMUTATIONS,
+    circuit: CircuitSettings | None = None,
     objective: str | Objective = DEFAULT_OBJECTIVE,
     alternate: Source | None = None,
     stages: str | Sequence[Stage] | None = None,
@@ -116,7 +117,7 @@ def unlearn(
         held_out: records that must stay and that take no part in scoring or training; they are only evaluated.
         reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
-        criterion, fraction, scope, categories, permutations: see ``localize``.
+        criterion, fraction, scope, categories, permutations, circuit: see ``localize``.
         objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
             ``refusal``; default refusals such as "I don't know".
@@ -164,24 +165,25 @@ def unlearn(
     check_training(training)
     if stages is not None and epochs is not None:
         raise SettingError("stages have epochs of their own; leave epochs out")
+    if selection is not None and circuit is not None:
+        raise SettingError("settings of circuits make a selection, and one is given already; leave out one of both")
     other_answers = None if alternate is None else load_records(alternate, "alternate")
     check_encoding(sets if other_answers is None else {**sets, "alternate": other_answers}, tokenizer, max_length)
     check_weights(model)
     detach_quantizer(model)
     check_saving(model, output_dir, tokenizer)
     choose("gated_activation", model.device, backend)
+    if selection is not None:
+        selection.check(model)
     kept: tuple[Stage, ...] | None = None
     if every is not None:
         if not (categories or criterion == CIRCUIT if selection is None else selection.categorized):
             check_ranked(every)
         kept = None if selection is None else get_stages(every, chosen_objective, selection)
-    if selection is not None:
-        selection.check(model)
     seconds: dict[str, float] = {}
     evaluation: dict[str, Mapping[str, Metrics]] = {}
 
-    with _stage("evaluate before", seconds):
-        evaluation["before"] = evaluate(model, tokenizer, sets, progress=progress)
+    # First, since it refuses what makes no sense before it runs the model over anything.
     with _stage("localize", seconds):
         if selection is None:
             selection = localize(
@@ -194,16 +196,19 @@ def unlearn(
                 scope=scope,
                 categories=categories,
                 permutations=permutations,
+                circuit=circuit,
                 seed=seed,
                 max_length=max_length,
                 backend=backend,
                 progress=progress,
             )
-    with _stage("train", seconds):
-        before = audit.snapshot(model)
         if every is not None and kept is None:
             kept = get_stages(every, chosen_objective, selection)
         check_rates(training["layer_lr"], selection)
+    with _stage("evaluate before", seconds):
+        evaluation["before"] = evaluate(model, tokenizer, sets, progress=progress)
+    with _stage("train", seconds):
+        before = audit.snapshot(model)
         sparse, history = train_selected(
             model,
             tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from clue_fast.localization.circuit.corruption import CORRUPTIONS, CorruptedSet,
 from clue_fast.localization.circuit.gates import GATES, Circuit, count_gates, find_circuits
 from clue_fast.localization.circuit.graph import Graph
 from clue_fast.localization.circuit.logic import make_formula, node_categories
-from clue_fast.localization.circuit.solve import TIME_LIMIT, Solution, solve
+from clue_fast.localization.circuit.solve import TIME_LIMIT, Solution, check_solver, solve
 from clue_fast.localization.measure import inference
 
 if TYPE_CHECKING:
@@ -53,10 +54,14 @@ class CircuitSettings:
     tokens_per_batch: int = 512
 
     def __post_init__(self) -> None:
-        if self.edges <= 0 or (self.edges > 1 and self.edges != int(self.edges)):
+        if not (0.0 < self.edges <= 1.0 or (1.0 < self.edges < math.inf and self.edges == int(self.edges))):
             raise BudgetError(f"edges {self.edges} is neither a share in (0, 1] nor a whole number above 1")
-        if self.steps < 0 or self.steps != int(self.steps):
-            raise BudgetError(f"steps {self.steps} is not a whole number from 0 on")
+        for name, least in (("steps", 0), ("tokens_per_batch", 1)):
+            value = getattr(self, name)
+            if not (least <= value < math.inf and value == int(value)):
+                raise BudgetError(f"{name} {value} is not a whole number from {least} on")
+        if not self.time_limit > 0.0:
+            raise BudgetError(f"time_limit {self.time_limit} is not a number of seconds above 0")
         if self.corruption not in CORRUPTIONS:
             raise UnknownNameError("corruption", self.corruption, CORRUPTIONS)
         if self.granularity not in GRANULARITIES:
@@ -150,6 +155,7 @@ def discover(
         BudgetError: more edges than there are.
     """
     settings = settings or CircuitSettings()
+    check_solver()
     graph = Graph(find_architecture(model))
     count = settings.edge_count(graph)
     sets = {FORGET: forget, **retain}

@@ -151,6 +151,11 @@ def _conflicts(formula: Formula, values: dict[int, bool]) -> int:
     return sum(values[formula.forget[node]] != values[formula.retain[node]] for node in formula.conflict)
 
 
+def check_solver() -> None:
+    """Raises CircuitError if python-sat is not installed."""
+    _pysat()
+
+
 def _pysat() -> tuple[Any, Any]:
     try:
         from pysat.examples import rc2

@@ -43,18 +43,34 @@ def select_units(
         CircuitError: a site lies in no layer of the circuit.
     """
     budget, value = check_budget(fraction, count=count)
+    numbers = unit_numbers(tuple(forget), fraction, count)
     categories: dict[Site, Tensor] = {}
     scores: dict[Site, Tensor] = {}
     for site in forget:
         nodes = unit_nodes(discovery.graph, site)
         bits = torch.tensor([category_bits(discovery.categories, own) for own in nodes], dtype=torch.int8)
         scores[site] = score_within(bits, forget[site].cpu(), retain[site].cpu())
-        if granularity == "neuron" and not site.kind.startswith(HEAD_FAMILIES):
-            ((_, number),) = pools((site,), budget, value, "layer")
-            bits = torch.where(top(scores[site], number), bits, 0).to(torch.int8)
+        if granularity == "neuron" and site in numbers:
+            bits = torch.where(top(scores[site], numbers[site]), bits, 0).to(torch.int8)
         categories[site] = bits
     source: dict[str, Any] = {"criterion": "circuit", "granularity": granularity, budget: value, **discovery.source()}
     return Selection(tuple(forget), categories, scores, source, forget.fingerprint)
+
+
+def check_units(
+    graph: Graph, sites: Sequence[Site], fraction: float | None = None, *, count: int | None = None
+) -> None:
+    """Raises what ``select_units`` raises, before the circuits are known."""
+    unit_numbers(sites, fraction, count)
+    for site in sites:
+        unit_nodes(graph, site)
+
+
+def unit_numbers(sites: Sequence[Site], fraction: float | None, count: int | None) -> dict[Site, int]:
+    """How many units of each MLP have the category of its node. Raises BudgetError if there are not as many."""
+    budget, value = check_budget(fraction, count=count)
+    channels = tuple(site for site in sites if not site.kind.startswith(HEAD_FAMILIES))
+    return {site: number for (site,), number in pools(channels, budget, value, "layer")}
 
 
 def unit_nodes(graph: Graph, site: Site) -> Sequence[tuple[str, ...]]:

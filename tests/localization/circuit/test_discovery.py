@@ -18,6 +18,7 @@ from clue_fast.localization.circuit import Discovery, discover, select_units
 from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.circuit.discovery import score_within
 from clue_fast.localization.circuit.graph import Graph
+from clue_fast.localization.circuit.units import check_units
 from clue_fast.people import make_people, records_of
 from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, RETAIN, Scores, Selection
@@ -144,6 +145,20 @@ class TestUnits:
             names = pattern[site.kind.removeprefix("projection_")]
             expected = [bits[names.format(site.layer, head)] for head in range(site.width)]
             assert selection.categories[site].tolist() == expected, site.name
+
+    def test_heads_that_the_circuit_has_not_and_budgets_beyond_an_mlp_are_refused_before_any_pass(
+        self, family: Callable[[str], PreTrainedModel]
+    ) -> None:
+        model, other = family("llama"), family("qwen3")
+        graph = Graph(find_architecture(model))
+        with pytest.raises(CircuitError, match="projection_key has 2 units, the circuit has 4 heads"):
+            check_units(graph, clue_fast.find_sites(other, ("projection",)))
+        sites = clue_fast.find_sites(model, ("mlp", "projection"))
+        check_units(graph, sites, {"mlp": 0.5})
+        with pytest.raises(BudgetError, match="count 49 is more than the 48 units"):
+            check_units(graph, sites, count=49)
+        with pytest.raises(BudgetError, match="no unit is of the kind 'projection_key'"):
+            check_units(graph, sites, {"projection_key": 0.5})
 
     def test_units_are_ranked_by_what_their_category_asks_for(self) -> None:
         forget, retain = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
