@@ -194,6 +194,7 @@ class TestLocalize:
         )
         source = selection.source
         assert source["criterion"] == "circuit" and source["retain_sets"] == ["some", "more"]
+        assert "not measured: circuits do not come from sums over records" in selection.summary()
         assert source["conflicts"] == source["conflicts_at_least"]
         assert selection.statistics is not None
         assert {site.kind for site in selection.sites} == {"mlp", *PROJECTIONS}
