@@ -65,7 +65,7 @@ def install(
         model: that the sites are of.
         sites: in the order of the statistics.
         recorder: shared by all.
-        tower: by path of the site, whose tokens it sees.
+        tower: by name of the site, whose tokens it sees.
         strict: see ``patch``.
 
     Raises:
@@ -91,7 +91,7 @@ def _points(sites: Sequence[Site], recorder: Recorder, tower: Mapping[str, str])
         offsets = recorder.statistics.offsets
         units = slice(int(offsets[first]), int(offsets[last]))
         group = tuple(site for _, site in together)
-        points.append(Point(group, slice(first, last), units, tower[group[0].path], recorder))
+        points.append(Point(group, slice(first, last), units, tower[group[0].name], recorder))
     return points
 
 

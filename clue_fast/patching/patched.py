@@ -53,7 +53,7 @@ class Patched:
         model = unwrap(model)
         paths = {module: path for path, module in model.named_modules()}
         towers = {paths[module]: name for module, name in find_towers(self._entry).items()}
-        tower = {site.path: tower_of(site.path, towers) for site in self.sites}
+        tower = {s.name: ENCODER if s.reads_encoder else tower_of(s.path, towers) for s in self.sites}
         self._arguments = list(inspect.signature(type(self._entry).forward).parameters)[1:]
         self._reads_text = TEXT in tower.values()
         self._installation: Installation | None = install(model, self.sites, self._recorder, tower, strict)

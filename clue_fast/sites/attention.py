@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def find_heads(model: nn.Module, families: Sequence[str] = ("attention",)) -> di
     projections = _projections(model)
     heads = {path: size for path, module in model.named_modules() if (size := head_size(module)) is not None}
     cores = [
-        _Core(path, model.get_submodule(path), size)
+        _Core(path, model.get_submodule(path), size, _decodes(model))
         for path, size in heads.items()
         if any(p.startswith(f"{path}.") for p in projections) and not any(p.startswith(f"{path}.") for p in heads)
     ]
@@ -67,6 +67,7 @@ class _Core:
 
     Attributes:
         path, module, size: where and what it is, and the channels of one of its heads.
+        decodes: whether the model has an encoder and a decoder.
         run: makes it run on a number of rows, or None if it never ran.
         calls: the projections called inside it, in order, with what each was given.
         output: the projection that reads what the heads give.
@@ -75,6 +76,7 @@ class _Core:
     path: str
     module: nn.Module
     size: int
+    decodes: bool = False
     run: Callable[[int], None] | None = None
     calls: list[tuple[Projection, Tensor]] = field(default_factory=list)
     output: Projection | None = None
@@ -93,10 +95,16 @@ class _Core:
             inputs = list({p.path: p for p, _ in self.calls}.values())
             try:
                 measured = Measurement(model, self.path, self.size, inputs, self.output, self.run)
-                return [site for family in families for site in FAMILIES[family](measured)]
+                return [self._crossed(site) for family in families for site in FAMILIES[family](measured)]
             except (ValueError, RuntimeError, TypeError, IndexError) as error:
                 reason = str(error).splitlines()[0]
         return Unmatched(self.path, type(self.module).__name__, f"its heads could not be measured: {reason}")
+
+    def _crossed(self, site: Site) -> Site:
+        """The site, marked if it is of keys or values that are not of what the first projection was given."""
+        given = {projection.path: x for projection, x in self.calls}
+        others = site.structure == "rows" and not _same(given[site.output], self.calls[0][1])
+        return replace(site, reads_encoder=True) if self.decodes and others else site
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -164,13 +172,17 @@ def _text_run(model: nn.Module) -> Callable[[int], None]:
     body = getattr(model, "base_model", None)
     body = body if isinstance(body, nn.Module) else model
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    decodes = _decodes(model)
 
     def run(rows: int) -> None:
         ids = torch.arange(3, 3 + TOKENS, device=device).expand(rows, TOKENS)
         body(input_ids=ids, **({"decoder_input_ids": ids} if decodes else {}))
 
     return run
+
+
+def _decodes(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _direct_run(module: nn.Module, channels: int) -> Callable[[int], None]:

@@ -74,6 +74,7 @@ class Site:
         channels: channels of the input of ``output`` (with ``rows``, of what it gives) that make up one unit: 1, or
             those of a head.
         index: which of the stacked experts.
+        reads_encoder: whether its tokens are those of the encoder, as of keys and values of cross-attention.
     """
 
     path: str
@@ -87,6 +88,7 @@ class Site:
     activation: str | None = None
     channels: int = 1
     index: int | None = None
+    reads_encoder: bool = False
 
     @property
     def name(self) -> str:

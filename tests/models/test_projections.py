@@ -16,7 +16,7 @@ from torch import Tensor
 import clue_fast
 from clue_fast.errors import SparseError, UnknownNameError
 from clue_fast.selection import CONFLICT, FORGET, Selection
-from clue_fast.sites import find_sites, model_fingerprint
+from clue_fast.sites import Site, find_sites, model_fingerprint
 from clue_fast.training import SparseAdamW, snapshot, sparsify
 from tests.models.families import make_batch, make_model
 
@@ -168,6 +168,31 @@ def test_forget_units_among_conflict_units_of_one_weight(name: str) -> None:
     assert found == {("forget", True), ("conflict", False)}
 
 
+def test_keys_of_cross_attention_have_the_tokens_of_the_encoder() -> None:
+    model, batch = make_model("t5"), make_batch("t5", tokens=5)  # as many as the decoder has
+    sites = find_sites(model, ("projection",))
+    assert {site.name for site in sites if site.reads_encoder} == {
+        f"decoder.block.{layer}.layer.1.EncDecAttention:projection_{role}"
+        for layer in range(2)
+        for role in ("key", "value")
+    }
+    seen: list[Tensor] = []
+    handle = model.decoder.block[0].layer[1].EncDecAttention.k.register_forward_hook(lambda *a: seen.append(a[-1]))
+    with clue_fast.patch(model, kinds=("projection_key",)) as patched:
+        with patched.record("forget"), torch.no_grad():
+            model(**batch)
+        statistics = patched.statistics
+    handle.remove()
+    attended, answers = batch["attention_mask"].bool(), batch["labels"] != -100
+    norms = seen[-1].unflatten(-1, (4, 8)).norm(dim=-1)[attended].double()
+    for site in statistics.sites:
+        counted = int(statistics.count[0, statistics.number(site)])
+        decoded = site.path.startswith("decoder") and not site.reads_encoder
+        assert counted == int((answers if decoded else attended).sum()), site.name
+        if site.path == "decoder.block.0.layer.1.EncDecAttention":
+            torch.testing.assert_close(statistics.of(site, "forget").mean, norms.mean(0), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", [p for p in ALL if p.values[0] != "t5"])
 def test_statistics_are_those_of_what_each_projection_gives(name: str) -> None:
     """Norms, and sums of products with the gradient, against hooks on the stock model, at tokens chosen at random."""
@@ -258,6 +283,9 @@ def test_a_selection_of_whole_heads_from_before_still_loads_and_trains(tmp_path:
         saved.save(tmp_path / f"{kind}.safetensors")
         loaded = Selection.load(tmp_path / f"{kind}.safetensors", model)
         assert all(site.name.endswith(end) for site in loaded.sites) and loaded.hash == saved.hash
+        for site in loaded.sites:  # as a file has it that was written before there were such sites
+            fields = {name: value for name, value in site.as_dict().items() if name != "reads_encoder"}
+            assert Site.from_dict(fields) == site
         with sparsify(model, loaded) as sparse:
             assert {part.path.rpartition(".")[0].rpartition(".")[2] for part in sparse.parts} == (
                 {"q_proj", "o_proj"} if kind == "attention_query" else {"k_proj", "v_proj"}
