@@ -103,6 +103,8 @@ def _unlearn(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         retain_ratio=options.retain_ratio,
         forget_target=options.forget_target,
+        samples=options.samples,
+        relearn=options.relearn,
         seed=options.seed,
         progress=not options.quiet,
     )
@@ -126,6 +128,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         retain=sets["retain"],
         held_out=sets.get("held_out"),
         reference=reference,
+        samples=options.samples,
+        relearn=options.relearn,
+        seed=options.seed,
         progress=not options.quiet,
     )
     if options.output is not None:
@@ -239,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in commands.choices.values():
         command.add_argument("--quiet", action="store_true", help="no progress bars, no log")
-    for command in (demo, localize, unlearn):
+    for command in (demo, localize, unlearn, evaluate):
         command.add_argument("--seed", type=int, default=0, help="of everything that is random (0)")
     return parser
 
@@ -275,6 +280,12 @@ def _add_localization(parser: argparse.ArgumentParser) -> None:
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", metavar="FILE", help="records to keep that take no part in scoring or training")
     parser.add_argument("--reference", metavar="MODEL", help="a model that never saw the forget set, to compare with")
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="K", help="also sample K answers a forget question (0)"
+    )
+    parser.add_argument(
+        "--relearn", type=int, default=0, metavar="N", help="also let a copy learn N forget records again (0)"
+    )
 
 
 if __name__ == "__main__":

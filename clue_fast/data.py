@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 COLUMN_SETS = (("question", "answer"), ("prompt", "completion"), ("text",), ("messages",))
 
+OPTIONAL_COLUMNS = {
+    "paraphrase": "paraphrased_answer",
+    "paraphrased_prompt": "paraphrased_question",
+    "corrupted_prompt": "corrupted_prompt",
+}
+"""What a record may hold besides, by the column that it is read from."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -34,6 +42,7 @@ class Record:
         completion: the answer, the only part that is learned, forgotten and measured.
         paraphrase: the same answer in other words (TOFU column `paraphrased_answer`).
         perturbed: wrong answers of the same form (TOFU column `perturbed_answer`).
+        paraphrased_prompt: the question in other words (TOFU column `paraphrased_question`).
         corrupted_prompt: the question with what the answer hinges on replaced, for circuits.
         history: earlier chat turns, as (role, content).
         verbatim: prompt and completion are joined as they are, without a chat template or "Question:".
@@ -46,6 +55,7 @@ class Record:
     corrupted_prompt: str | None = None
     history: tuple[tuple[str, str], ...] = ()
     verbatim: bool = False
+    paraphrased_prompt: str | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -68,8 +78,8 @@ def load_records(source: Source, name: str) -> list[Record]:
             one object a line (or one JSON array), or a hub name with its subset, such as
             "locuslab/TOFU:forget10" (its split "train"; append ":validation" for another). Only a hub name
             can cause a download. Columns: `question`/`answer`, `prompt`/`completion`, `text`, or chat
-            `messages` that end with the assistant. Optional: `paraphrased_answer` (a string) and
-            `perturbed_answer` (a string or a list of strings), and `corrupted_prompt` (a string).
+            `messages` that end with the assistant. Optional: `paraphrased_question`, `paraphrased_answer` and
+            `corrupted_prompt` (strings), and `perturbed_answer` (a string or a list of strings).
         name: what to call the data set in errors, such as "forget".
 
     Raises:
@@ -118,17 +128,25 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
-    """Raises DataError if a record is to be both forgotten and kept."""
-    forget_keys, retain_keys = ({record.key for record in records} for records in (forget, retain))
-    shared = len(forget_keys & retain_keys)
-    if not shared:
-        return
-    if forget_keys == retain_keys:
-        raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
-    raise DataError(
-        f"{shared} of the {len(forget_keys)} forget records are in the retain set too; take them out of one of the two"
-    )
+def check_disjoint(sets: Mapping[str, Sequence[Record | Example]]) -> None:
+    """Raises DataError if two sets share records: none can be both forgotten and kept, or trained on and held out.
+
+    Args:
+        sets: records, or examples (the same if their tokens and labels are), by the name of the set.
+    """
+    keys = {name: [_key(record) for record in records] for name, records in sets.items()}
+    for name, other in combinations(keys, 2):
+        shared = set(keys[name]) & set(keys[other])
+        if not shared:
+            continue
+        if set(keys[name]) == set(keys[other]):
+            raise DataError(
+                f"the {name} set equals the {other} set; nothing can be both forgotten and kept, nor held out as well"
+            )
+        raise DataError(
+            f"{sum(key in shared for key in keys[name])} of the {len(keys[name])} {name} records are in the {other} "
+            "set too; take them out of one of the two"
+        )
 
 
 def encode(
@@ -221,6 +239,10 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     """Indices in batches of similar length, longest first: little is padded, and memory peaks at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _key(record: Record | Example) -> tuple[object, ...]:
+    return record.key if isinstance(record, Record) else (tuple(record["input_ids"]), tuple(record["labels"]))
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -325,13 +347,15 @@ def _record(row: object, where: str) -> Record:
         completion = _text(row[columns[-1]], columns[-1], where)
         if len(columns) == 2:
             prompt = _text(row[columns[0]], columns[0], where, optional=columns[0] == "prompt")
-    paraphrase, corrupted = row.get("paraphrased_answer"), row.get("corrupted_prompt")
+    optional = {
+        name: None if row.get(column) is None else _text(row[column], column, where)
+        for name, column in OPTIONAL_COLUMNS.items()
+    }
     return Record(
         prompt,
         completion,
-        paraphrase=None if paraphrase is None else _text(paraphrase, "paraphrased_answer", where),
+        **optional,
         perturbed=_texts(row.get("perturbed_answer"), "perturbed_answer", where),
-        corrupted_prompt=None if corrupted is None else _text(corrupted, "corrupted_prompt", where),
         history=tuple(history),
         verbatim=columns[0] in ("prompt", "text"),
     )

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 PEOPLE = 60
 FORGOTTEN = 6
 HELD_OUT = 12
+SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def run_demo(output_dir: str | os.PathLike[str], *, seed: int = 0, progress: boo
         forget=data.forget,
         retain=data.retain,
         held_out=data.held_out,
-        reference=evaluate(reference, tokenizer, sets, progress=progress),
+        reference=evaluate(reference, tokenizer, sets, samples={"forget": SAMPLES}, seed=seed, progress=progress),
         output_dir=output_dir,
         evaluate_every=8,
+        samples=SAMPLES,
         seed=seed,
         progress=progress,
     )

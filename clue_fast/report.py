@@ -75,9 +75,7 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
             # Figures of an earlier version may lack a metric.
             values = [evaluation[column][name].get(metric) for column in columns]
             if None not in values:
-                body.append(
-                    (name, metric_title(metric, figures.get("samples", 0)), *(f"{value:.3f}" for value in values))
-                )
+                body.append((name, metric_title(metric, figures), *(f"{value:.3f}" for value in values)))
     widths = [max(10, *(len(row[0]) for row in body)), max(20, *(len(row[1]) for row in body))]
     return "\n".join(
         f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}" + "".join(f"{cell:>12}" for cell in row[2:])

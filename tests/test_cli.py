@@ -133,6 +133,17 @@ class TestData:
     def test_the_same_twice(self, refuses, command: str, inputs: Path) -> None:
         refuses("equals the retain set", command, "--output", "out", "--retain", str(inputs / "forget.jsonl"))
 
+    def test_held_out_records_that_are_not(self, refuses, command: str, inputs: Path, tmp_path: Path) -> None:
+        if command == "localize":
+            pytest.skip("holds nothing out")
+        for name in ("forget", "retain"):
+            held_out = ["--held-out", str(inputs / f"{name}.jsonl"), "--output", "out"]
+            refuses(f"the {name} set equals the held_out set", command, *held_out)
+        some = tmp_path / "some.jsonl"
+        lines = [(inputs / f"{name}.jsonl").read_text().splitlines()[0] for name in ("retain", "forget")]
+        some.write_text("\n".join(lines))
+        refuses("records are in the held_out set too", command, "--held-out", str(some), "--output", "out")
+
     def test_data_is_looked_at_before_the_model(self, refuses, command: str, tmp_path: Path) -> None:
         missing = str(tmp_path / "none.jsonl")
         arguments = [str(tmp_path / "no_model"), "--forget", missing, "--retain", missing, "--output", "out"]

@@ -92,7 +92,10 @@ class TestSources:
 class TestColumns:
     def test_question_and_answer_with_what_tofu_adds(self) -> None:
         row = {"question": "q", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["x", "y"], "other": 1}
-        assert load_records([row], "f") == [Record("q", "a", paraphrase="b", perturbed=("x", "y"))]
+        row |= {"paraphrased_question": "Q", "corrupted_prompt": "c"}
+        assert load_records([row], "f") == [
+            Record("q", "a", paraphrase="b", perturbed=("x", "y"), paraphrased_prompt="Q", corrupted_prompt="c")
+        ]
 
     def test_one_perturbed_answer(self) -> None:
         row = {"question": "q", "answer": "a", "perturbed_answer": "x"}
@@ -207,14 +210,28 @@ class TestBatches:
 class TestDisjoint:
     def test_equal_sets(self) -> None:
         with pytest.raises(DataError, match="the forget set equals the retain set"):
-            check_disjoint(RECORDS, list(reversed(RECORDS)))
+            check_disjoint({"forget": RECORDS, "retain": list(reversed(RECORDS))})
 
-    def test_shared_records_are_counted(self) -> None:
-        with pytest.raises(DataError, match="1 of the 2 forget records"):
-            check_disjoint(RECORDS, [RECORDS[0], Record("Why?", "So.")])
+    @pytest.mark.parametrize("other", ["retain", "held_out"])
+    def test_shared_records_are_counted(self, other: str) -> None:
+        sets = {"forget": RECORDS, other: [RECORDS[0], Record("Why?", "So.")]}
+        with pytest.raises(DataError, match=f"1 of the 2 forget records are in the {other} set too"):
+            check_disjoint(sets)
+
+    def test_what_is_held_out_is_not_retained(self) -> None:
+        retain = [Record(f"{number}?", "So.") for number in range(5)]
+        sets = {"forget": RECORDS, "retain": retain, "held_out": [Record("Why?", "So."), *retain[1:4]]}
+        with pytest.raises(DataError, match="3 of the 5 retain records are in the held_out set too"):
+            check_disjoint(sets)
+
+    def test_examples_are_the_same_if_their_tokens_are(self) -> None:
+        example = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+        check_disjoint({"forget": [example], "retain": [{**example, "labels": [1, 2, 3]}]})
+        with pytest.raises(DataError, match="equals"):
+            check_disjoint({"forget": [example], "retain": [{**example, "attention_mask": [1, 1, 1]}]})
 
     def test_the_same_question_with_another_answer_is_another_record(self) -> None:
-        check_disjoint(RECORDS, [Record("Who lives here?", "Nobody.")])
+        check_disjoint({"forget": RECORDS, "retain": [Record("Who lives here?", "Nobody.")]})
 
 
 class TestBadInput:

@@ -44,7 +44,7 @@ def test_hardly_any_answer_counts_as_that_of_somebody_else() -> None:
 
 def test_people_share_no_records() -> None:
     people = make_people(30)
-    check_disjoint(records_of(people[:3]), records_of(people[3:]))
+    check_disjoint({"forget": records_of(people[:3]), "retain": records_of(people[3:])})
 
 
 def test_there_are_names_for_some_400() -> None:

@@ -2,8 +2,9 @@
 
 from clue_fast.evaluation.answers import greedy_answers, sampled_answers
 from clue_fast.evaluation.comparison import COMPARED, Comparison, Row, compare, metric_title
-from clue_fast.evaluation.metrics import ANSWERED, Metrics, evaluate
-from clue_fast.evaluation.rouge import rouge_recall, words
+from clue_fast.evaluation.metrics import Metrics, evaluate
+from clue_fast.evaluation.relearning import Relearning, relearn
+from clue_fast.evaluation.rouge import ANSWERED, answered, rouge_recall, words
 from clue_fast.evaluation.teacher_forcing import AnswerScore, score_answers
 from clue_fast.evaluation.truth import forget_quality, truth_ratio, truth_ratios
 
@@ -13,12 +14,15 @@ __all__ = [
     "AnswerScore",
     "Comparison",
     "Metrics",
+    "Relearning",
     "Row",
+    "answered",
     "compare",
     "evaluate",
     "forget_quality",
     "greedy_answers",
     "metric_title",
+    "relearn",
     "rouge_recall",
     "sampled_answers",
     "score_answers",

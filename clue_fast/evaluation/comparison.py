@@ -13,6 +13,8 @@ from clue_fast.evaluation.truth import forget_quality
 COMPARED = {
     "answered": "questions answered",
     "answered_in_samples": "answered, best of {samples}",
+    "answered_before_relearning": "answered, others than {relearned}",
+    "answered_after_relearning": "answered, {relearned} relearned",
     "rouge_recall": "ROUGE-L recall",
     "accuracy": "next-token accuracy",
     "probability": "answer probability",
@@ -22,9 +24,9 @@ COMPARED = {
 """Metrics in the order of the table, with their titles."""
 
 
-def metric_title(metric: str, samples: int) -> str:
-    """How a table calls a metric; samples is the number of answers that were sampled to a question."""
-    return COMPARED[metric].format(samples=samples)
+def metric_title(metric: str, figures: Mapping[str, Any]) -> str:
+    """How a table calls a metric of a set with these figures, as ``Metrics.summary`` has them."""
+    return COMPARED[metric].format_map({"samples": 0, "relearned": 0, **figures})
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,17 @@ def compare(
                 f"the evaluations 'before' and {stage!r} are not of the same sets; evaluate both on the same"
             )
         for name, metrics in before.items():
-            if metrics.samples and other[name].samples not in (0, metrics.samples):
-                raise DataError(
-                    f"of the {name} set, 'before' has {metrics.samples} samples a question and {stage!r} "
-                    f"{other[name].samples}; sample as many for both"
-                )
+            for count in ("samples", "relearned"):
+                wanted, found = getattr(metrics, count), getattr(other[name], count)
+                if wanted and found not in (0, wanted):
+                    raise DataError(
+                        f"of the {name} set, {count} is {wanted} 'before' and {found} in {stage!r}; measure both alike"
+                    )
     rows = tuple(
         Row(
             name,
             metric,
-            metric_title(metric, before[name].samples),
+            metric_title(metric, before[name].summary()),
             getattr(before[name], metric),
             getattr(after[name], metric),
             _of(reference, name, metric),

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.data import Record, check_encoding
 from clue_fast.errors import NonFiniteError, SettingError
 from clue_fast.evaluation.answers import greedy_answers, sampled_answers
-from clue_fast.evaluation.rouge import check_references, rouge_recall
+from clue_fast.evaluation.relearning import relearn as relearn_records
+from clue_fast.evaluation.rouge import answered, check_references, rouge_recall
 from clue_fast.evaluation.teacher_forcing import score_answers
 from clue_fast.evaluation.truth import truth_ratios
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ANSWERED = 0.5
-"""A question counts as answered from this ROUGE-L recall on."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,9 @@ class Metrics:
         samples: answers sampled to each record; 0 where none were.
         answered_in_samples: share of the records where the best of these answers has ROUGE-L recall >= 0.5: what
             greedy decoding no longer says may still be there. None without samples.
+        relearned: records of the set that a copy of the model learned again; 0 where none did.
+        answered_before_relearning, answered_after_relearning: share of the other records that is answered before and
+            after these were relearned, see ``relearn``; None where none were.
         truth_ratio: likelihood of wrong answers over the right one; None where the records have no wrong
             answers.
     """
@@ -49,12 +51,45 @@ class Metrics:
     truth_ratio: float | None = None
     samples: int = 0
     answered_in_samples: float | None = None
+    relearned: int = 0
+    answered_before_relearning: float | None = None
+    answered_after_relearning: float | None = None
     losses: list[float] = field(default_factory=list, repr=False)
     accuracies: list[float] = field(default_factory=list, repr=False)
     rouge_recalls: list[float] = field(default_factory=list, repr=False)
     answers: list[str] = field(default_factory=list, repr=False)
     best_recalls: list[float] = field(default_factory=list, repr=False)
     truth_ratios: list[float] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        losses: list[float],
+        accuracies: list[float],
+        rouge_recalls: list[float],
+        answers: list[str],
+        truth_ratios: list[float],
+        best_recalls: list[float],
+        samples: int,
+    ) -> Metrics:
+        """The means of what was measured of each record; lists of what was not measured are empty."""
+        return cls(
+            count=len(losses),
+            loss=_mean(losses),
+            probability=_mean([math.exp(-loss) for loss in losses]),
+            accuracy=_mean(accuracies),
+            rouge_recall=_mean(rouge_recalls),
+            answered=answered(rouge_recalls),
+            truth_ratio=_mean(truth_ratios) if truth_ratios else None,
+            samples=samples,
+            answered_in_samples=answered(best_recalls) if samples else None,
+            losses=losses,
+            accuracies=accuracies,
+            rouge_recalls=rouge_recalls,
+            answers=answers,
+            best_recalls=best_recalls,
+            truth_ratios=truth_ratios,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -74,6 +109,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     samples: int | Mapping[str, int] = 0,
+    relearn: int | Mapping[str, int] = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Metrics]:
@@ -91,31 +127,27 @@ def evaluate(
         max_length: cuts examples under teacher forcing, in tokens; None: nothing is cut.
         samples: answers to sample to each record, or how many by set, such as {"forget": 20}; see
             ``sampled_answers``. Each takes as long as a greedy answer.
-        seed: of the samples.
+        relearn: records of a set that a copy of the model learns again before it is asked the others, or how many by
+            set; see ``clue_fast.evaluation.relearn``.
+        seed: of the samples, and of which records are relearned.
         progress: shows bars for what takes longer than a second.
 
     Raises:
         NonFiniteError: the model's loss on a record is NaN or infinite.
         DataError: a record leaves nothing to ask or to measure.
-        SettingError: samples is below 0.
+        SettingError: samples is below 0, or relearn is, or leaves no record to ask.
     """
-    number_of = dict(samples) if isinstance(samples, Mapping) else dict.fromkeys(sets, samples)
-    for name, number in number_of.items():
-        if number < 0:
-            raise SettingError(f"samples {number} of the {name} set is below 0; 0 samples nothing")
+    drawn = samples if isinstance(samples, Mapping) else dict.fromkeys(sets, samples)
+    relearned = relearn if isinstance(relearn, Mapping) else dict.fromkeys(sets, relearn)
+    check_counts(sets, drawn, relearned)
     for name, records in sets.items():
         check_references([record.completion for record in records], name)
     check_encoding(sets, tokenizer, max_length)
+    common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     results = {}
     for name, records in sets.items():
         scores = score_answers(
-            model,
-            tokenizer,
-            records,
-            batch_size=batch_size,
-            max_length=max_length,
-            progress=progress,
-            description=f"{name}: scoring answers",
+            model, tokenizer, records, max_length=max_length, description=f"{name}: scoring answers", **common
         )
         for number, score in enumerate(scores, start=1):
             if not math.isfinite(score.loss):
@@ -123,65 +155,67 @@ def evaluate(
                     f"the loss of record {number} of the {name} set is {score.loss}; "
                     "look for NaN in the model's weights"
                 )
-        answers = greedy_answers(
-            model,
-            tokenizer,
-            records,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-            description=f"{name}: answering",
-        )
+        asked = {**common, "max_new_tokens": max_new_tokens}
+        answers = greedy_answers(model, tokenizer, records, description=f"{name}: answering", **asked)
         ratios: list[float] = []
         if records and all(record.perturbed for record in records):
             ratios = truth_ratios(
-                model,
-                tokenizer,
-                records,
-                batch_size=batch_size,
-                max_length=max_length,
-                progress=progress,
-                description=f"{name}: truth ratio",
+                model, tokenizer, records, max_length=max_length, description=f"{name}: truth ratio", **common
             )
         references = [record.completion for record in records]
-        recalls = rouge_recall(references, answers)
         best: list[float] = []
-        if drawn := number_of.get(name, 0):
+        if k := drawn.get(name, 0):
             sampled = sampled_answers(
+                model, tokenizer, records, k, seed=seed, description=f"{name}: sampling answers", **asked
+            )
+            pairs = zip(references, sampled, strict=True)
+            best = [max(rouge_recall([reference] * k, some)) for reference, some in pairs]
+        results[name] = Metrics.of(
+            [score.loss for score in scores],
+            [score.accuracy for score in scores],
+            rouge_recall(references, answers),
+            answers,
+            ratios,
+            best,
+            samples=k,
+        )
+        if number := relearned.get(name, 0):
+            relearning = relearn_records(
                 model,
                 tokenizer,
-                records,
-                drawn,
-                seed=seed,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                progress=progress,
-                description=f"{name}: sampling answers",
+                *_dealt_out(records, number, seed),
+                max_length=max_length,
+                description=f"{name}: relearning",
+                **asked,
             )
-            best = [
-                max(rouge_recall([reference] * drawn, some))
-                for reference, some in zip(references, sampled, strict=True)
-            ]
-        losses = [score.loss for score in scores]
-        accuracies = [score.accuracy for score in scores]
-        results[name] = Metrics(
-            count=len(records),
-            loss=_mean(losses),
-            probability=_mean([math.exp(-loss) for loss in losses]),
-            accuracy=_mean(accuracies),
-            rouge_recall=_mean(recalls),
-            answered=_mean([recall >= ANSWERED for recall in recalls]),
-            truth_ratio=_mean(ratios) if ratios else None,
-            samples=drawn,
-            answered_in_samples=_mean([recall >= ANSWERED for recall in best]) if drawn else None,
-            losses=losses,
-            accuracies=accuracies,
-            rouge_recalls=recalls,
-            answers=answers,
-            best_recalls=best,
-            truth_ratios=ratios,
-        )
+            results[name] = replace(
+                results[name],
+                relearned=number,
+                answered_before_relearning=relearning.answered_before,
+                answered_after_relearning=relearning.answered_after,
+            )
     return results
+
+
+def _dealt_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """So many of the records, drawn by the seed, and the others."""
+    drawn = set(random.Random(f"{seed} relearning").sample(range(len(records)), count))
+    dealt: tuple[list[Record], list[Record]] = ([], [])
+    for index, record in enumerate(records):
+        dealt[index not in drawn].append(record)
+    return dealt
+
+
+def check_counts(sets: Mapping[str, Sequence[Record]], samples: Mapping[str, int], relearn: Mapping[str, int]) -> None:
+    """Raises SettingError unless so many answers can be sampled of each set, and so many records relearned."""
+    for name, number in samples.items():
+        if number < 0:
+            raise SettingError(f"samples {number} of the {name} set is below 0; 0 samples nothing")
+    for name, number in relearn.items():
+        if not 0 <= number < max(1, len(sets[name])):
+            raise SettingError(
+                f"relearn {number} leaves none of the {len(sets[name])} records of the {name} set to ask; choose fewer"
+            )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from clue_fast.errors import DataError
+
+ANSWERED = 0.5
+"""A question counts as answered from this ROUGE-L recall on."""
 
 WITHOUT_SPACES = (
     "CJK",
@@ -63,6 +67,11 @@ def rouge_recall(references: Sequence[str], answers: Sequence[str]) -> list[floa
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = zip(references, answers, strict=True)
     return [float(scorer.score(reference, answer)["rougeL"].recall) for reference, answer in pairs]
+
+
+def answered(recalls: Sequence[float]) -> float:
+    """Share of the questions that are answered, by the recall of each; NaN without any."""
+    return sum(recall >= ANSWERED for recall in recalls) / len(recalls) if recalls else math.nan
 
 
 def check_references(references: Sequence[str], name: str | None = None) -> None:

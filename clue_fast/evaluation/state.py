@@ -26,8 +26,8 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
             module.training = True
 
 
-def progress_bar(total: int, description: str, shown: bool) -> tqdm[Any]:
-    """A bar over records; it appears only when the work takes longer than a second."""
+def progress_bar(total: int, description: str, shown: bool, unit: str = "record") -> tqdm[Any]:
+    """A bar over records, or what else the unit says; it appears only when the work takes longer than a second."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=description, unit="record", disable=not shown, delay=1.0, leave=False)
+    return tqdm(total=total, desc=description, unit=unit, disable=not shown, delay=1.0, leave=False)

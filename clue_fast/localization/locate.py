@@ -208,8 +208,8 @@ def _localize_by_circuits(
     forget_records = load_records(forget, "forget")
     sources = retain if isinstance(retain, Mapping) else {"retain": retain}
     sets: dict[str, list[Record]] = {name: load_records(source, name) for name, source in sources.items()}
-    for records in sets.values():
-        check_disjoint(forget_records, records)
+    for name, records in sets.items():
+        check_disjoint({"forget": forget_records, name: records})
     sites = measured_sites(model, UNIT_CRITERION, kinds=measuring["kinds"], backend=measuring["backend"])
     check_units(Graph(find_architecture(model)), sites, **budget)
     discovery = discover(

@@ -103,7 +103,7 @@ def measure_blocks(
 
 def _load(forget: Any, retain: Any) -> tuple[list[Record], list[Record]]:
     forget_records, retain_records = load_records(forget, "forget"), load_records(retain, "retain")
-    check_disjoint(forget_records, retain_records)
+    check_disjoint({"forget": forget_records, "retain": retain_records})
     return forget_records, retain_records
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from clue_fast.data import Collator, Source, padding_token, read_rows
+from clue_fast.data import Collator, Source, check_disjoint, padding_token, read_rows
 from clue_fast.errors import DataError
 from clue_fast.labels import head_of
 from clue_fast.selection import Selection
@@ -74,7 +74,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
 
     Raises:
-        DataError: a data set is empty or unreadable, both are equal, or there is no tokenizer to encode it.
+        DataError: a data set is empty or unreadable, both share records, or there is no tokenizer to encode it.
         SelectionError, SparseError, NonFiniteError: see ``sparsify``, ``SparseTraining.host`` and ``get_stages``.
         UnknownNameError: no objective or schedule has that name.
     """
@@ -113,8 +113,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
             encode_set(source, name, processing_class, max_length, collate is not None)
             for name, source in (("forget", forget_dataset), ("retain", retain_dataset))
         )
-        if collate is None and forget == retain:
-            raise DataError("the forget set equals the retain set; nothing can be both forgotten and kept")
+        if collate is None:
+            check_disjoint({"forget": forget, "retain": retain})
         alternate = None
         objectives = [self.objective] if self.stages is None else [get_objective(s.objective) for s in self.stages]
         if any("alternate" in objective.forget_batches for objective in objectives):

@@ -47,9 +47,8 @@ def check_weights(model: nn.Module) -> None:
 
 
 def load_sets(forget: Source, retain: Source, held_out: Source | None = None) -> dict[str, list[Record]]:
-    """Reads the data sets of a run. Raises DataError if one cannot be read or forget and retain share records."""
-    sets = {"forget": load_records(forget, "forget"), "retain": load_records(retain, "retain")}
-    check_disjoint(sets["forget"], sets["retain"])
-    if held_out is not None:
-        sets["held_out"] = load_records(held_out, "held_out")
+    """Reads the data sets of a run. Raises DataError if one cannot be read or two of them share records."""
+    sources = {"forget": forget, "retain": retain} | ({} if held_out is None else {"held_out": held_out})
+    sets = {name: load_records(source, name) for name, source in sources.items()}
+    check_disjoint(sets)
     return sets

@@ -101,6 +101,8 @@ def unlearn(
     retain_ratio: int | None = None,
     forget_target: float | None = None,
     evaluate_every: int = 0,
+    samples: int = 0,
+    relearn: int = 0,
     seed: int = 0,
     max_length: int = 512,
     backend: str | None = None,
@@ -136,6 +138,8 @@ def unlearn(
             ``clue_fast.training.shrink``; None, the default, keeps the whole, and so do objectives that teach other
             answers.
         evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
+        samples, relearn: answers to sample to each forget question, and forget records that a copy of the model learns
+            again, when it is evaluated; see ``clue_fast.evaluate``.
         seed: of everything that is random.
         max_length: longer records are cut, in tokens.
         backend: forces a backend for recording.
@@ -182,6 +186,7 @@ def unlearn(
         kept = None if selection is None else get_stages(every, chosen_objective, selection)
     seconds: dict[str, float] = {}
     evaluation: dict[str, Mapping[str, Metrics]] = {}
+    measures = _measures(samples, relearn, seed, progress)
 
     # First, since it refuses what makes no sense before it runs the model over anything.
     with _stage("localize", seconds):
@@ -206,7 +211,7 @@ def unlearn(
             kept = get_stages(every, chosen_objective, selection)
         check_rates(training["layer_lr"], selection)
     with _stage("evaluate before", seconds):
-        evaluation["before"] = evaluate(model, tokenizer, sets, progress=progress)
+        evaluation["before"] = evaluate(model, tokenizer, sets, **measures)
     with _stage("train", seconds):
         before = audit.snapshot(model)
         sparse, history = train_selected(
@@ -232,12 +237,10 @@ def unlearn(
     course = {} if every is None or kept is None else described(every, kept, schedule, training, chosen_objective)
     with keeping_trained_weights(model, output_dir):
         with _stage("evaluate after", seconds):
-            evaluation["after"] = evaluate(model, tokenizer, sets, progress=progress)
+            evaluation["after"] = evaluate(model, tokenizer, sets, **measures)
             if reference is not None:
                 evaluation["reference"] = (
-                    reference
-                    if isinstance(reference, Mapping)
-                    else evaluate(reference, tokenizer, sets, progress=progress)
+                    reference if isinstance(reference, Mapping) else evaluate(reference, tokenizer, sets, **measures)
                 )
         results = {
             "clue_fast": clue_fast.__version__,
@@ -290,15 +293,27 @@ def evaluate_model(
     retain: Source,
     held_out: Source | None = None,
     reference: PreTrainedModel | None = None,
+    samples: int = 0,
+    relearn: int = 0,
+    seed: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns the figures of a model, and of a reference beside it: ``{"model": {set: figures}, "reference": ...}``."""
+    """Returns the figures of a model, and of a reference beside it: ``{"model": {set: figures}, "reference": ...}``.
+
+    Samples are drawn, and records relearned, of the forget set; see ``clue_fast.evaluate``.
+    """
     sets = load_sets(forget, retain, held_out)
+    measures = _measures(samples, relearn, seed, progress)
     models = {"model": model} | ({} if reference is None else {"reference": reference})
     return {
-        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, progress=progress).items()}
+        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, **measures).items()}
         for title, one in models.items()
     }
+
+
+def _measures(samples: int, relearn: int, seed: int, progress: bool) -> dict[str, Any]:
+    """Arguments of ``evaluate``: how deeply something is forgotten is asked of the forget set alone."""
+    return {"samples": {"forget": samples}, "relearn": {"forget": relearn}, "seed": seed, "progress": progress}
 
 
 @contextmanager

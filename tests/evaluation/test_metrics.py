@@ -65,7 +65,7 @@ def test_the_best_of_the_samples_counts(
     rows = {(row.set, row.title): row for row in compare(found, found, found).rows}
     assert rows["forget", "answered, best of 3"].reference == 0.5
     assert not any("best of" in title for name, title in rows if name == "retain")
-    with pytest.raises(DataError, match="'after' 4; sample as many"):
+    with pytest.raises(DataError, match="samples is 3 'before' and 4 in 'after'"):
         compare(found, {**found, "forget": replace(found["forget"], samples=4)})
 
 

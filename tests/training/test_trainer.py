@@ -380,6 +380,7 @@ def test_a_refused_trainer_leaves_nothing_behind(make_model, make_selection, mak
     cases = [
         ({"objective": "ga"}, UnknownNameError, "unknown objective"),
         ({"forget": same, "retain": list(same)}, DataError, "equals the retain set"),
+        ({"forget": same, "retain": make_examples(4, seed=5) + same[:2]}, DataError, "2 of the 3 forget records"),
         ({"forget": []}, DataError, "forget set is empty"),
         ({"retain": [{"prompt": "a", "completion": "b"}]}, DataError, "processing_class"),
         ({"objective": "dpo"}, DataError, "encoded already"),
