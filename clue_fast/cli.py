@@ -272,6 +272,7 @@ def _add_localization(parser: argparse.ArgumentParser) -> None:
     circuits.add_argument("--circuit-edges", type=float, metavar="N", help="edges, a number or a share (0.05)")
     circuits.add_argument("--circuit-steps", type=int, metavar="N", help="runs that gradients are averaged over (0)")
     circuits.add_argument("--circuit-corruption", metavar="HOW", help="what is replaced in corrupted prompts (auto)")
+    circuits.add_argument("--circuit-logic", metavar="LOGIC", help="published, or cut: decides more (published)")
     circuits.add_argument("--circuit-granularity", metavar="UNITS", help="neuron, or node: all of an MLP (neuron)")
     circuits.add_argument("--circuit-time-limit", type=float, metavar="S", help="of the solver, in seconds")
     circuits.add_argument("--circuit-tokens-per-batch", type=int, metavar="N", help="in one forward pass (512)")

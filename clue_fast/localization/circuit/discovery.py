@@ -20,7 +20,7 @@ from clue_fast.localization.circuit.attribution import EdgeScores, edge_scores
 from clue_fast.localization.circuit.corruption import CORRUPTIONS, CorruptedSet, corrupt
 from clue_fast.localization.circuit.gates import GATES, Circuit, count_gates, find_circuits
 from clue_fast.localization.circuit.graph import Graph
-from clue_fast.localization.circuit.logic import make_formula, node_categories
+from clue_fast.localization.circuit.logic import LOGICS, make_formula, node_categories
 from clue_fast.localization.circuit.solve import TIME_LIMIT, Solution, check_solver, solve
 from clue_fast.localization.measure import inference
 
@@ -41,6 +41,8 @@ class CircuitSettings:
         edges: of each circuit in each direction: a number, or a share of the edges of the model.
         steps: runs a direction that the gradient is averaged over; 0 for the gradient at the run itself.
         corruption: how corrupted prompts are made, see ``corrupt``.
+        logic: how gates are read: "published" as in the paper, or "cut", by which a node may go off although its inputs
+            stay on; see ``make_formula``.
         time_limit: of the solver, in seconds.
         granularity: "neuron" gives the category of an MLP to the units inside it that matter most; "node" to all.
         tokens_per_batch: most tokens in one forward pass, padding included.
@@ -49,6 +51,7 @@ class CircuitSettings:
     edges: float = 0.05
     steps: int = 0
     corruption: str = "auto"
+    logic: str = "published"
     time_limit: float = TIME_LIMIT
     granularity: str = "neuron"
     tokens_per_batch: int = 512
@@ -64,6 +67,8 @@ class CircuitSettings:
             raise BudgetError(f"time_limit {self.time_limit} is not a number of seconds above 0")
         if self.corruption not in CORRUPTIONS:
             raise UnknownNameError("corruption", self.corruption, CORRUPTIONS)
+        if self.logic not in LOGICS:
+            raise UnknownNameError("logic", self.logic, LOGICS)
         if self.granularity not in GRANULARITIES:
             raise UnknownNameError("granularity", self.granularity, GRANULARITIES)
 
@@ -96,13 +101,20 @@ class Discovery:
     categories: Mapping[str, str]
     corrupted: Mapping[str, CorruptedSet] = field(default_factory=dict)
 
+    @property
+    def common(self) -> list[str]:
+        """The nodes of the forget circuit that a retain circuit has too: those that the logic is asked about."""
+        retain = {node for name, circuit in self.circuits.items() if name != FORGET for node in circuit.nodes}
+        return [node for node in self.circuits[FORGET].nodes if node in retain and node in self.categories]
+
     def source(self) -> dict[str, Any]:
         """What a selection keeps of it, as JSON holds it."""
         return {
             "retain_sets": [name for name in self.circuits if name != FORGET],
             "edges": {name: len(circuit.edges) for name, circuit in self.circuits.items()},
-            "gates": count_gates(self.circuits.values()),
+            "gates": {name: count_gates(circuit) for name, circuit in self.circuits.items()},
             "nodes": dict(Counter(self.categories.values())),
+            "common": len(self.common),
             "conflicts": self.solution.conflicts,
             "conflicts_at_least": self.solution.lower_bound,
             "corrupted": {name: own.source() for name, own in self.corrupted.items()},
@@ -112,13 +124,13 @@ class Discovery:
         """Returns a table: nodes and gates of each circuit, and the nodes of each category."""
         lines = [f"{'circuit':<12}  nodes  edges  " + "  ".join(f"{gate:>5}" for gate in GATES)]
         for name, circuit in self.circuits.items():
-            counts = count_gates([circuit])
+            counts = count_gates(circuit)
             lines.append(
                 f"{name:<12}  {len(circuit.nodes):>5}  {len(circuit.edges):>5}  "
                 + "  ".join(f"{counts[gate]:>5}" for gate in GATES)
             )
         proven = "proven fewest" if self.solution.optimal else f"at least {self.solution.lower_bound} are needed"
-        lines.append(f"nodes in conflict: {self.solution.conflicts} ({proven})")
+        lines.append(f"nodes in conflict: {self.solution.conflicts} of {len(self.common)} common nodes ({proven})")
         for category in ("forget", "conflict", "retain", "irrelevant"):
             nodes = [node for node, own in self.categories.items() if own == category]
             lines.append(f"{category:<10}  {len(nodes):>4}  {' '.join(nodes)}")
@@ -175,10 +187,15 @@ def discover(
                 progress=bar.update,
             )
     circuits = find_circuits(graph, scores, count)
-    formula = make_formula(circuits[FORGET], [circuits[name] for name in retain])
+    formula = make_formula(circuits[FORGET], [circuits[name] for name in retain], settings.logic)
     solution = solve(formula, settings.time_limit)
     discovery = Discovery(graph, scores, circuits, solution, node_categories(formula, solution.values), corrupted)
-    logger.info("circuits: %d nodes, %d in conflict", len(discovery.categories), solution.conflicts)
+    logger.info(
+        "circuits: %d nodes, %d of %d common nodes in conflict",
+        len(discovery.categories),
+        solution.conflicts,
+        len(discovery.common),
+    )
     return discovery
 
 

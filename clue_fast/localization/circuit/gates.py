@@ -2,13 +2,15 @@
 
 Noising breaks a mechanism by corrupting one of its inputs, so it finds the inputs of AND gates, each of which is
 needed; denoising restores it by one clean input, so it finds those of OR gates, each of which is enough. What both
-find adds up: ADDER (Chen et al. 2025, arXiv 2505.10039).
+find adds up: ADDER (Chen et al. 2025, arXiv 2505.10039, section 3.1). A gate has more than one input (definition 1
+there): the only AND or OR edge into a node is an ADDER, as in the code of CLUE.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -116,7 +118,8 @@ def find_circuits(graph: Graph, scores: Mapping[str, EdgeScores], count: int) ->
 def make_circuit(graph: Graph, noising: set[tuple[int, int]], denoising: set[tuple[int, int]]) -> Circuit:
     """Joins the edges of both directions; AND is in the first only, OR in the second only, ADDER in both.
 
-    A head depends on its q, k and v readers that the circuit feeds, as on the inputs of an ADDER.
+    An AND or OR edge that is the only one of its gate into its node is an ADDER. A head depends on its q, k and v
+    readers that the circuit feeds, as on the inputs of an ADDER.
 
     Raises:
         CircuitError: no edge leads to the output.
@@ -131,6 +134,8 @@ def make_circuit(graph: Graph, noising: set[tuple[int, int]], denoising: set[tup
         edges[graph.writers[writer].name, graph.readers[reader].name] = gate
         writers.add(writer)
         fed.add(reader)
+    inputs = Counter((node, gate) for (_, node), gate in edges.items())
+    edges = {(source, node): gate if inputs[node, gate] > 1 else ADDER for (source, node), gate in edges.items()}
     for writer in sorted(writers):
         own = graph.writers[writer]
         if own.head is not None:
@@ -160,10 +165,6 @@ def prune(edges: Mapping[Edge, str]) -> dict[Edge, str]:
     return kept
 
 
-def count_gates(circuits: Iterable[Circuit]) -> dict[str, int]:
+def count_gates(circuit: Circuit) -> dict[str, int]:
     """How many edges of each gate there are."""
-    counts = dict.fromkeys(GATES, 0)
-    for circuit in circuits:
-        for gate in circuit.edges.values():
-            counts[gate] += 1
-    return counts
+    return {**dict.fromkeys(GATES, 0), **Counter(circuit.edges.values())}

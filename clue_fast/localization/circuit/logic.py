@@ -1,16 +1,25 @@
 """The logic of a forget circuit and of retain circuits: which nodes may stay on, which must go off.
 
-Every node of the forget circuit has a variable f, every node of a retain circuit a variable r, true if the node stays
-on. The output of the forget circuit is to be off, that of each retain circuit on (CLUE, arXiv 2509.20977). A node has
-the value of every gate that feeds it:
+Two readings, both a formula in conjunctive normal form in which the output of the forget circuit is off and that of
+each retain circuit on. A node of both is in conflict if one needs it off and the other on; as few as possible should
+be.
+
+    published  CLUE (arXiv 2509.20977). Every node of the forget circuit has a value f, every node of a retain circuit a
+               value r, true if the node stays on. A node has the value of every gate that feeds it (Tseitin
+               transformation), so that in the end the values of the first nodes decide those of all others.
+    cut        What training changes are nodes, not their inputs: a node may go off although its inputs stay on. f is
+               true if the node is left alone, r if a retain circuit needs it. Nodes of the forget circuit alone are not
+               left alone. The output goes off if no path of nodes that are left alone turns it on; the fewest common
+               nodes that a retain circuit needs, and then the fewest common nodes, are not left alone.
+
+The gates:
 
     AND    node = x1 ∧ x2 ∧ ...
     OR     node = x1 ∨ x2 ∨ ...
     ADDER  as OR in the forget circuit, where each input alone still carries some of it, so that all must go off;
            as AND in a retain circuit, where each input is some of it, so that all must stay on
 
-A node of both is in conflict if f and r differ. As few as possible should be: a weighted formula in conjunctive normal
-form, whose hard clauses are the gates and outputs, and with a soft clause for each common node.
+The embedding is no node of the logic: no unit belongs to it, and in the published code no circuit has it.
 """
 
 from __future__ import annotations
@@ -18,11 +27,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from clue_fast.errors import CircuitError
+from clue_fast.errors import CircuitError, UnknownNameError
 from clue_fast.localization.circuit.gates import ADDER, AND, OR, Circuit
-from clue_fast.localization.circuit.graph import OUTPUT
+from clue_fast.localization.circuit.graph import EMBEDDING, OUTPUT
 
 Clause = list[int]
+
+LOGICS = ("published", "cut")
 
 
 @dataclass
@@ -31,15 +42,17 @@ class Formula:
 
     Attributes:
         hard: clauses that must hold.
-        soft: clauses of one literal of which as many as possible should hold.
-        forget: variable of each node of the forget circuit.
-        retain: variable of each node of a retain circuit; circuits share the variables of the nodes they share.
-        conflict: variable of each common node, true where the other two differ.
+        soft: clauses of one literal, no conflict of a node, of which as many as possible should hold.
+        wanted: clauses of one literal of which as many as possible should hold without a further conflict.
+        forget: variable f of each node of the forget circuit.
+        retain: variable r of each node of a retain circuit; circuits share the variables of the nodes they share.
+        conflict: variable of each common node but the output, true if it is in conflict.
         variables: number of variables.
     """
 
     hard: list[Clause] = field(default_factory=list)
     soft: list[Clause] = field(default_factory=list)
+    wanted: list[Clause] = field(default_factory=list)
     forget: dict[str, int] = field(default_factory=dict)
     retain: dict[str, int] = field(default_factory=dict)
     conflict: dict[str, int] = field(default_factory=dict)
@@ -51,31 +64,66 @@ class Formula:
         return self.variables
 
 
-def make_formula(forget: Circuit, retains: Sequence[Circuit]) -> Formula:
+def make_formula(forget: Circuit, retains: Sequence[Circuit], logic: str = "published") -> Formula:
     """Writes the circuits as one formula.
 
     The output nodes are not counted as a conflict: theirs is what is asked for.
 
+    Args:
+        forget: circuit of the forget set.
+        retains: circuits of the retain sets.
+        logic: one of ``LOGICS``.
+
     Raises:
         CircuitError: there is no retain circuit, or a circuit does not reach the output.
+        UnknownNameError: no such logic.
     """
+    if logic not in LOGICS:
+        raise UnknownNameError("logic", logic, LOGICS)
     if not retains:
         raise CircuitError("conflicts need at least one retain circuit")
+    gates, *others = (_gates(circuit) for circuit in (forget, *retains))
     formula = Formula()
-    _add_circuit(formula, formula.forget, forget, ADDER_AS["forget"], OUTPUT_ON["forget"])
-    for retain in retains:
-        _add_circuit(formula, formula.retain, retain, ADDER_AS["retain"], OUTPUT_ON["retain"])
-    for node, f in formula.forget.items():
-        r = formula.retain.get(node)
-        if r is not None and node != OUTPUT:
-            differ = formula.conflict[node] = formula.variable()
-            formula.hard += [[-f, r, differ], [f, -r, differ]]
-            formula.soft.append([-differ])
+    _name(formula, formula.forget, gates)
+    for own in others:
+        _name(formula, formula.retain, own)
+    for node in formula.forget:
+        if node in formula.retain and node != OUTPUT:
+            formula.conflict[node] = formula.variable()
+            formula.soft.append([-formula.conflict[node]])
+    (_add_published if logic == "published" else _add_cut)(formula, gates, others)
     return formula
 
 
-ADDER_AS = {"forget": OR, "retain": AND}
-OUTPUT_ON = {"forget": False, "retain": True}
+Gates = Mapping[str, Mapping[str, Sequence[str]]]
+"""The inputs of each node by gate."""
+
+
+def _gates(circuit: Circuit) -> Gates:
+    """The inputs of all nodes but the embedding; none of a node that only it feeds."""
+    inner = Circuit({edge: gate for edge, gate in circuit.edges.items() if edge[0] != EMBEDDING})
+    if OUTPUT not in inner.nodes:
+        raise CircuitError("a circuit has no path to the output from a node other than the embedding")
+    return {**{node: {} for node in circuit.nodes if node != EMBEDDING}, **inner.gates()}
+
+
+def _name(formula: Formula, variables: dict[str, int], gates: Gates) -> None:
+    for node in gates:
+        if node not in variables:
+            variables[node] = formula.variable()
+
+
+def _add_published(formula: Formula, forget: Gates, retains: Sequence[Gates]) -> None:
+    formula.hard += [[-formula.forget[OUTPUT]], [formula.retain[OUTPUT]]]
+    sides = [(formula.forget, forget, OR), *((formula.retain, own, AND) for own in retains)]
+    for variables, gates, adder in sides:
+        for node, inputs_by_gate in gates.items():
+            for gate, inputs in inputs_by_gate.items():
+                own = adder if gate == ADDER else gate
+                formula.hard += gate_clauses(own, variables[node], [variables[source] for source in inputs])
+    for node, differ in formula.conflict.items():
+        f, r = formula.forget[node], formula.retain[node]
+        formula.hard += [[-f, r, differ], [f, -r, differ], [f, r, -differ], [-f, -r, -differ]]
 
 
 def gate_clauses(gate: str, node: int, inputs: Sequence[int]) -> list[Clause]:
@@ -85,39 +133,48 @@ def gate_clauses(gate: str, node: int, inputs: Sequence[int]) -> list[Clause]:
     return [[node, -x] for x in inputs] + [[-node, *inputs]]
 
 
-def _add_circuit(formula: Formula, variables: dict[str, int], circuit: Circuit, adder: str, on: bool) -> None:
-    if OUTPUT not in circuit.nodes:
-        raise CircuitError("a circuit has no path to the output")
-    for node in circuit.nodes:
-        if node not in variables:
-            variables[node] = formula.variable()
-    formula.hard.append([variables[OUTPUT] if on else -variables[OUTPUT]])
-    for node, gates in circuit.gates().items():
-        for gate, inputs in gates.items():
-            own = adder if gate == ADDER else gate
-            formula.hard += gate_clauses(own, variables[node], [variables[source] for source in inputs])
+def _add_cut(formula: Formula, forget: Gates, retains: Sequence[Gates]) -> None:
+    on = {node: formula.variable() for node in forget}
+    formula.hard += [[-on[OUTPUT]], [formula.forget[OUTPUT]], [formula.retain[OUTPUT]]]
+    for node, inputs_by_gate in forget.items():
+        goes_on = [on[node], -formula.forget[node]]
+        if not inputs_by_gate:
+            formula.hard.append(goes_on)
+        for gate, inputs in inputs_by_gate.items():
+            sources = [-on[source] for source in inputs]
+            formula.hard += [[*goes_on, *sources]] if gate == AND else [[*goes_on, source] for source in sources]
+    for own in retains:
+        for node, inputs_by_gate in own.items():
+            for gate, inputs in inputs_by_gate.items():
+                needed = [formula.retain[source] for source in inputs]
+                unless = -formula.retain[node]
+                formula.hard += [[unless, *needed]] if gate == OR else [[unless, source] for source in needed]
+    for node, f in formula.forget.items():
+        if node not in formula.retain:
+            formula.hard.append([-f])
+        elif node != OUTPUT:
+            r, conflict = formula.retain[node], formula.conflict[node]
+            formula.hard += [[f, -r, conflict], [-conflict, -f], [-conflict, r]]
+            formula.wanted.append([f])
 
 
 def node_categories(formula: Formula, values: Mapping[int, bool]) -> dict[str, str]:
     """The category of every node but the output, from an assignment.
 
-    conflict: f and r differ. forget: it goes off, and no retain circuit needs it on. retain: it stays on, and the
-    forget circuit does not need it off. irrelevant: it may go off in a retain circuit or stay on in the forget
-    circuit, and is not part of the other. The published code calls the latter forget and retain nodes by their value,
-    which would train nodes on forget data that the forget circuit does not contain.
+    conflict: a common node in conflict. forget: it goes off, and no retain circuit needs it on. retain: it stays on,
+    and a retain circuit needs it. irrelevant: none of these. The published code calls a node that need not change a
+    forget or retain node by its value, which would train nodes on forget data that the forget circuit does not contain.
     """
     categories = {}
     for node in dict.fromkeys([*formula.forget, *formula.retain]):
-        f = values[formula.forget[node]] if node in formula.forget else None
-        r = values[formula.retain[node]] if node in formula.retain else None
         if node == OUTPUT:
             continue
-        if f is None:
-            categories[node] = "retain" if r else "irrelevant"
-        elif r is None:
-            categories[node] = "irrelevant" if f else "forget"
-        elif f != r:
+        stays = node not in formula.forget or values[formula.forget[node]]
+        needed = node in formula.retain and values[formula.retain[node]]
+        if node in formula.conflict and values[formula.conflict[node]]:
             categories[node] = "conflict"
+        elif needed:
+            categories[node] = "retain"
         else:
-            categories[node] = "retain" if r else "forget"
+            categories[node] = "irrelevant" if stays else "forget"
     return categories

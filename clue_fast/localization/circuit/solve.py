@@ -22,7 +22,7 @@ class Solution:
 
     Attributes:
         values: of every variable.
-        conflicts: number of soft clauses that do not hold.
+        conflicts: number of common nodes in conflict.
         lower_bound: no assignment has fewer conflicts; equal to ``conflicts`` if that is proven to be the least.
     """
 
@@ -74,6 +74,8 @@ def _optimum(formula: Formula, time_limit: float) -> tuple[dict[int, bool] | Non
     for clause in formula.hard:
         weighted.append(clause)
     for clause in formula.soft:
+        weighted.append(clause, weight=len(formula.wanted) + 1)
+    for clause in formula.wanted:
         weighted.append(clause, weight=1)
     with _limited(examples.RC2)(weighted, solver="g4") as solver:
         solver.oracle.set_phases(_phases(formula, solver.vmap.e2i))
@@ -85,7 +87,7 @@ def _optimum(formula: Formula, time_limit: float) -> tuple[dict[int, bool] | Non
         if model is None and not solver.interrupted:
             raise CircuitError("the gates of the circuits contradict each other; no assignment satisfies all of them")
         if model is None:
-            return None, int(solver.cost)
+            return None, int(solver.cost) // (len(formula.wanted) + 1)
     return _assignment(formula, model), 0
 
 
@@ -121,7 +123,7 @@ def _greedy(formula: Formula) -> dict[int, bool]:
         solver.set_phases(_phases(formula))
         kept: list[int] = []
         best: list[int] = []
-        for clause in [None, *formula.soft]:
+        for clause in [None, *formula.soft, *formula.wanted]:
             wanted = kept if clause is None else [*kept, clause[0]]
             if solver.solve(assumptions=wanted):
                 kept, best = wanted, solver.get_model()
@@ -148,7 +150,7 @@ def _assignment(formula: Formula, model: list[int]) -> dict[int, bool]:
 
 
 def _conflicts(formula: Formula, values: dict[int, bool]) -> int:
-    return sum(values[formula.forget[node]] != values[formula.retain[node]] for node in formula.conflict)
+    return sum(values[conflict] for conflict in formula.conflict.values())
 
 
 def check_solver() -> None:

@@ -62,7 +62,8 @@ class TestDiscovery:
     def test_categories_follow_from_the_circuits(self, discovery: Discovery) -> None:
         forget = set(discovery.circuits["forget"].nodes)
         retain = set(discovery.circuits["some"].nodes) | set(discovery.circuits["more"].nodes)
-        assert set(discovery.categories) == (forget | retain) - {"logits"}
+        assert set(discovery.categories) == (forget | retain) - {"logits", "embed"}
+        assert set(discovery.common) == (forget & retain) - {"logits", "embed"}
         for node, category in discovery.categories.items():
             if category == "forget":
                 assert node in forget
@@ -74,7 +75,11 @@ class TestDiscovery:
 
     def test_the_table_names_every_node(self, discovery: Discovery) -> None:
         table = discovery.table()
-        assert "proven fewest" in table and f"nodes in conflict: {discovery.solution.conflicts}" in table
+        assert (
+            "proven fewest" in table
+            and f"nodes in conflict: {discovery.solution.conflicts} of {len(discovery.common)} common" in table
+        )
+        assert "the subject differs in 100.0%" in table
         assert all(f" {node}" in table for node in discovery.categories)
 
     def test_the_model_comes_back_as_it_was(self, model: LlamaForCausalLM, discovery: Discovery) -> None:
@@ -195,7 +200,10 @@ class TestLocalize:
         source = selection.source
         assert source["criterion"] == "circuit" and source["retain_sets"] == ["some", "more"]
         assert "not measured: circuits do not come from sums over records" in selection.summary()
-        assert source["conflicts"] == source["conflicts_at_least"]
+        assert source["conflicts"] == source["conflicts_at_least"] <= source["common"]
+        assert set(source["gates"]) == set(source["corrupted"]) == {"forget", "some", "more"}
+        assert {sum(source["gates"][name].values()) - count for name, count in source["edges"].items()} == {0}
+        assert source["corrupted"]["forget"]["subject_differs"] == 1.0
         assert selection.statistics is not None
         assert {site.kind for site in selection.sites} == {"mlp", *PROJECTIONS}
         selection.save(tmp_path / "s.safetensors")
@@ -263,6 +271,8 @@ class TestLocalize:
             run(criterion="astrology")
         with pytest.raises(BudgetError, match="edges -1"):
             CircuitSettings(edges=-1)
+        with pytest.raises(UnknownNameError, match="logic"):
+            CircuitSettings(logic="fuzzy")
         with pytest.raises(UnknownNameError, match="granularity"):
             CircuitSettings(granularity="galaxy")
 

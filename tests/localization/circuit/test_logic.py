@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_fast.errors import CircuitError
+from clue_fast.errors import CircuitError, UnknownNameError
 from clue_fast.localization.circuit import (
     Circuit,
     EdgeScores,
@@ -37,8 +38,8 @@ def circuit(**inputs: str) -> Circuit:
     return Circuit(edges)
 
 
-def solved(forget: Circuit, *retains: Circuit) -> tuple[int, dict[str, str]]:
-    formula = make_formula(forget, retains)
+def solved(forget: Circuit, *retains: Circuit, logic: str = "published") -> tuple[int, dict[str, str]]:
+    formula = make_formula(forget, retains, logic)
     solution = solve(formula)
     assert solution.optimal
     return solution.conflicts, node_categories(formula, solution.values)
@@ -139,6 +140,84 @@ def fewest_conflicts(forget: Circuit, retain: Circuit) -> int:
     return int(min((row != on).sum(1).min() for row in off)) if common else 0
 
 
+def turned_on(own: Circuit, left_alone: set[str]) -> bool:
+    """Whether the output of a forget circuit is on, an ADDER being on if any input is."""
+
+    @functools.cache
+    def is_on(node: str) -> bool:
+        if node not in left_alone:
+            return False
+        gates = [
+            kind for kind in ("AND", "OR", "ADDER") if any(b == node and k == kind for (_, b), k in own.edges.items())
+        ]
+        values = {kind: [is_on(a) for (a, b), k in own.edges.items() if b == node and k == kind] for kind in gates}
+        return not gates or any(all(values[kind]) if kind == "AND" else any(values[kind]) for kind in gates)
+
+    return is_on("logits")
+
+
+def needed_sets(own: Circuit) -> list[set[str]]:
+    """All sets of nodes that keep the output of a retain circuit on: with each node all inputs, or one of an OR."""
+    found = []
+    nodes = own.nodes
+    for number in range(2 ** len(nodes)):
+        chosen = {node for bit, node in enumerate(nodes) if number >> bit & 1}
+        if "logits" in chosen and all(
+            (any if kind == "OR" else all)(a in chosen for (a, b), k in own.edges.items() if (b, k) == (node, kind))
+            for node in chosen
+            for kind in {k for (_, b), k in own.edges.items() if b == node}
+        ):
+            found.append(chosen)
+    return found
+
+
+def test_the_cut_changes_the_fewest_nodes_that_are_needed() -> None:
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(150):
+        forget, retain = (random_circuit(rng, rng.randint(2, 8)) for _ in range(2))
+        common = sorted((set(forget.nodes) & set(retain.nodes)) - {"logits"})
+        needed = needed_sets(retain)
+        fewest = None
+        for number in range(2 ** len(common)):
+            changed = {node for bit, node in enumerate(common) if number >> bit & 1}
+            if not turned_on(forget, {*common, "logits"} - changed):
+                costs = min(len(changed & own) for own in needed), len(changed)
+                fewest = costs if fewest is None else min(fewest, costs)
+        conflicts, categories = solved(forget, retain, logic="cut")
+        assert fewest is not None and conflicts == fewest[0]
+        changed = {node for node in common if categories[node] in ("conflict", "forget")}
+        assert len(changed) == fewest[1] and not turned_on(forget, {*common, "logits"} - changed)
+        only = set(forget.nodes) - set(retain.nodes)
+        assert all(categories[node] == "forget" for node in only)
+        seen.add(fewest)
+    assert len(seen) > 3
+
+
+def test_a_node_may_go_off_although_its_inputs_stay_on() -> None:
+    """Of a chain that both circuits share, the published logic turns all off and the cut one node."""
+    chain = circuit(logits="ADDER: c", c="ADDER: b", b="ADDER: a")
+    assert solved(chain, chain) == (3, dict.fromkeys("cba", "conflict"))
+    conflicts, categories = solved(chain, chain, logic="cut")
+    assert conflicts == 1 and sorted(categories.values()) == ["conflict", "retain", "retain"]
+    longer = circuit(logits="ADDER: c", c="ADDER: x", x="ADDER: a")
+    assert solved(longer, chain, logic="cut") == (0, {"x": "forget", "c": "retain", "a": "retain", "b": "retain"})
+
+
+@pytest.mark.parametrize("logic", ["published", "cut"])
+def test_the_embedding_is_no_node(logic: str) -> None:
+    own = circuit(logits="ADDER: m embed", m="ADDER: embed")
+    assert solved(own, own, logic=logic) == (1, {"m": "conflict"})
+    only = Circuit({("embed", "logits"): "ADDER"})
+    with pytest.raises(CircuitError, match="no path to the output"):
+        make_formula(only, [own], logic)
+
+
+def test_an_unknown_logic() -> None:
+    with pytest.raises(UnknownNameError, match="choose one of: cut, published"):
+        make_formula(circuit(logits="OR: a"), [circuit(logits="OR: a")], "fuzzy")
+
+
 @pytest.mark.parametrize("part", range(10))
 def test_no_assignment_has_fewer_conflicts(part: int) -> None:
     rng = random.Random(part)
@@ -237,18 +316,33 @@ def test_every_edge_reaches_the_output(seed: int, count: int) -> None:
 
 
 def test_gates_tell_in_which_direction_an_edge_was_found() -> None:
-    noising = strongest_edges(GRAPH, scores(m1__logits=2.0, a1_h0__logits=1.0, m0__a1_h0_q=1.0), 3)
-    denoising = strongest_edges(GRAPH, scores(m1__logits=2.0, a1_h1__logits=1.0, m0__a1_g0_k=1.0), 3)
-    assert dict(make_circuit(GRAPH, noising, denoising).edges) == {
+    noising = scores(m1__logits=3.0, a1_h0__logits=2.0, a0_h0__logits=2.0, m0__a1_h0_q=1.0, embed__a1_h0_q=1.0)
+    denoising = scores(m1__logits=3.0, a1_h1__logits=2.0, m0__logits=2.0, m0__a1_g0_k=1.0, embed__a1_g0_k=1.0)
+    assert dict(make_circuit(GRAPH, *(strongest_edges(GRAPH, s, 5) for s in (noising, denoising))).edges) == {
         ("m1", "logits"): "ADDER",
         ("a1.h0", "logits"): "AND",
+        ("a0.h0", "logits"): "AND",
         ("a1.h1", "logits"): "OR",
+        ("m0", "logits"): "OR",
         ("m0", "a1.h0.q"): "AND",
+        ("embed", "a1.h0.q"): "AND",
         ("m0", "a1.g0.k"): "OR",
+        ("embed", "a1.g0.k"): "OR",
         ("a1.h0.q", "a1.h0"): "ADDER",
         ("a1.g0.k", "a1.h0"): "ADDER",
         ("a1.g0.k", "a1.h1"): "ADDER",
     }
+
+
+def test_a_gate_has_more_than_one_input() -> None:
+    """Definition 1 of arXiv 2505.10039: what is alone in its gate is an ADDER."""
+    noising = strongest_edges(GRAPH, scores(m1__logits=2.0, a1_h0__logits=1.0, m0__a1_h0_q=1.0), 3)
+    denoising = strongest_edges(GRAPH, scores(m1__logits=2.0, a1_h1__logits=1.0, m0__a1_g0_k=1.0), 3)
+    assert set(make_circuit(GRAPH, noising, denoising).edges.values()) == {"ADDER"}
+    both = {("m1", "logits"), ("a1.h0", "logits"), ("a1.h1", "logits")}
+    noising |= strongest_edges(GRAPH, scores(a0_h0__logits=1.0), 1)
+    gates = make_circuit(GRAPH, noising, denoising).edges
+    assert {gates[edge] for edge in both} == {"ADDER", "AND"} and gates["a0.h0", "logits"] == "AND"
 
 
 def test_all_circuits_have_the_same_number_of_edges() -> None:
