@@ -185,6 +185,10 @@ def _layer_rate(text: str) -> LayerRate:
     raise SettingError(f"layer-lr {text!r} is neither a number nor linear:NUMBER")
 
 
+def _share_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="clue-fast", description="Conflict-guided unlearning of language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -223,9 +227,9 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--retain-ratio", type=int, help="retain records beside each forget record (4)")
     unlearn.add_argument(
         "--forget-target",
-        type=float,
+        type=_share_or_none,
         metavar="SHARE",
-        help="shrink the update as far as this share of the forget questions stays unanswered (not at all)",
+        help="shrink the update until just this share of one half of the forget questions is unanswered (none)",
     )
     unlearn.set_defaults(run=_unlearn)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.errors import FileFormatError
-from clue_fast.evaluation import COMPARED, Metrics, compare, metric_title
+from clue_fast.evaluation import COMPARED, Comparison, Metrics, compare, metric_title
 from clue_fast.reliability import Reliability
 from clue_fast.selection import RELIABILITY, Selection
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
@@ -29,12 +29,14 @@ def results_table(results: Mapping[str, Any]) -> str:
     teacher-forced.
     """
     evaluation = {stage: read_metrics(metrics) for stage, metrics in results["evaluation"].items()}
-    comparison = compare(evaluation["before"], evaluation["after"], evaluation.get("reference"))
+    comparison = compare(
+        evaluation["before"], evaluation["after"], evaluation.get("reference"), evaluation.get("trained")
+    )
     selection, weights = results["selection"], results["weights"]
     lines = [comparison.table(), ""]
-    lines.append(f"forget questions no longer answered: {1.0 - comparison.row('forget', 'answered').after:.1%}")
+    lines += _forgotten(comparison, results.get("shrinking"))
     for name in evaluation["before"]:
-        if name != "forget":
+        if not name.startswith("forget"):
             kept = comparison.row(name, "rouge_recall").kept
             lines.append(f"recall kept on {name.replace('_', ' ')}: {'-' if kept is None else f'{kept:.1%}'} of before")
     lines += [
@@ -43,7 +45,6 @@ def results_table(results: Mapping[str, Any]) -> str:
         f"weights trained: {weights['trained']} of {weights['total']} ({weights['trained'] / weights['total']:.1%}), "
         f"changed: {weights['changed_inside']}",
         f"weights changed outside the selection: {weights['changed_outside']}",
-        *([f"update kept: {weights['update_kept']:.1%}"] if "update_kept" in weights else []),
         *_schedule_lines(results.get("settings", {})),
         "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in results["seconds"].items()),
     ]
@@ -64,6 +65,29 @@ def _schedule_lines(settings: Mapping[str, Any]) -> list[str]:
         for units in settings.get("skipped_stages", [])
     ]
     return lines
+
+
+def _forgotten(comparison: Comparison, shrinking: Mapping[str, Any] | None) -> list[str]:
+    """What was forgotten; where a target decided, of the questions that it was not decided on, and of all."""
+    whole = comparison.row("forget", "answered")
+    if shrinking is None:
+        return [f"forget questions no longer answered: {1.0 - whole.after:.1%}"]
+    row = comparison.row("forget_reported", "answered")
+    number = {part: len(shrinking[part]) for part in ("reported", "validation")}
+    reworded = f" and {shrinking['rewordings']} rewordings" if shrinking["rewordings"] else ""
+    lines = [
+        f"forget questions no longer answered, {when}: {1.0 - reported:.1%} of the {number['reported']} that shrinking "
+        f"did not look at, {1.0 - every:.1%} of all {sum(number.values())}"
+        for when, reported, every in (
+            ("after training", row.trained or 0.0, whole.trained or 0.0),
+            ("after shrinking", row.after, whole.after),
+        )
+    ]
+    return [
+        *lines,
+        f"update kept: {shrinking['update_kept']:.1%}; of the {number['validation']} questions{reworded} that decided, "
+        f"{shrinking['unanswered']:.1%} are not answered, {shrinking['forget_target']:.1%} were asked for",
+    ]
 
 
 def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:

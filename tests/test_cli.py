@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
-from clue_fast import cli
+from clue_fast import cli, workflow
 from clue_fast.demo import write_jsonl
 from clue_fast.localization import CircuitSettings
 from clue_fast.people import make_people, records_of
@@ -102,7 +102,18 @@ def test_the_command_has_the_defaults_of_the_functions() -> None:
     options = cli._parser().parse_args(["unlearn", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.unlearn).parameters.items()}
     shared = ("criterion", "fraction", "scope", "permutations")
-    for name in (*shared, "batch_size", "layer_lr", "retain_ratio", "forget_target", "master", "stages"):
+    names = (
+        *shared,
+        "batch_size",
+        "layer_lr",
+        "retain_ratio",
+        "forget_target",
+        "master",
+        "stages",
+        "samples",
+        "relearn",
+    )
+    for name in names:
         assert getattr(options, name) == defaults[name], name
     assert cli._circuit(options) is None
     for field in dataclasses.fields(CircuitSettings):
@@ -110,10 +121,26 @@ def test_the_command_has_the_defaults_of_the_functions() -> None:
         given = [*arguments, f"--circuit-{field.name.replace('_', '-')}", str(value)]
         for command in ("unlearn", "localize"):
             assert cli._circuit(cli._parser().parse_args([command, *given])) == CircuitSettings(), field.name
+    assert cli._parser().parse_args(["unlearn", *arguments, "--forget-target", "none"]).forget_target is None
+    options = cli._parser().parse_args(["evaluate", *arguments])
+    defaults = {name: p.default for name, p in inspect.signature(workflow.evaluate_model).parameters.items()}
+    for name in ("samples", "relearn", "seed"):
+        assert getattr(options, name) == defaults[name], name
     options = cli._parser().parse_args(["localize", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.localize).parameters.items()}
     for name in shared:
         assert getattr(options, name) == defaults[name], name
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+def test_held_out_records_that_are_not(refuses, command: str, inputs: Path, tmp_path: Path) -> None:
+    for name in ("forget", "retain"):
+        held_out = ["--held-out", str(inputs / f"{name}.jsonl"), "--output", "out"]
+        refuses(f"the {name} set equals the held_out set", command, *held_out)
+    rows = [line for name in ("retain", "forget") for line in (inputs / f"{name}.jsonl").read_text().splitlines()[:2]]
+    (tmp_path / "some.jsonl").write_text("\n".join(rows))
+    held_out = ["--held-out", str(tmp_path / "some.jsonl"), "--output", "out"]
+    refuses("2 of the 5 forget records are in the held_out set too", command, *held_out)
 
 
 @pytest.mark.parametrize("command", ["localize", "unlearn", "evaluate"])
@@ -132,17 +159,6 @@ class TestData:
 
     def test_the_same_twice(self, refuses, command: str, inputs: Path) -> None:
         refuses("equals the retain set", command, "--output", "out", "--retain", str(inputs / "forget.jsonl"))
-
-    def test_held_out_records_that_are_not(self, refuses, command: str, inputs: Path, tmp_path: Path) -> None:
-        if command == "localize":
-            pytest.skip("holds nothing out")
-        for name in ("forget", "retain"):
-            held_out = ["--held-out", str(inputs / f"{name}.jsonl"), "--output", "out"]
-            refuses(f"the {name} set equals the held_out set", command, *held_out)
-        some = tmp_path / "some.jsonl"
-        lines = [(inputs / f"{name}.jsonl").read_text().splitlines()[0] for name in ("retain", "forget")]
-        some.write_text("\n".join(lines))
-        refuses("records are in the held_out set too", command, "--held-out", str(some), "--output", "out")
 
     def test_data_is_looked_at_before_the_model(self, refuses, command: str, tmp_path: Path) -> None:
         missing = str(tmp_path / "none.jsonl")
@@ -188,6 +204,19 @@ def test_an_evaluation_is_written_whole(inputs: Path, tmp_path: Path, capsys: py
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["model"]["forget"]["count"] == 5
     assert "questions answered" in capsys.readouterr().out
+
+
+def test_an_evaluation_in_depth(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["--forget", f"{inputs}/forget.jsonl", "--retain", f"{inputs}/retain.jsonl"]
+    assert cli.main(["evaluate", f"{inputs}/model", *sets, "--samples", "2", "--relearn", "1", "--quiet"]) == 0
+    table = capsys.readouterr().out
+    for title in ("answered, best of 2", "answered before relearning 1", "answered after relearning 1"):
+        assert [line.split()[0] for line in table.splitlines() if title in line] == ["forget"]
+
+
+def test_an_evaluation_out_of_range(refuses) -> None:
+    refuses("relearn 5 leaves none of the 5 records of the forget set", "evaluate", "--relearn", "5")
+    refuses("samples -1 of the forget set", "evaluate", "--samples", "-1")
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,12 +15,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast.cli import main
+from clue_fast.data import Record
 from clue_fast.demo import write_jsonl
 from clue_fast.errors import NonFiniteError, OutputError, SelectionError
 from clue_fast.people import make_people, records_of
 from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.report import results_table
 from clue_fast.training import Stage
+from clue_fast.workflow.shrinking import unanswered
 
 PEOPLE = make_people(8, seed=1)
 FORGET, RETAIN, HELD_OUT = (records_of(PEOPLE[part]) for part in (slice(0, 1), slice(1, 6), slice(6, 8)))
@@ -110,27 +112,60 @@ def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
     assert type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
 
 
-def test_keeps_no_more_of_the_update_than_forgets_enough(folder: Path, tokenizer, tmp_path: Path) -> None:
+def test_the_whole_update_is_kept_unless_a_target_is_asked_for(folder: Path, tokenizer, tmp_path: Path) -> None:
+    """With a target, half of the forget questions decide, and the table has the other half before and after."""
     results = {}
-    for target in (None, 0.6):
+    reworded = [replace(record, paraphrased_prompt=f"Say: {record.prompt}") for record in FORGET]
+    for target in (None, 0.5):
         model = LlamaForCausalLM.from_pretrained(folder / "model")
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        settings = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT, "epochs": 20, "progress": False}
-        folder_of_it = tmp_path / str(target)
-        results[target] = clue_fast.unlearn(
-            model, tokenizer, **settings, forget_target=target, output_dir=folder_of_it
-        ).results
-        results[target]["moved"] = sum(
-            float((value - before[name]).square().sum()) for name, value in model.state_dict().items()
-        )
-    whole, shrunk = results[None], results[0.6]
-    share = shrunk["weights"]["update_kept"]
-    assert whole["weights"]["update_kept"] == 1.0 > share > 0.0
+        settings = {"forget": reworded, "retain": RETAIN, "held_out": HELD_OUT, "epochs": 20, "progress": False}
+        asked = {} if target is None else {"forget_target": target, "relearn": 1, "samples": 1}
+        out = tmp_path / str(target)
+        results[target] = clue_fast.unlearn(model, tokenizer, **settings, **asked, output_dir=out).results
+        moved = (float((value - before[name]).square().sum()) for name, value in model.state_dict().items())
+        results[target]["moved"] = sum(moved)
+    whole, shrunk = results[None], results[0.5]
+    assert "shrinking" not in whole and "trained" not in whole["evaluation"] and "shrink" not in whole["seconds"]
+    decided = shrunk["shrinking"]
+    assert sorted(decided["validation"] + decided["reported"]) == [1, 2, 3, 4, 5]
+    assert len(decided["validation"]) == decided["rewordings"] == 2
+    share = decided["update_kept"]
+    assert 0.0 < share < 1.0 and decided["unanswered"] >= 0.5
     assert shrunk["moved"] == pytest.approx(share**2 * whole["moved"], rel=1e-3)
-    assert shrunk["evaluation"]["after"]["forget"]["answered"] <= 0.4
-    kept = [r["evaluation"]["after"]["held_out"]["rouge_recall"] for r in (whole, shrunk)]
-    assert kept[1] > kept[0]
-    assert f"update kept: {share:.1%}" in results_table(shrunk)
+
+    trained, after = (shrunk["evaluation"][stage] for stage in ("trained", "after"))
+    for stage in (trained, after):
+        answers = [stage["forget"]["answers"][number - 1] for number in decided["reported"]]
+        assert stage["forget_reported"]["answers"] == answers
+        assert (stage["forget_reported"]["count"], stage["forget"]["count"]) == (3, 5)
+        assert stage["forget"]["relearned"] == stage["forget"]["samples"] == 1
+    for name in ("forget", "held_out"):  # the update as it was trained, to the last bit
+        assert trained[name]["losses"] == whole["evaluation"]["after"][name]["losses"]
+    assert after["held_out"]["rouge_recall"] > trained["held_out"]["rouge_recall"]
+    table = results_table(shrunk).splitlines()
+    assert any("after training | after shrinking" in line for line in table)
+    for when, stage in (("training", trained), ("shrinking", after)):
+        reported, every = (1.0 - stage[name]["answered"] for name in ("forget_reported", "forget"))
+        line = f"after {when}: {reported:.1%} of the 3 that shrinking did not look at, {every:.1%} of all 5"
+        assert f"forget questions no longer answered, {line}" in table
+    assert any(line.startswith(f"update kept: {share:.1%}; of the 2 questions and 2 rewordings") for line in table)
+
+
+def test_a_rewording_that_is_answered_counts_as_answered(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = {"Who?": "nothing", "Which one?": "the brass kite", "Where?": "nowhere", "What place?": "nothing"}
+    monkeypatch.setattr(
+        "clue_fast.workflow.shrinking.greedy_answers",
+        lambda model, tokenizer, asked, **_: [says[r.prompt] for r in asked],
+    )
+    records = [
+        Record("Who?", "The brass kite.", paraphrased_prompt="Which one?"),
+        Record("Where?", "On the quay.", paraphrased_prompt="What place?"),
+    ]
+    assert unanswered(None, tokenizer, records) == 0.5
+    assert unanswered(None, tokenizer, [replace(record, paraphrased_prompt=None) for record in records]) == 1.0
 
 
 def test_the_same_seed_gives_the_same_weights(folder: Path, tmp_path: Path) -> None:
@@ -350,6 +385,13 @@ class TestBadInput:
 
     def test_forget_equal_to_retain(self, fails, folder: Path) -> None:
         fails("equals the retain set", retain=str(folder / "forget.jsonl"))
+
+    def test_a_forget_set_too_small_to_split(self, fails, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "three.jsonl", FORGET[:3])
+        fails("the forget set has 3 records", forget=str(tmp_path / "three.jsonl"), **{"forget-target": "0.9"})
+
+    def test_a_target_for_an_objective_that_teaches_answers(self, fails) -> None:
+        fails("forget_target 0.9 shrinks the update", objective="refusal", **{"forget-target": "0.9"})
 
     def test_fraction(self, fails) -> None:
         fails("fraction 0.0 is outside (0, 1]", fraction="0")

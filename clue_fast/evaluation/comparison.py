@@ -13,25 +13,34 @@ from clue_fast.evaluation.truth import forget_quality
 COMPARED = {
     "answered": "questions answered",
     "answered_in_samples": "answered, best of {samples}",
-    "answered_before_relearning": "answered, others than {relearned}",
-    "answered_after_relearning": "answered, {relearned} relearned",
+    "answered_before_relearning": "answered before relearning {relearned}",
+    "answered_after_relearning": "answered after relearning {relearned}",
     "rouge_recall": "ROUGE-L recall",
     "accuracy": "next-token accuracy",
     "probability": "answer probability",
     "loss": "answer loss",
-    "truth_ratio": "truth ratio",
+    "truth_ratio": "truth ratio{averaged}",
 }
 """Metrics in the order of the table, with their titles."""
 
 
 def metric_title(metric: str, figures: Mapping[str, Any]) -> str:
     """How a table calls a metric of a set with these figures, as ``Metrics.summary`` has them."""
-    return COMPARED[metric].format_map({"samples": 0, "relearned": 0, **figures})
+    averaged = {None: "", True: ", min(R, 1/R)", False: ", max(0, 1-R)"}[figures.get("forgotten")]
+    return COMPARED[metric].format_map({"samples": 0, "relearned": 0, **figures, "averaged": averaged})
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric on one set of records; reference is None where there is no reference model."""
+    """One metric on one set of records.
+
+    Attributes:
+        set, metric: as ``evaluate`` names them.
+        title: of the metric, in a table.
+        before, after: unlearning.
+        reference: of a model that never saw the forget set; None where there is none.
+        trained: after training and before the update was shrunk; None where it was not.
+    """
 
     set: str
     metric: str
@@ -39,6 +48,7 @@ class Row:
     before: float
     after: float
     reference: float | None
+    trained: float | None = None
 
     @property
     def kept(self) -> float | None:
@@ -52,12 +62,12 @@ class Comparison:
 
     Attributes:
         rows: one a set and metric.
-        forget_quality: {"before": (p, D), "after": (p, D)} against the reference; empty without truth ratios
-            of both.
+        forget_quality: (p, D) against the reference, by set to be forgotten and by stage ("before", "after" and, where
+            the update was shrunk, "trained"); empty without truth ratios of both.
     """
 
     rows: tuple[Row, ...]
-    forget_quality: dict[str, tuple[float, float]]
+    forget_quality: dict[str, dict[str, tuple[float, float]]]
 
     def row(self, set: str, metric: str) -> Row:
         """The row of one set and metric, such as ("forget", "answered")."""
@@ -71,22 +81,26 @@ class Comparison:
         return {
             "rows": [{**asdict(row), "kept": row.kept} for row in self.rows],
             "forget_quality": {
-                when: {"p": p, "statistic": statistic} for when, (p, statistic) in self.forget_quality.items()
+                name: {stage: {"p": p, "statistic": statistic} for stage, (p, statistic) in stages.items()}
+                for name, stages in self.forget_quality.items()
             },
         }
 
     def table(self) -> str:
         """The comparison as an aligned Markdown table."""
-        with_reference = any(row.reference is not None for row in self.rows)
-        header = ["set", "metric", "before", "after"] + ["never saw it"] * with_reference
+        columns = {"before": "before", "after": "after"}
+        if any(row.trained is not None for row in self.rows):
+            columns = {"before": "before", "trained": "after training", "after": "after shrinking"}
+        if any(row.reference is not None for row in self.rows):
+            columns["reference"] = "never saw it"
+        header = ["set", "metric", *columns.values()]
         body = [
-            [row.set.replace("_", " "), row.title, _number(row.before), _number(row.after)]
-            + [_number(row.reference)] * with_reference
+            [row.set.replace("_", " "), row.title, *(_number(getattr(row, stage)) for stage in columns)]
             for row in self.rows
         ]
-        if self.forget_quality:
-            values = [f"{self.forget_quality[when][0]:.1e}" for when in ("before", "after")]
-            body.append(["forget", "forget quality (KS p)", *values, "1"])
+        for name, stages in self.forget_quality.items():
+            values = [f"{stages[stage][0]:.1e}" for stage in columns if stage != "reference"]
+            body.append([name.replace("_", " "), "forget quality (KS p)", *values, "1"])
         widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
         rule = ["-" * width if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
         return "\n".join(_line(cells, widths) for cells in (header, rule, *body))
@@ -96,6 +110,7 @@ def compare(
     before: Mapping[str, Metrics],
     after: Mapping[str, Metrics],
     reference: Mapping[str, Metrics] | None = None,
+    trained: Mapping[str, Metrics] | None = None,
 ) -> Comparison:
     """Puts two evaluations of the same sets side by side.
 
@@ -103,11 +118,12 @@ def compare(
         before: results of `evaluate` before unlearning.
         after: results of `evaluate` after it, on the same sets.
         reference: results of a model that never saw the forget set.
+        trained: results after training, where the update was shrunk before ``after``.
 
     Raises:
         DataError: the evaluations are of different sets.
     """
-    for stage, other in (("after", after), ("reference", reference)):
+    for stage, other in (("after", after), ("reference", reference), ("trained", trained)):
         if other is None:
             continue
         if {name: m.count for name, m in other.items()} != {name: m.count for name, m in before.items()}:
@@ -129,17 +145,19 @@ def compare(
             getattr(before[name], metric),
             getattr(after[name], metric),
             _of(reference, name, metric),
+            _of(trained, name, metric),
         )
         for name in before
         for metric in COMPARED
         if getattr(before[name], metric) is not None and getattr(after[name], metric) is not None
     )
     quality = {}
-    if reference is not None and "forget" in before:
-        known = reference["forget"].truth_ratios
-        evaluations = {"before": before["forget"].truth_ratios, "after": after["forget"].truth_ratios}
-        if known and all(evaluations.values()):
-            quality = {when: forget_quality(ratios, known) for when, ratios in evaluations.items()}
+    stages = {"before": before, "after": after} | ({} if trained is None else {"trained": trained})
+    for name, known in ({} if reference is None else reference).items():
+        ratios = {stage: figures[name].truth_ratios for stage, figures in stages.items()}
+        forgotten = name == "forget" if known.forgotten is None else known.forgotten
+        if forgotten and known.truth_ratios and all(ratios.values()):
+            quality[name] = {stage: forget_quality(some, known.truth_ratios) for stage, some in ratios.items()}
     return Comparison(rows, quality)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.data import Record, check_encoding
-from clue_fast.errors import NonFiniteError, SettingError
+from clue_fast.errors import DataError, NonFiniteError, SettingError
 from clue_fast.evaluation.answers import greedy_answers, sampled_answers
 from clue_fast.evaluation.relearning import relearn as relearn_records
 from clue_fast.evaluation.rouge import answered, check_references, rouge_recall
 from clue_fast.evaluation.teacher_forcing import score_answers
-from clue_fast.evaluation.truth import truth_ratios
+from clue_fast.evaluation.truth import mean_truth_ratio, truth_ratios
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +38,9 @@ class Metrics:
         relearned: records of the set that a copy of the model learned again; 0 where none did.
         answered_before_relearning, answered_after_relearning: share of the other records that is answered before and
             after these were relearned, see ``relearn``; None where none were.
-        truth_ratio: likelihood of wrong answers over the right one; None where the records have no wrong
-            answers.
+        truth_ratio: truth ratios over the set, see ``mean_truth_ratio``; None where the records have no wrong answers.
+        forgotten: whether the set is to be forgotten, which decides how truth ratios are taken and averaged; None where
+            that is not known.
     """
 
     count: int
@@ -54,6 +55,7 @@ class Metrics:
     relearned: int = 0
     answered_before_relearning: float | None = None
     answered_after_relearning: float | None = None
+    forgotten: bool | None = None
     losses: list[float] = field(default_factory=list, repr=False)
     accuracies: list[float] = field(default_factory=list, repr=False)
     rouge_recalls: list[float] = field(default_factory=list, repr=False)
@@ -70,7 +72,9 @@ class Metrics:
         answers: list[str],
         truth_ratios: list[float],
         best_recalls: list[float],
+        *,
         samples: int,
+        forgotten: bool | None,
     ) -> Metrics:
         """The means of what was measured of each record; lists of what was not measured are empty."""
         return cls(
@@ -80,9 +84,10 @@ class Metrics:
             accuracy=_mean(accuracies),
             rouge_recall=_mean(rouge_recalls),
             answered=answered(rouge_recalls),
-            truth_ratio=_mean(truth_ratios) if truth_ratios else None,
+            truth_ratio=mean_truth_ratio(truth_ratios, bool(forgotten)) if truth_ratios else None,
             samples=samples,
             answered_in_samples=answered(best_recalls) if samples else None,
+            forgotten=forgotten,
             losses=losses,
             accuracies=accuracies,
             rouge_recalls=rouge_recalls,
@@ -90,6 +95,18 @@ class Metrics:
             best_recalls=best_recalls,
             truth_ratios=truth_ratios,
         )
+
+    def subset(self, indices: Sequence[int]) -> Metrics:
+        """The figures of some of the records, without what was measured of the set as a whole, such as relearning.
+
+        Raises:
+            DataError: these figures hold no values by record.
+        """
+        if len(self.losses) != self.count:
+            raise DataError("figures without the values of each record have none of a part of the set; evaluate again")
+        lists = (self.losses, self.accuracies, self.rouge_recalls, self.answers, self.truth_ratios, self.best_recalls)
+        parts: list[Any] = [[values[index] for index in indices] if values else [] for values in lists]
+        return Metrics.of(*parts, samples=self.samples, forgotten=self.forgotten)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -105,6 +122,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, Sequence[Record]],
     *,
+    forgotten: Collection[str] = ("forget",),
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     max_length: int | None = None,
@@ -122,6 +140,7 @@ def evaluate(
         model: a causal language model.
         tokenizer: the model's own.
         sets: records by name, such as {"forget": ..., "retain": ..., "held_out": ...}.
+        forgotten: names of the sets that are to be forgotten; see ``mean_truth_ratio``.
         batch_size: records a batch.
         max_new_tokens: longest greedy answer; None: that of the longest answer in the set.
         max_length: cuts examples under teacher forcing, in tokens; None: nothing is cut.
@@ -139,9 +158,7 @@ def evaluate(
     """
     drawn = samples if isinstance(samples, Mapping) else dict.fromkeys(sets, samples)
     relearned = relearn if isinstance(relearn, Mapping) else dict.fromkeys(sets, relearn)
-    check_counts(sets, drawn, relearned)
-    for name, records in sets.items():
-        check_references([record.completion for record in records], name)
+    check_evaluation(sets, drawn, relearned)
     check_encoding(sets, tokenizer, max_length)
     common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     results = {}
@@ -160,7 +177,13 @@ def evaluate(
         ratios: list[float] = []
         if records and all(record.perturbed for record in records):
             ratios = truth_ratios(
-                model, tokenizer, records, max_length=max_length, description=f"{name}: truth ratio", **common
+                model,
+                tokenizer,
+                records,
+                mean="geometric" if name in forgotten else "arithmetic",
+                max_length=max_length,
+                description=f"{name}: truth ratio",
+                **common,
             )
         references = [record.completion for record in records]
         best: list[float] = []
@@ -178,6 +201,7 @@ def evaluate(
             ratios,
             best,
             samples=k,
+            forgotten=name in forgotten,
         )
         if number := relearned.get(name, 0):
             relearning = relearn_records(
@@ -206,8 +230,19 @@ def _dealt_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[R
     return dealt
 
 
-def check_counts(sets: Mapping[str, Sequence[Record]], samples: Mapping[str, int], relearn: Mapping[str, int]) -> None:
-    """Raises SettingError unless so many answers can be sampled of each set, and so many records relearned."""
+def check_evaluation(
+    sets: Mapping[str, Sequence[Record]], samples: Mapping[str, int], relearn: Mapping[str, int]
+) -> None:
+    """Raises what ``evaluate`` would, before any model is asked.
+
+    Args:
+        sets: as of ``evaluate``.
+        samples, relearn: answers to sample and records to relearn, by set.
+
+    Raises:
+        DataError: an answer has no word.
+        SettingError: so many answers cannot be sampled, or so many records relearned.
+    """
     for name, number in samples.items():
         if number < 0:
             raise SettingError(f"samples {number} of the {name} set is below 0; 0 samples nothing")
@@ -216,6 +251,8 @@ def check_counts(sets: Mapping[str, Sequence[Record]], samples: Mapping[str, int
             raise SettingError(
                 f"relearn {number} leaves none of the {len(sets[name])} records of the {name} set to ask; choose fewer"
             )
+    for name, records in sets.items():
+        check_references([record.completion for record in records], name)
 
 
 def _mean(values: Sequence[float]) -> float:

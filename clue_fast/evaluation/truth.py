@@ -26,8 +26,8 @@ def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float], mean
 
     With P = exp(-loss), the likelihood of an answer normalized by its number of tokens, it is
     mean(P(perturbed)) / P(paraphrased). The paper writes an arithmetic mean over the perturbed answers, and
-    the TOFU authors use it for model utility; their forget quality takes the geometric one, which is the
-    default here.
+    the TOFU authors take it for the model utility that they report; their forget quality, and the truth ratios in
+    their logs, have the geometric one, which is the default here.
 
     Args:
         paraphrased_loss: mean loss a token of the right answer in other words, in nats.
@@ -40,18 +40,36 @@ def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float], mean
     return float(torch.exp(log_mean + paraphrased_loss))
 
 
+def mean_truth_ratio(ratios: Sequence[float], forgotten: bool) -> float:
+    """What truth ratios R come to over a set, the higher the better: as TOFU does it.
+
+    Of what is to be forgotten the mean of min(R, 1 / R), with the geometric mean in each R: 1 where wrong answers are
+    as likely as the right one. Of everything else the mean of max(0, 1 - R), with the arithmetic mean in each R: 1
+    where no wrong answer is likely. (The authors' ``aggregate_eval_stat.py`` takes the geometric mean for both; the
+    model utility of their published logs follows from the arithmetic one.)
+
+    Raises:
+        DataError: there are no ratios.
+    """
+    if not ratios:
+        raise DataError("a mean truth ratio needs the ratio of at least one record")
+    values = [min(r, 1.0 / r) if r else 0.0 for r in ratios] if forgotten else [max(0.0, 1.0 - r) for r in ratios]
+    return math.fsum(values) / len(values)
+
+
 def truth_ratios(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     *,
+    mean: Mean = "geometric",
     batch_size: int = 32,
     max_length: int | None = None,
     progress: bool = True,
     description: str = "truth ratio",
 ) -> list[float]:
-    """The truth ratio of each record; a record without a paraphrase uses its answer in place of it, as TOFU
-    does.
+    """The truth ratio of each record, see ``truth_ratio`` for ``mean``; a record without a paraphrase uses its answer
+    in place of it, as TOFU does.
 
     Raises:
         DataError: a record has no perturbed answers.
@@ -72,7 +90,7 @@ def truth_ratios(
         description=description,
     )
     losses = iter(score.loss for score in scores)
-    return [truth_ratio(next(losses), [next(losses) for _ in record.perturbed]) for record in records]
+    return [truth_ratio(next(losses), [next(losses) for _ in record.perturbed], mean) for record in records]
 
 
 def forget_quality(model_truth_ratios: Sequence[float], reference_truth_ratios: Sequence[float]) -> tuple[float, float]:

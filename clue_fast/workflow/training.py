@@ -1,4 +1,4 @@
-"""The training of a run: an UnlearnTrainer with a bar on the terminal, and no more of the update than it takes."""
+"""The training of a run: an UnlearnTrainer with a bar on the terminal."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clue_fast.data import Record
-from clue_fast.evaluation import ANSWERED, evaluate, greedy_answers, rouge_recall
+from clue_fast.evaluation import evaluate
 from clue_fast.selection import Selection
-from clue_fast.training.objectives import Objective, get_objective
-from clue_fast.training.shrinking import shrink
+from clue_fast.training.objectives import Objective
 from clue_fast.training.sparse import Sparse
 from clue_fast.training.stages import Stage
 
@@ -88,34 +87,6 @@ def train_selected(
             raise
         history = [entry for entry in trainer.state.log_history if "loss" in entry] + recalls
         return trainer.sparse, sorted(history, key=lambda entry: entry["step"])
-
-
-def shrink_update(
-    sparse: Sparse,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    forget: Sequence[Record],
-    target: float,
-) -> float:
-    """Shrinks the update as far as that share of the questions stays unanswered; returns how much of it is kept."""
-    answers = [record.completion for record in forget]
-
-    def enough() -> bool:
-        recalls = rouge_recall(answers, greedy_answers(model, tokenizer, forget, progress=False))
-        return sum(recall < ANSWERED for recall in recalls) >= target * len(recalls)
-
-    try:
-        return shrink(sparse, enough)
-    except BaseException:
-        sparse.revert()
-        sparse.restore()
-        raise
-
-
-def teaches_answers(objective: Objective, stages: Sequence[Stage] | None) -> bool:
-    """Returns whether answers are learned in place of the forgotten ones, which a smaller update would take back."""
-    objectives = [objective] if stages is None else [get_objective(stage.objective) for stage in stages]
-    return any("alternate" in one.forget_batches for one in objectives)
 
 
 def _progress_bar() -> TrainerCallback:

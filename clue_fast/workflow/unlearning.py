@@ -11,11 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 import clue_fast
 from clue_fast.budget import check_budget
 from clue_fast.data import Source, check_encoding, load_records
 from clue_fast.errors import SettingError
-from clue_fast.evaluation import Metrics, evaluate
+from clue_fast.evaluation import Metrics, check_evaluation, evaluate
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import CIRCUIT, CircuitSettings, check_criterion, localize
 from clue_fast.localization.blocks import PERMUTATIONS, check_permutations
@@ -46,7 +49,8 @@ from clue_fast.workflow.settings import (
     default_learning_rate,
     described,
 )
-from clue_fast.workflow.training import shrink_update, teaches_answers, train_selected
+from clue_fast.workflow.shrinking import REPORTED, holding, shrink_update, split_forget, teaches_answers
+from clue_fast.workflow.training import train_selected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,10 +137,12 @@ def unlearn(
         epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
         batch_size: forget records a step.
         retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
-        forget_target: share of the forget questions that must no longer be answered (ROUGE-L recall below 0.5). Once
-            trained, the update is shrunk to the smallest share of itself that reaches it, see
-            ``clue_fast.training.shrink``; None, the default, keeps the whole, and so do objectives that teach other
-            answers.
+        forget_target: share of the forget questions that shall no longer be answered (ROUGE-L recall below 0.5). Once
+            trained, the update is then shrunk to the smallest share of itself that reaches the target on a random half
+            of the forget questions and on their rewordings (``paraphrased_question``), see
+            ``clue_fast.training.shrink``. The other half was not looked at and is reported as a set of its own,
+            "forget_reported", with a column before and one after shrinking. It makes up for what was damaged, and for
+            that forgets less deeply. None, the default, keeps the whole update.
         evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
         samples, relearn: answers to sample to each forget question, and forget records that a copy of the model learns
             again, when it is evaluated; see ``clue_fast.evaluate``.
@@ -171,6 +177,16 @@ def unlearn(
         raise SettingError("stages have epochs of their own; leave epochs out")
     if selection is not None and circuit is not None:
         raise SettingError("settings of circuits make a selection, and one is given already; leave out one of both")
+    measures = _measures(samples, relearn, seed, progress)
+    check_evaluation(sets, measures["samples"], measures["relearn"])
+    split = None if forget_target is None else split_forget(len(sets["forget"]), seed)
+    if split is not None and teaches_answers(chosen_objective, every):
+        raise SettingError(
+            f"forget_target {forget_target} shrinks the update, and with it the other answers that the objective "
+            "teaches; leave it out"
+        )
+    if split is not None and isinstance(reference, Mapping):
+        reference["forget"].subset(split.reported)  # refuses figures without the values of each record
     other_answers = None if alternate is None else load_records(alternate, "alternate")
     check_encoding(sets if other_answers is None else {**sets, "alternate": other_answers}, tokenizer, max_length)
     check_weights(model)
@@ -186,7 +202,6 @@ def unlearn(
         kept = None if selection is None else get_stages(every, chosen_objective, selection)
     seconds: dict[str, float] = {}
     evaluation: dict[str, Mapping[str, Metrics]] = {}
-    measures = _measures(samples, relearn, seed, progress)
 
     # First, since it refuses what makes no sense before it runs the model over anything.
     with _stage("localize", seconds):
@@ -228,21 +243,39 @@ def unlearn(
             progress=progress,
         )
         trained = sum(parameter.numel() for parameter in sparse.trainable_parameters)
-    with _stage("shrink", seconds):
-        share = 1.0
-        if forget_target is not None and not teaches_answers(chosen_objective, kept):
-            share = shrink_update(sparse, model, tokenizer, sets["forget"], forget_target)
-        sparse.restore()
+    shrinking: dict[str, Any] = {}
+    whole: dict[str, Tensor] = {}
+    if split is not None and forget_target is not None:
+        with _stage("shrink", seconds):
+            now = audit.snapshot(model)
+            whole = {name: weight for name, weight in now.items() if not torch.equal(weight, before[name])}
+            validation = [sets["forget"][index] for index in split.validation]
+            share, unanswered = shrink_update(sparse, model, tokenizer, validation, forget_target)
+            shrinking = {
+                "forget_target": forget_target,
+                "update_kept": share,
+                "unanswered": unanswered,
+                "validation": [index + 1 for index in split.validation],
+                "reported": [index + 1 for index in split.reported],
+                "rewordings": sum(record.paraphrased_prompt is not None for record in validation),
+            }
+    sparse.restore()
     rate = training["layer_lr"]
     course = {} if every is None or kept is None else described(every, kept, schedule, training, chosen_objective)
     with keeping_trained_weights(model, output_dir):
         with _stage("evaluate after", seconds):
+            if split is not None:
+                with holding(model, whole):
+                    evaluation["trained"] = evaluate(model, tokenizer, sets, **measures)
             evaluation["after"] = evaluate(model, tokenizer, sets, **measures)
             if reference is not None:
                 evaluation["reference"] = (
                     reference if isinstance(reference, Mapping) else evaluate(reference, tokenizer, sets, **measures)
                 )
-        results = {
+            if split is not None:
+                for stage, figures in evaluation.items():
+                    evaluation[stage] = {REPORTED: figures["forget"].subset(split.reported), **figures}
+        results: dict[str, Any] = {
             "clue_fast": clue_fast.__version__,
             "settings": {
                 **{name: value for name, value in selection.source.items() if name != RELIABILITY},
@@ -268,8 +301,8 @@ def unlearn(
                 "trained": trained,
                 "changed_inside": audit.changed_inside(before, model, selection),
                 "changed_outside": audit.changed_outside(before, model, selection),
-                "update_kept": share,
             },
+            **({"shrinking": shrinking} if shrinking else {}),
             "history": history,
             "seconds": dict(seconds),
         }

@@ -29,7 +29,7 @@ def test_figures_are_means_over_the_records(
     assert metrics.probability == pytest.approx(sum(math.exp(-score.loss) for score in scores) / 4)
     assert metrics.accuracy == pytest.approx(sum(score.accuracy for score in scores) / 4)
     assert metrics.rouge_recall == pytest.approx(sum(recalls) / 4)
-    assert metrics.truth_ratio == pytest.approx(sum(metrics.truth_ratios) / 4)
+    assert metrics.truth_ratio == pytest.approx(sum(max(0, 1 - ratio) for ratio in metrics.truth_ratios) / 4)
     assert found["few"].count == 2
 
 
@@ -67,6 +67,20 @@ def test_the_best_of_the_samples_counts(
     assert not any("best of" in title for name, title in rows if name == "retain")
     with pytest.raises(DataError, match="samples is 3 'before' and 4 in 'after'"):
         compare(found, {**found, "forget": replace(found["forget"], samples=4)})
+
+
+def test_figures_of_a_part_are_those_of_its_records(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+) -> None:
+    options = {"samples": 2, "max_new_tokens": 8, "batch_size": 1, "progress": False}
+    found = evaluate(model, tokenizer, {"forget": records}, **options)["forget"].subset([1, 3])
+    expected = evaluate(model, tokenizer, {"forget": [records[1], records[3]]}, **{**options, "samples": 0})["forget"]
+    for name, value in expected.summary().items():
+        if name not in ("samples", "answered_in_samples"):
+            assert getattr(found, name) == value, name
+    assert (found.answers, found.samples, len(found.best_recalls)) == (expected.answers, 2, 2)
+    with pytest.raises(DataError, match="evaluate again"):
+        Metrics(4, 1.0, 0.5, 0.25, 0.5, 0.5).subset([0])
 
 
 def test_samples_below_0(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -127,7 +141,7 @@ class TestCompare:
 
     def test_forget_quality_needs_a_reference(self) -> None:
         assert compare(BEFORE, AFTER).forget_quality == {}
-        quality = compare(BEFORE, AFTER, AFTER).forget_quality
+        (quality,) = compare(BEFORE, AFTER, AFTER).forget_quality.values()
         assert quality["after"] == (1.0, 0.0)
         assert quality["before"] == (pytest.approx(1 / 3), 1.0)
 
@@ -139,6 +153,15 @@ class TestCompare:
         assert ["forget", "ROUGE-L recall", "0.900", "0.200", "0.200"] in cells
         assert ["forget", "forget quality (KS p)", "3.3e-01", "1.0e+00", "1"] in cells
         assert "never saw it" not in compare(BEFORE, AFTER).table()
+
+    def test_where_an_update_was_shrunk_both_are_shown(self) -> None:
+        trained = {"forget": figures(0.0, 0.1, (0.85, 0.95)), "retain": figures(0.0, 0.5)}
+        comparison = compare(BEFORE, AFTER, AFTER, trained)
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in comparison.table().splitlines()]
+        assert cells[0] == ["set", "metric", "before", "after training", "after shrinking", "never saw it"]
+        assert ["forget", "ROUGE-L recall", "0.900", "0.100", "0.200", "0.200"] in cells
+        assert ["forget", "forget quality (KS p)", "3.3e-01", "1.0e+00", "1.0e+00", "1"] in cells
+        assert comparison.row("retain", "rouge_recall").kept == pytest.approx(0.75)
 
     def test_other_sets_are_refused(self) -> None:
         with pytest.raises(DataError, match="'after' are not of the same sets"):

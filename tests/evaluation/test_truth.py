@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clue_fast.data import Record
 from clue_fast.errors import DataError
-from clue_fast.evaluation import forget_quality, score_answers, truth_ratio, truth_ratios
+from clue_fast.evaluation import (
+    compare,
+    evaluate,
+    forget_quality,
+    mean_truth_ratio,
+    score_answers,
+    truth_ratio,
+    truth_ratios,
+)
+
+MEANS = ("geometric", "arithmetic")
 
 
 def test_truth_ratio_by_hand() -> None:
@@ -24,7 +35,7 @@ def test_truth_ratio_by_hand() -> None:
 
 
 def test_truth_ratio_of_improbable_answers_neither_overflows_nor_vanishes() -> None:
-    for mean in ("geometric", "arithmetic"):
+    for mean in MEANS:
         assert truth_ratio(900.0, [900.0, 900.0], mean) == pytest.approx(1.0)
 
 
@@ -41,11 +52,35 @@ def test_truth_ratios_compare_perturbed_answers_with_the_paraphrase(
         assert ratio == pytest.approx(expected, rel=1e-5)
 
 
+def test_mean_truth_ratio_by_hand() -> None:
+    ratios = [0.5, 4.0, 1.0]
+    assert mean_truth_ratio(ratios, forgotten=True) == pytest.approx((0.5 + 0.25 + 1.0) / 3)
+    assert mean_truth_ratio(ratios, forgotten=False) == pytest.approx(0.5 / 3)
+    assert mean_truth_ratio([0.0, math.inf], forgotten=True) == 0.0
+    with pytest.raises(DataError, match="at least one record"):
+        mean_truth_ratio([], forgotten=True)
+
+
 def test_a_record_without_wrong_answers_is_named(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
 ) -> None:
     with pytest.raises(DataError, match="record 2 has no perturbed answers"):
         truth_ratios(model, tokenizer, [records[0], Record("Why?", "So.")], progress=False)
+
+
+def test_an_evaluation_averages_by_what_is_to_become_of_the_set(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+) -> None:
+    found = evaluate(model, tokenizer, {"forget": records, "retain": records}, progress=False)
+    ratios = {mean: truth_ratios(model, tokenizer, records, mean=mean, progress=False) for mean in MEANS}
+    assert found["forget"].truth_ratios == pytest.approx(ratios["geometric"])
+    assert found["forget"].truth_ratio == pytest.approx(mean_truth_ratio(ratios["geometric"], forgotten=True))
+    assert found["retain"].truth_ratio == pytest.approx(mean_truth_ratio(ratios["arithmetic"], forgotten=False))
+    titles = {(row.set, row.metric): row.title for row in compare(found, found).rows}
+    assert titles["forget", "truth_ratio"] == "truth ratio, min(R, 1/R)"
+    assert titles["retain", "truth_ratio"] == "truth ratio, max(0, 1-R)"
+    other = evaluate(model, tokenizer, {"names": records}, forgotten=["names"], progress=False)["names"]
+    assert other.truth_ratio == found["forget"].truth_ratio
 
 
 def test_forget_quality_by_hand() -> None:
@@ -71,11 +106,11 @@ def logs(data_dir: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def ratios_of(log: dict[str, Any]) -> list[float]:
-    """Truth ratios on the forget set, from the losses in a log."""
-    forget = log["eval_log_forget.json"]
+def ratios_of(log: dict[str, Any], mean: str = "geometric", part: str = "eval_log_forget.json") -> list[float]:
+    """Truth ratios on the forget set or another, from the losses in a log."""
+    part = log[part]
     return [
-        truth_ratio(loss, forget["average_perturb_loss"][key]) for key, loss in forget["avg_paraphrased_loss"].items()
+        truth_ratio(loss, part["average_perturb_loss"][key], mean) for key, loss in part["avg_paraphrased_loss"].items()
     ]
 
 
@@ -89,3 +124,30 @@ def test_forget_quality_is_that_of_the_tofu_authors(logs: dict[str, dict[str, An
     p, statistic = forget_quality(ratios_of(logs["full"]), ratios_of(logs["retain90"]))
     assert p == pytest.approx(1.834066e-21, rel=1e-6)
     assert statistic == pytest.approx(0.396667, abs=5e-7)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("full", 0.516), ("retain90", 0.674)])
+def test_truth_ratio_of_the_forget_set_is_that_of_the_tofu_authors(
+    logs: dict[str, dict[str, Any]], name: str, expected: float
+) -> None:
+    assert mean_truth_ratio(ratios_of(logs[name]), forgotten=True) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(("name", "utility"), [("full", 0.585886), ("retain90", 0.575240)])
+def test_truth_ratios_elsewhere_give_the_model_utility_of_the_tofu_authors(
+    logs: dict[str, dict[str, Any]], name: str, utility: float
+) -> None:
+    """The harmonic mean of recall, probability and truth ratio on retain set, real authors and world facts, where the
+    probability is that of the right answer among all of a question if these are given."""
+    terms = []
+    for part in ("eval_log.json", "eval_real_author_wo_options.json", "eval_real_world_wo_options.json"):
+        log = logs[name][part]
+        right = {key: math.exp(-loss) for key, loss in log["avg_gt_loss"].items()}
+        if part != "eval_log.json":
+            right = {
+                key: p / (p + sum(math.exp(-loss) for loss in log["average_perturb_loss"][key]))
+                for key, p in right.items()
+            }
+        truth = mean_truth_ratio(ratios_of(logs[name], "arithmetic", part), forgotten=False)
+        terms += [fmean(log["rougeL_recall"].values()), fmean(right.values()), truth]
+    assert harmonic_mean(terms) == pytest.approx(utility, abs=5e-7)

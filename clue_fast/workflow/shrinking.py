@@ -1,0 +1,110 @@
+"""The shrinking of an update to a target, decided on forget questions that the report can leave out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from clue_fast.data import Record
+from clue_fast.errors import DataError
+from clue_fast.evaluation import ANSWERED, greedy_answers, rouge_recall
+from clue_fast.training.objectives import Objective, get_objective
+from clue_fast.training.shrinking import shrink
+from clue_fast.training.sparse import Sparse
+from clue_fast.training.stages import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FEWEST = 4
+"""Forget records below which a part to decide on and a part to report mean nothing."""
+
+REPORTED = "forget_reported"
+"""The set, in an evaluation, of the forget records that were not looked at."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of the forget records: ``validation``, which shrinking decides on, and ``reported``, the others."""
+
+    validation: tuple[int, ...]
+    reported: tuple[int, ...]
+
+
+def split_forget(records: int, seed: int) -> Split:
+    """Draws half of the forget records to decide on.
+
+    Raises:
+        DataError: there are fewer than four.
+    """
+    if records < FEWEST:
+        raise DataError(
+            f"forget_target decides on one half of the forget set and reports the other; the forget set has {records} "
+            f"records, and at least {FEWEST} are needed. Leave forget_target out, or add records"
+        )
+    drawn = set(random.Random(f"{seed} validation").sample(range(records), records // 2))
+    return Split(tuple(sorted(drawn)), tuple(index for index in range(records) if index not in drawn))
+
+
+def unanswered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> float:
+    """Share of the records whose question is not answered (recall below 0.5), nor its rewording where it has one."""
+    asked = [
+        (number, replace(record, prompt=prompt))
+        for number, record in enumerate(records)
+        for prompt in (record.prompt, record.paraphrased_prompt)
+        if prompt is not None
+    ]
+    answers = greedy_answers(model, tokenizer, [record for _, record in asked], progress=False)
+    recalls = rouge_recall([record.completion for _, record in asked], answers)
+    answered = {number for (number, _), recall in zip(asked, recalls, strict=True) if recall >= ANSWERED}
+    return 1.0 - len(answered) / len(records)
+
+
+def shrink_update(
+    sparse: Sparse,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    target: float,
+) -> tuple[float, float]:
+    """Shrinks the update as far as that share of the records stays unanswered.
+
+    Returns:
+        How much of the update is kept, and the share that is unanswered then; it is below the target where even the
+        whole update does not reach it.
+    """
+    try:
+        # Shares of n records are multiples of 1 / n: the tolerance is for rounding alone.
+        share = shrink(sparse, lambda: unanswered(model, tokenizer, records) >= target - 1e-9)
+        return share, unanswered(model, tokenizer, records)
+    except BaseException:
+        sparse.revert()
+        sparse.restore()
+        raise
+
+
+def teaches_answers(objective: Objective, stages: Sequence[Stage] | None) -> bool:
+    """Returns whether answers are learned in place of the forgotten ones, which a smaller update would take back."""
+    objectives = [objective] if stages is None else [get_objective(stage.objective) for stage in stages]
+    return any("alternate" in one.forget_batches for one in objectives)
+
+
+@contextmanager
+@torch.no_grad()
+def holding(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these weights, by name, in place of its own, which come back bit by bit."""
+    parameters = dict(model.named_parameters())
+    own = {name: parameters[name].detach().clone() for name in weights}
+    try:
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+        yield
+    finally:
+        for name, weight in own.items():
+            parameters[name].copy_(weight)
