@@ -71,7 +71,7 @@ def _localize(options: argparse.Namespace) -> None:
 def _unlearn(options: argparse.Namespace) -> None:
     from clue_fast.files import check_output
     from clue_fast.selection import Selection
-    from clue_fast.workflow import DEFAULT_OBJECTIVE, load_sets, unlearn
+    from clue_fast.workflow import load_sets, unlearn
 
     check_output(options.output)
     circuit = _circuit(options)
@@ -93,7 +93,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         categories=options.categories,
         permutations=options.permutations,
         circuit=circuit,
-        objective=options.objective or DEFAULT_OBJECTIVE,
+        objective=options.objective,
         alternate=options.alternate,
         stages=options.stages,
         learning_rate=options.learning_rate,
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(unlearn)
     unlearn.add_argument("--output", required=True, metavar="DIR", help="folder for checkpoint, results and plots")
     unlearn.add_argument("--selection", metavar="FILE", help="a selection made by localize, instead of a new one")
-    unlearn.add_argument("--objective", help="loss to minimize (default: simnpo with a margin of 1)")
+    unlearn.add_argument("--objective", help="loss to minimize (default: undial, strength 20, retain weight 5)")
     unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1.2 / width)")
     unlearn.add_argument(
         "--layer-lr",
@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stages",
         help="clue: forget units for one epoch, then conflict units for five, and what was published with it",
     )
-    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (10, or 100 steps)")
+    unlearn.add_argument("--epochs", type=float, default=None, help="passes over the forget set (10, or 200 steps)")
     unlearn.add_argument("--batch-size", type=int, default=8, help="forget records a step (8)")
     unlearn.add_argument("--retain-ratio", type=int, help="retain records beside each forget record (4)")
     unlearn.add_argument(

@@ -208,8 +208,8 @@ def test_the_published_schedule(folder: Path, tmp_path: Path, capsys: pytest.Cap
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     settings = results["settings"]
     assert settings["stages"] == [
-        {"units": ["forget"], "objective": "simnpo", "epochs": 1},
-        {"units": ["conflict"], "objective": "simnpo", "epochs": 5},
+        {"units": ["forget"], "objective": "undial", "epochs": 1},
+        {"units": ["conflict"], "objective": "undial", "epochs": 5},
     ]
     assert settings["epochs"] == 6 and settings["layer_lr"] == "LinearLayerRate(ratio=2.0)"
     assert settings["retain_ratio"] == 1 and settings["retain_weight"] == 1.0 and settings["forget_target"] is None

@@ -105,11 +105,23 @@ def scheduled(name: str, given: Any, schedule: Schedule | None, default: Any) ->
     return default if schedule is None else schedule.settings.get(name, default)
 
 
-def scheduled_objective(objective: str | Objective, schedule: Schedule | None) -> Objective:
-    """Returns an objective; one that is asked for by its name has the retain weight of the schedule."""
-    if isinstance(objective, str) and schedule is not None and "retain_weight" in schedule.settings:
-        return get_objective(objective, retain_weight=schedule.settings["retain_weight"])
-    return get_objective(objective)
+def scheduled_objective(
+    objective: str | Objective | None, schedule: Schedule | None, default: Objective | None = None
+) -> Objective:
+    """Returns an objective; one that is asked for by its name, or the default, has the retain weight of the schedule.
+
+    Args:
+        objective: its name, an ``Objective``, or None for the default.
+        schedule: a published schedule, or None.
+        default: where None may be given.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    chosen = get_objective(objective) if objective is not None else default
+    assert chosen is not None
+    if schedule is not None and "retain_weight" in schedule.settings:
+        return replace(chosen, retain_weight=schedule.settings["retain_weight"])
+    return chosen
 
 
 def make_stages(stages: str | Sequence[Stage], objective: Objective) -> tuple[Stage, ...]:

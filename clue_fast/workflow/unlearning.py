@@ -94,7 +94,7 @@ def unlearn(
     categories: bool = False,
     permutations: int = PERMUTATIONS,
     circuit: CircuitSettings | None = None,
-    objective: str | Objective = DEFAULT_OBJECTIVE,
+    objective: str | Objective | None = None,
     alternate: Source | None = None,
     stages: str | Sequence[Stage] | None = None,
     learning_rate: float | None = None,
@@ -124,7 +124,8 @@ def unlearn(
         reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
         criterion, fraction, scope, categories, permutations, circuit: see ``localize``.
-        objective: see ``clue_fast.training.OBJECTIVES``; default SimNPO with a margin of 1.
+        objective: see ``clue_fast.training.OBJECTIVES``; default UNDIAL with a strength of 20 and a
+            retain weight of 5 (that of the schedule, if stages name one).
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
             ``refusal``; default refusals such as "I don't know".
         stages: "clue" for the published schedule and the settings that belong to it, unless they are given here (see
@@ -159,7 +160,7 @@ def unlearn(
     check_budget(fraction, scope=scope)
     check_permutations(permutations)
     schedule = get_schedule(stages)
-    chosen_objective = scheduled_objective(objective, schedule)
+    chosen_objective = scheduled_objective(objective, schedule, DEFAULT_OBJECTIVE)
     every = None if stages is None else make_stages(stages, chosen_objective)
     sets = load_sets(forget, retain, held_out)
     training = {
