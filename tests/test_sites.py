@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clue_fast.errors import SiteError
-from clue_fast.sites import Part, find_sites, model_fingerprint
+from clue_fast.sites import Part, Site, find_sites, model_fingerprint, survey
 
 
 class Unheard(nn.Module):
@@ -83,6 +85,126 @@ class TestFindSites:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(llama().config)
         assert find_sites(model) == find_sites(llama())
+
+
+class Pair(nn.Module):
+    """Two projections, and what a subclass does with them."""
+
+    def __init__(self, width: int = 8, units: int = 24) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, units), nn.Linear(units, width)
+        self.norm = nn.LayerNorm(width)
+
+
+class ThroughAnEmbeddingOfAnotherWidth(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.second(self.first(x) * 0.5))
+
+
+class GatesAnInputOfTheLayer(Pair):
+    def forward(self, x: Tensor, per_layer_input: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(x)) * per_layer_input[..., :1])
+
+
+class SharesAcrossTokens(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(x).cumsum(1)))
+
+
+class HasAnotherNetworkBetween(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.Conv1d(24, 24, 1, groups=24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.between(F.silu(self.first(x))))
+
+
+class Routes(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.second(F.silu(self.first(x))))
+
+
+class IsAnMLP(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + 0.5 * self.second(F.silu(self.first(x))))
+
+
+class NormWithAGate(nn.Module):
+    """A norm whose gate is made by two projections, in a module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), IsAnMLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y * torch.sigmoid(self.mlp(y))
+
+
+class WithAnMLP(nn.Module):
+    """A layer with an MLP, and projections of its own whose forward takes what nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.per_layer_input_gate, self.per_layer_projection = Unheard(), nn.Linear(8, 5), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor, per_layer_input: Tensor | None = None) -> Tensor:
+        x = x + self.mlp(x)
+        return x + self.per_layer_projection(F.silu(self.per_layer_input_gate(x)) * per_layer_input)
+
+
+class Scaled(Unheard):
+    """A gated MLP in a parametrization that multiplies its gate and what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x) * 0.88)) * 0.35
+
+
+class KeepsTheGreatest(Unheard):
+    """A gated MLP whose gate is 0 but for those some standard deviations above the mean of all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        gate = F.relu(gate - gate.mean(-1, keepdim=True) - gate.std(-1, keepdim=True, unbiased=False))
+        return self.down_proj(F.gelu(gate) * self.up_proj(x))
+
+
+class TestWhatIsAnMLP:
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            ThroughAnEmbeddingOfAnotherWidth,
+            GatesAnInputOfTheLayer,
+            SharesAcrossTokens,
+            HasAnotherNetworkBetween,
+            Routes,
+            NormWithAGate,
+        ],
+    )
+    def test_two_projections_are_none_that(self, kind: type[nn.Module]) -> None:
+        found = survey(Stack(IsAnMLP(), kind()))
+        assert [site.path for site in found.sites] == ["blocks.0"]
+        assert not found.unmatched
+
+    def test_a_layer_with_an_mlp_and_more(self) -> None:
+        found = survey(Stack(WithAnMLP(), WithAnMLP()))
+        assert [site.path for site in found.sites] == ["blocks.0.mlp", "blocks.1.mlp"]
+        assert not found.unmatched
+
+    @pytest.mark.parametrize("function", [F.silu, F.gelu, torch.relu, lambda x: torch.relu(x) ** 2])
+    def test_multipliers(self, function: object) -> None:
+        (site,) = find_sites(Scaled(activation=function))
+        assert site.activation is not None
+        assert site.multipliers == pytest.approx((0.88, 0.35), rel=1e-12)
+
+    def test_multipliers_outlive_a_file(self) -> None:
+        (site,) = find_sites(Scaled())
+        assert Site.from_dict(json.loads(json.dumps(site.as_dict()))) == site
+
+    def test_channels_that_share_mean_and_variance_are_units(self) -> None:
+        (site,) = find_sites(KeepsTheGreatest())
+        assert (site.structure, site.width, site.activation) == ("gated", 24, None)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ GRADIENT_FIELDS = ("product_sum", "product_magnitude_sum", "product_square_sum")
 def reference_statistics(x: Tensor, group: Tensor, statistics: Tensor) -> None:
     """Adds FIELDS of x to the row of each token's group."""
     for index, row in enumerate(statistics.unbind(0), start=1):
-        a = x[group == index].double()
+        a = torch.where((group == index)[:, None], x, 0.0).double()  # no look at how many, which would wait for a GPU
         if a.shape[0] == 0:
             continue
         magnitude = a.abs()
@@ -34,8 +34,7 @@ def reference_statistics(x: Tensor, group: Tensor, statistics: Tensor) -> None:
 def reference_attribution(x: Tensor, grad: Tensor, group: Tensor, gradient_statistics: Tensor) -> None:
     """Adds GRADIENT_FIELDS of x * grad to the row of each token's group."""
     for index, row in enumerate(gradient_statistics.unbind(0), start=1):
-        counted = group == index
-        product = x[counted].double() * grad[counted].double()
+        product = torch.where((group == index)[:, None], x.double() * grad.double(), 0.0)
         row[0] += product.sum(0)
         row[1] += product.abs().sum(0)
         row[2] += product.square().sum(0)

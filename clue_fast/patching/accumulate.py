@@ -20,11 +20,14 @@ def unit_activations(h: Tensor, channels: int) -> Tensor:
     the input of the output projection, the weighted sum of its values. Scaling a head by s scales the norm by s,
     and a·∂L/∂a is the effect of that scaling, the sum of h·∂L/∂h over its channels, as in Michel et al. 2019
     (arXiv 1905.10650); norms of heads: Kobayashi et al. 2020 (arXiv 2004.10102).
+
+    Norms are float64, so that their sums are: never negative and often far from 0 for their spread, they would lose
+    their variance in sums of float32 squares. They are few.
     """
     if channels == 1:
         return h
     a: Tensor = torch.linalg.vector_norm(_wide(h).reshape(*h.shape[:-1], -1, channels), dim=-1)
-    return a
+    return a.double()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def _add_attribution(
 ) -> None:
     h, grad, group = h.flatten(0, -2), grad.flatten(0, -2), group.flatten()
     if channels > 1:
-        h = (_wide(h) * _wide(grad)).reshape(len(h), -1, channels).sum(-1)
+        h = (_wide(h) * _wide(grad)).reshape(len(h), -1, channels).sum(-1).double()
         grad = torch.ones_like(h)
     if bounds is None:
         ops.channel_attribution(h, grad, group, statistics, backend=backend)

@@ -29,6 +29,7 @@ class GatedState:
         slices: of the packed projection's outputs, those that are gate, and those that are up.
         down: name of its last projection.
         dropout: name of the dropout layer before that, or None.
+        multipliers: what the gate, and what the last projection gives, is multiplied by.
     """
 
     point: Point
@@ -37,6 +38,7 @@ class GatedState:
     slices: tuple[slice, slice] | None
     down: str
     dropout: str | None
+    multipliers: tuple[float, float] = (1.0, 1.0)
 
 
 class FusedGatedMLP(nn.Module):
@@ -51,6 +53,8 @@ class FusedGatedMLP(nn.Module):
         else:
             packed = getattr(self, state.inputs[0])(x)
             gate, up = (packed[..., part] for part in state.slices)
+        of_gate, of_output = state.multipliers
+        gate = gate if of_gate == 1.0 else gate * of_gate
         dropout = None if state.dropout is None else getattr(self, state.dropout)
         if dropout is not None and dropout.training and dropout.p > 0.0:
             # What counts is what the last projection sees, so the statistics wait for the dropout.
@@ -59,7 +63,8 @@ class FusedGatedMLP(nn.Module):
         else:
             h = recorder.gated_activation(state.point, gate, up, state.activation)
         down = getattr(self, state.down)
-        return apply_in_its_dtype(down, h)
+        y = apply_in_its_dtype(down, h)
+        return y if of_output == 1.0 else y * of_output
 
 
 def apply_in_its_dtype(projection: nn.Module, h: Tensor) -> Tensor:

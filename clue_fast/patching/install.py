@@ -115,7 +115,7 @@ def _install_gated(model: nn.Module, module: nn.Module, point: Point, made: Inst
     names = [path.removeprefix(f"{site.path}.") if site.path else path for path in (*site.inputs, site.output)]
     dropout = next((name for name, child in module.named_children() if isinstance(child, nn.Dropout)), None)
     slices = None if site.structure == "gated" else _slices(site)
-    state = GatedState(point, site.activation, tuple(names[:-1]), slices, names[-1], dropout)
+    state = GatedState(point, site.activation, tuple(names[:-1]), slices, names[-1], dropout, site.multipliers)
     swap = ForwardSwap(site.path, module, FusedGatedMLP, state)
     device = _device(module)
     backends.choose("gated_activation", device, recorder.backend)

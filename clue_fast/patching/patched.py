@@ -158,7 +158,8 @@ class Patched:
         entries = []
         for installed in self._installation.entries if self._installation else []:
             point, device = installed.point, installed.device
-            choice = backends.choose(installed.operator, device, self._recorder.backend)
+            in_float64 = point.site.channels > 1  # see accumulate.unit_activations
+            choice = backends.choose(installed.operator, device, "reference" if in_float64 else self._recorder.backend)
             counts = statistics.count[:, point.numbers].sum(1).tolist()
             entries.append(
                 SiteReport(
@@ -169,7 +170,11 @@ class Patched:
                     operator=installed.operator,
                     fused=installed.fused,
                     backend=choice.name,
-                    reason="; ".join(part for part in (installed.note, choice.reason) if part),
+                    reason="; ".join(
+                        part
+                        for part in (installed.note, "norms summed in float64" if in_float64 else choice.reason)
+                        if part
+                    ),
                     launches=point.launches,
                     tokens=dict(zip(statistics.groups, counts, strict=True)),
                     nonfinite=int(statistics.nonfinite[:, point.numbers].sum()),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.sites.heads import Measurement
+from clue_fast.sites.heads import Measurement, NoHeadsError
 from clue_fast.sites.mlp import Unmatched
 from clue_fast.sites.projection import Projection, projection_of
 from clue_fast.sites.rehearsal import required_arguments, sample
@@ -96,9 +96,12 @@ class _Core:
             try:
                 measured = Measurement(model, self.path, self.size, inputs, self.output, self.run)
                 return [self._crossed(site) for family in families for site in FAMILIES[family](measured)]
+            except NoHeadsError:
+                return []
             except (ValueError, RuntimeError, TypeError, IndexError) as error:
                 reason = str(error).splitlines()[0]
-        return Unmatched(self.path, type(self.module).__name__, f"its heads could not be measured: {reason}")
+        reason = f"its heads could not be measured: {reason}"
+        return Unmatched(self.path, type(self.module).__name__, reason, "attention")
 
     def _crossed(self, site: Site) -> Site:
         """The site, marked if it is of keys or values that are not of what the first projection was given."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,21 +49,30 @@ class Stack:
 def find_experts(module: nn.Module, path: str) -> list[Site] | Unmatched | None:
     """Returns one site for each expert stacked in a module, or why it is not understood, or None without a stack."""
     stacked = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
-    if len(stacked) < 2:
+    if not any(_may_follow(second.shape, first.shape) for first in stacked.values() for second in stacked.values()):
         return None
     kind = type(module).__name__
     stack = find_stack(module)
     if stack is None:
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
-        return Unmatched(path, kind, f"its stacked parameters are not gate and up in one, and down: {shapes}")
+        return Unmatched(path, kind, f"its stacked parameters are not gate and up in one, and down: {shapes}", "expert")
     try:
         found = _rehearse(module, stack)
     except Exception as error:
-        return Unmatched(path, kind, f"its forward cannot be rehearsed ({type(error).__name__}: {error})")
+        return Unmatched(path, kind, f"its forward cannot be rehearsed ({type(error).__name__}: {error})", "expert")
     if found is None:
-        return Unmatched(path, kind, "its experts do not compute the weighted sum of down(gate(x) · up(x))")
+        return Unmatched(path, kind, "its experts do not compute the weighted sum of down(gate(x) · up(x))", "expert")
     layout, activation = found
     return [_site(path, stack, layout, activation, index) for index in range(stack.experts)]
+
+
+def _may_follow(second: Sequence[int], first: Sequence[int]) -> bool:
+    """Whether stacked matrices of these shapes may lead back to where others come from, through fewer channels."""
+    (_, *down), (_, *up) = second, first
+    return any(
+        width != hidden and rows in (width, 2 * width) and (columns, hidden) == (hidden, columns)
+        for (hidden, width), (rows, columns) in ((down, up), (down[::-1], up[::-1]))
+    )
 
 
 def find_stack(module: nn.Module) -> Stack | None:

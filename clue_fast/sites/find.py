@@ -11,7 +11,7 @@ from torch import nn
 from clue_fast.errors import SelectionError, SiteError, UnknownNameError
 from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
-from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp
+from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp, is_added
 from clue_fast.sites.site import HEAD_FAMILIES, Site
 from clue_fast.sites.wrapping import unwrap
 
@@ -70,22 +70,41 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
     heads = find_heads(model, families) if families else {}
     for path, module in model.named_modules():
         attention = heads.get(path, [])
-        for found in (*_search(module, path, wanted), *(attention if isinstance(attention, list) else [attention])):
+        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+        for found in (*_search(module, path, parent), *(attention if isinstance(attention, list) else [attention])):
             if isinstance(found, Unmatched):
                 unmatched.append(found)
-            elif any(found.kind == kind or found.kind.startswith(f"{kind}_") for kind in wanted):
+            else:
                 sites.append(found)
-    return Survey(tuple(sites), tuple(unmatched))
+    layers = {_layer(site.path) for site in sites if site.kind in DEFAULT_KINDS}
+    # Recurrent layers and layers with an embedding of their own have the shapes of an MLP beside the one there is.
+    unmatched = [u for u in unmatched if u.rehearsed or not any(_holds(_layer(u.path), layer) for layer in layers)]
+
+    def is_wanted(found: Site | Unmatched) -> bool:
+        return any(found.kind == kind or found.kind.startswith(f"{kind}_") for kind in wanted)
+
+    near = [found for found in unmatched if found.kind in wanted or found.kind not in DEFAULT_KINDS]
+    return Survey(tuple(filter(is_wanted, sites)), tuple(near))
 
 
-def _search(module: nn.Module, path: str, kinds: tuple[str, ...]) -> Iterator[Site | Unmatched]:
-    """Yields what one module is, by its own parameters and children."""
-    if "expert" in kinds:
-        experts = find_experts(module, path)
-        yield from experts if isinstance(experts, list) else [experts] if experts is not None else []
-    if "mlp" in kinds and head_size(module) is None:
+def _layer(path: str) -> str:
+    """The layer that a module is in or is, as a path up to the last number; the module itself without one."""
+    steps = path.split(".")
+    last = max((place for place, step in enumerate(steps, start=1) if step.isdigit()), default=len(steps))
+    return ".".join(steps[:last])
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return outer in ("", inner) or inner.startswith(f"{outer}.")
+
+
+def _search(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[Site | Unmatched]:
+    """Yields what one module is, by its own parameters and children, and by what is done with what it returns."""
+    experts = find_experts(module, path)
+    yield from experts if isinstance(experts, list) else [experts] if experts is not None else []
+    if head_size(module) is None:
         mlp = find_mlp(module, path) or find_split_mlp(module, path)
-        if mlp is not None:
+        if isinstance(mlp, Unmatched) or (mlp is not None and (parent is None or is_added(parent, module, mlp))):
             yield mlp
 
 

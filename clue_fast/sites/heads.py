@@ -35,6 +35,10 @@ Heads = frozenset[int]
 QUERY, KEY, VALUE, OUTPUT = "query", "key", "value", "output"
 
 
+class NoHeadsError(ValueError):
+    """What a module calls heads are none that own anything, as those of a state-space model."""
+
+
 class Measurement:
     """One attention module, measured.
 
@@ -66,7 +70,7 @@ class Measurement:
     def heads(self) -> list[Site]:
         """Returns the heads: one site, or two where query heads share key/value heads.
 
-        Raises ValueError if what the heads own does not lie at regular places.
+        Raises ValueError if what the heads own does not lie at regular places; NoHeadsError if they own nothing.
         """
         query = (*self._parts(self.owners, self.queries), self.output.columns(self.size))
         if self.sharing == 1:
@@ -117,7 +121,10 @@ class Measurement:
             change = (z[1:] - z[0]).norm(dim=(1, 3)) / z[0].norm(dim=(0, 2)).clamp_min(1e-12)
             for (projection, _), row in zip(block, change, strict=True):
                 found.setdefault(projection.path, []).append(Heads(torch.nonzero(row > CHANGED).flatten().tolist()))
-        return {path: heads for path, heads in found.items() if all(heads)}
+        owners = {path: heads for path, heads in found.items() if all(heads)}
+        if not owners:
+            raise NoHeadsError("no rows of its projections belong to heads")
+        return owners
 
     def _roles(self) -> dict[str, list[str]]:
         """Whether each stretch of the projections that heads own is of queries, keys or values."""

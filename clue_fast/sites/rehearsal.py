@@ -1,15 +1,16 @@
 """Rehearsal: a module's own forward with made-up projections, to see what it computes between them.
 
 What stands in for a projection returns values that were chosen beforehand, and keeps what it was given. Norms pass
-on what they get, and so does whatever else has weights. So the arithmetic of a module is observed without any of its
-weights: on every device, sharded, quantized or not loaded at all, at any size in a fraction of a millisecond.
+on what they get, and so does whatever else has weights; attention may return more than that. So the arithmetic of a
+module is observed without any of its weights: on every device, sharded, quantized or not loaded at all, at any size in
+a fraction of a millisecond.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ def rehearse(
     *,
     training: bool = False,
     dropout: float = 1.0,
+    blocks: float = 1.0,
+    until: str | None = None,
 ) -> Rehearsal:
     """Runs the forward of a module's class with stand-ins for its children.
 
@@ -47,28 +50,33 @@ def rehearse(
         outputs: what the projections of these names are to return, float32 [tokens, outputs].
         training: run as in training.
         dropout: what the module's own dropout layers multiply by.
+        blocks: what its children with matrices of their own that are no projections multiply by.
+        until: name of the projection to stop at, if what comes after it does not matter; ``output`` is None then.
 
     Raises:
         Exception: whatever the forward raises.
     """
-    stand_ins = {name: _StandIn(values) for name, values in outputs.items()}
+    stand_ins = {name: _StandIn(values, name == until) for name, values in outputs.items()}
     fixed: dict[str, nn.Module] = {**stand_ins}
-    blocks = []
+    passing = []
     for name, child in module.named_children():
         if isinstance(child, nn.Dropout):
             fixed.setdefault(name, _Scale(dropout))
         elif name not in fixed and (dimensions := [p.dim() for p in child.parameters()]):
             fixed[name] = nn.Identity()
-            blocks += [name] if max(dimensions) > 1 else []
-    # Attention returns its weights, or a cache, beside its output: how many things there are shows when they unpack.
-    attempts = (2, 3, 1) if blocks else (1,)
+            passing += [name] if max(dimensions) > 1 else []
+    # How many things attention returns shows when they are unpacked.
+    attempts = (2, 3) if passing else (1,)
+    output = None
     for extra in attempts:
         play = copy.copy(module)
-        play.__dict__["_modules"] = module._modules | fixed | {name: _PassOn(extra) for name in blocks}
+        play.__dict__["_modules"] = module._modules | fixed | {name: _PassOn(extra, blocks) for name in passing}
         play.__dict__["training"] = training
         try:
             with torch.random.fork_rng(devices=[]):
                 output = type(play).forward(play, *arguments)
+            break
+        except _ReachedError:
             break
         except Exception:
             if extra == attempts[-1]:
@@ -89,15 +97,21 @@ def sample(*shape: int, seed: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 12.0 - 6.0
 
 
+class _ReachedError(Exception):
+    """The projection to stop at was called."""
+
+
 class _StandIn(nn.Module):
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, last: bool) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.last = values, last
         self.weight = values.new_empty(0)  # some modules cast to its dtype
         self.seen: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = x
+        if self.last:
+            raise _ReachedError
         return self.values.reshape(*x.shape[:-1], -1)
 
 
@@ -111,10 +125,25 @@ class _Scale(nn.Module):
 
 
 class _PassOn(nn.Module):
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, factor: float) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.factor = count, factor
 
-    def forward(self, *args: Tensor, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        return x if self.count == 1 else (x, *[None] * (self.count - 1))
+    def forward(self, *args: Tensor, **kwargs: Any) -> _First:
+        x = (args[0] if args else next(iter(kwargs.values()))) * self.factor
+        first = x.as_subclass(_First)
+        first.returned = (x, *[None] * (self.count - 1))
+        return first
+
+
+class _First(Tensor):
+    """The first of several things returned: used as a tensor it is that one, unpacked or indexed it is all of them."""
+
+    returned: tuple[Tensor | None, ...]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter(self.returned)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.returned[index] if isinstance(index, (int, slice)) else super().__getitem__(index)

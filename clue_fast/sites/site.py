@@ -71,6 +71,7 @@ class Site:
         parts: what the units own of the parameters: all of it is trained together.
         inputs: paths of the projections that a unit has rows of; gate before up.
         activation: name of the activation in between, a key of ``ACTIVATIONS``, or None if it is another one.
+        multipliers: what the gate, and what the module returns, is multiplied by (maximal update parametrization).
         channels: channels of the input of ``output`` (with ``rows``, of what it gives) that make up one unit: 1, or
             those of a head.
         index: which of the stacked experts.
@@ -89,6 +90,7 @@ class Site:
     channels: int = 1
     index: int | None = None
     reads_encoder: bool = False
+    multipliers: tuple[float, float] = (1.0, 1.0)
 
     @property
     def name(self) -> str:
@@ -114,7 +116,8 @@ class Site:
     def from_dict(cls, fields: Mapping[str, Any]) -> Site:
         """Returns the site that ``as_dict`` described. Raises TypeError or KeyError if the fields are not those."""
         parts = tuple(Part(**part) for part in fields["parts"])
-        return cls(**{**fields, "parts": parts, "inputs": tuple(fields["inputs"])})
+        known = {**fields, "parts": parts, "inputs": tuple(fields["inputs"])}
+        return cls(**known | {"multipliers": tuple(fields.get("multipliers", cls.multipliers))})
 
 
 def layer_index(path: str) -> int:

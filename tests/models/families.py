@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -44,6 +45,7 @@ T5_SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+PER_LAYER_INPUTS: dict[str, Any] = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CAUSAL, MASKED, SEQ2SEQ, IMAGES = "CausalLM", "MaskedLM", "Seq2SeqLM", "ImageTextToText"
 
@@ -60,6 +62,7 @@ class Family:
         structures: what its MLPs are found to be.
         sharing: query heads to one key/value head.
         task: of the auto class that makes the model.
+        strict: whether all that is gated can be fused.
     """
 
     config: str
@@ -69,12 +72,21 @@ class Family:
     structures: frozenset[str]
     sharing: int = 1
     task: str = CAUSAL
+    strict: bool = True
 
 
 def _family(
-    config: str, mlp: str, heads: str, structures: str, sharing: int = 1, task: str = CAUSAL, **settings: Any
+    config: str,
+    mlp: str,
+    heads: str,
+    structures: str,
+    sharing: int = 1,
+    task: str = CAUSAL,
+    *,
+    strict: bool = True,
+    **settings: Any,
 ) -> Family:
-    return Family(config, settings, mlp, heads, frozenset(structures.split()), sharing, task)
+    return Family(config, settings, mlp, heads, frozenset(structures.split()), sharing, task, strict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -84,6 +96,34 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _family("Qwen3Config", "mlp.down_proj", "o_proj", "gated", 2, **SIZES, head_dim=8),
     "gemma2": _family("Gemma2Config", "mlp.down_proj", "o_proj", "gated", 2, **SIZES, head_dim=8),
     "gemma3": _family("Gemma3TextConfig", "mlp.down_proj", "o_proj", "gated", 2, **SIZES, head_dim=8),
+    "gemma3n": _family(
+        "Gemma3nTextConfig",
+        r"mlp.down_proj",
+        "o_proj",
+        "gated",
+        2,
+        **SIZES,
+        **PER_LAYER_INPUTS,
+        strict=False,
+        head_dim=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.75, 0.0],  # of the first layers of the released models
+    ),
+    "gemma4": _family(
+        "Gemma4TextConfig",
+        "mlp.down_proj",
+        "o_proj",
+        "gated",
+        2,
+        **SIZES,
+        **PER_LAYER_INPUTS,
+        head_dim=8,
+        global_head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "phi3": _family("Phi3Config", "mlp.down_proj", "o_proj", "packed", 2, **SIZES),
     "glm4": _family("Glm4Config", "mlp.down_proj", "o_proj", "packed", 2, **SIZES, head_dim=8),
     "olmo2": _family("Olmo2Config", "mlp.down_proj", "o_proj", "gated", 2, **SIZES),
@@ -92,6 +132,16 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": _family("GPTNeoXConfig", "mlp.dense_4h_to_h", "attention.dense", "plain", **SIZES),
     "gptj": _family("GPTJConfig", "mlp.fc_out", "attn.out_proj", "plain", **GPT2_SIZES, rotary_dim=4),
     "opt": _family("OPTConfig", "fc2", "out_proj", "plain", **SIZES, ffn_dim=48, word_embed_proj_dim=32),
+    "opt projected": _family(
+        "OPTConfig",
+        "fc2",
+        "out_proj",
+        "plain",
+        **SIZES,
+        ffn_dim=48,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+    ),
     "falcon": _family(
         "FalconConfig", "mlp.dense_4h_to_h", "self_attention.dense", "plain", 4, **SIZES, ffn_hidden_size=48
     ),
@@ -105,6 +155,24 @@ FAMILIES: dict[str, Family] = {
         ffn_hidden_size=48,
         new_decoder_architecture=True,
         num_kv_heads=2,
+    ),
+    "falcon_h1": _family(
+        "FalconH1Config",
+        "feed_forward.down_proj",
+        "o_proj",
+        "gated",
+        2,
+        **SIZES,
+        head_dim=8,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=16,
+        mlp_multipliers=[0.88, 0.35],
+        key_multiplier=0.3,
+        attention_in_multiplier=0.5,
+        attention_out_multiplier=0.7,
     ),
     "bloom": _family("BloomConfig", "mlp.dense_4h_to_h", "self_attention.dense", "plain", **SIZES, n_layer=2, n_head=4),
     "bert": _family("BertConfig", r"\d.output.dense", "attention.output.dense", "plain", task=MASKED, **SIZES),
@@ -195,6 +263,8 @@ FAMILIES: dict[str, Family] = {
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Returns the model of a family with random weights, without dropout, in evaluation mode."""
     family = FAMILIES[name]
+    if not hasattr(transformers, family.config):
+        pytest.skip("not in this transformers")
     config = getattr(transformers, family.config)(**family.settings)
     for key in vars(config):
         if key.endswith(("dropout", "dropout_rate", "_pdrop", "dropout_prob")):

@@ -19,7 +19,9 @@ def test_every_family_passes_every_test() -> None:
     assert [name for name, *_ in rows[1:]] == list(FAMILIES)
     for name, _, *cells in rows[1:]:
         for cell in cells:
-            assert re.fullmatch(r"✓|([\d.]+: (✓|the stock model does not compile)(; )?)+", cell), f"{name}: {cell}"
+            assert re.fullmatch(
+                r"✓|([\d.]+: (✓|the stock model does not compile|not in this transformers)(; )?)+", cell
+            ), f"{name}: {cell}"
 
 
 def test_made_with_the_oldest_transformers() -> None:
