@@ -59,6 +59,7 @@ def _localize(options: argparse.Namespace) -> None:
         fraction=options.fraction,
         scope=options.scope,
         categories=options.categories,
+        strict=options.strict,
         permutations=options.permutations,
         circuit=circuit,
         seed=options.seed,
@@ -91,6 +92,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         fraction=options.fraction,
         scope=options.scope,
         categories=options.categories,
+        strict=options.strict,
         permutations=options.permutations,
         circuit=circuit,
         objective=options.objective,
@@ -264,6 +266,7 @@ def _add_localization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criterion", default="difference", help="formula of the score (default: difference)")
     parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.1)")
     parser.add_argument("--categories", action="store_true", help="tell forget, retain and conflict units apart")
+    parser.add_argument("--strict", action="store_true", help="stop at a layer that is not known or cannot be fused")
     parser.add_argument(
         "--permutations",
         type=int,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import clue_fast
 from clue_fast import cli, workflow
@@ -101,7 +102,7 @@ def test_the_command_has_the_defaults_of_the_functions() -> None:
     arguments = ["MODEL", "--forget", "F", "--retain", "R", "--output", "O"]
     options = cli._parser().parse_args(["unlearn", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.unlearn).parameters.items()}
-    shared = ("criterion", "fraction", "scope", "permutations")
+    shared = ("criterion", "fraction", "scope", "strict", "permutations")
     names = (
         *shared,
         "batch_size",
@@ -141,6 +142,22 @@ def test_held_out_records_that_are_not(refuses, command: str, inputs: Path, tmp_
     (tmp_path / "some.jsonl").write_text("\n".join(rows))
     held_out = ["--held-out", str(tmp_path / "some.jsonl"), "--output", "out"]
     refuses("2 of the 5 forget records are in the held_out set too", command, *held_out)
+
+
+@pytest.mark.parametrize("command", ["localize", "unlearn"])
+def test_strict_stops_at_a_layer_that_cannot_be_fused(refuses, command: str, inputs: Path, tmp_path: Path) -> None:
+    """A norm inside its MLP: recorded all the same, unless that is not wanted."""
+    config = BitNetConfig(**json.loads((inputs / "model" / "config.json").read_text()) | {"model_type": "bitnet"})
+    config.architectures = config.dtype = None
+    BitNetForCausalLM(config).save_pretrained(tmp_path / "model")
+    for file in (inputs / "model").glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    sets = ["--forget", f"{inputs}/forget.jsonl", "--retain", f"{inputs}/retain.jsonl"]
+    arguments = [command, str(tmp_path / "model"), *sets, "--output", "out", "--permutations", "0"]
+    refuses("model.layers.0.mlp (BitNetMLP) does not compute down(act(gate) · up)", *arguments, "--strict", data=False)
+    if command == "localize":
+        assert cli.main([*arguments, "--quiet"]) == 0
+        assert Path("out").exists()
 
 
 @pytest.mark.parametrize("command", ["localize", "unlearn", "evaluate"])

@@ -25,9 +25,10 @@ from clue_fast.localization.measure import (
     measured_sites,
 )
 from clue_fast.localization.targets import check_target
+from clue_fast.patching import check_strictly
 from clue_fast.reliability import Reliability
 from clue_fast.selection import RELIABILITY, Selection, categorize, select
-from clue_fast.sites import DEFAULT_KINDS
+from clue_fast.sites import DEFAULT_KINDS, survey
 from clue_fast.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def localize(
     circuit: CircuitSettings | None = None,
     target: str | None = None,
     kinds: Iterable[str] | None = None,
+    strict: bool = False,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
     max_length: int = 512,
@@ -77,6 +79,9 @@ def localize(
         circuit: of the criterion ``circuit``.
         kinds: of units, see ``find_sites``; default the channels of MLPs and experts, with ``circuit`` also the
             projections of heads.
+        strict: raise where something looks like a site but is none that is known, or where a gated MLP cannot be
+            fused, see ``patch``. Otherwise the log warns of the first, which is left out, and the second is recorded
+            through a hook.
         permutations: how often the labels forget and retain of records are exchanged, to say in
             ``Selection.reliability`` whether other labels do as well and whether two halves of the data agree; no
             further pass over the data. 0 says nothing.
@@ -93,7 +98,7 @@ def localize(
         SettingError: permutations are out of range, or settings of circuits are given for another criterion.
         SelectionError: categories are wanted of a criterion that only compares.
         CircuitError: see ``clue_fast.localization.circuit.discover``.
-        SiteError: the model has no sites.
+        SiteError: the model has no sites, or see ``strict``.
         NonFiniteError: weights or activations are NaN or infinite.
     """
     started = time.perf_counter()
@@ -105,10 +110,16 @@ def localize(
         check_target(target)
     if circuit is not None and criterion != CIRCUIT:
         raise SettingError(f"settings of circuits need the criterion {CIRCUIT!r}; {criterion!r} has no use for them")
+    kinds = _kinds(criterion, kinds)
+    if strict:
+        check_strictly(model, kinds, backend)
+    else:
+        for unmatched in survey(model, kinds).unmatched:
+            logger.warning("localize leaves out what looks like a site but is none that is known: %s", unmatched)
     measuring: dict[str, Any] = {
         "tokenizer": tokenizer,
         "target": target,
-        "kinds": _kinds(criterion, kinds),
+        "kinds": kinds,
         "max_length": max_length,
         "tokens_per_batch": tokens_per_batch,
         "backend": backend,

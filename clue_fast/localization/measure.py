@@ -155,7 +155,7 @@ def _measure(
     differentiated = check_target(target or chosen.target or "log_odds")
     inputs = None
     if chosen.needs in ("activations", "gradients"):
-        with patch(model, kinds=kinds, backend=backend) as patched:
+        with patch(model, kinds=kinds, strict=False, backend=backend) as patched:
             for name in batches.groups:
                 patched.statistics.group_index(name)
             target = differentiated if chosen.needs == "gradients" else None

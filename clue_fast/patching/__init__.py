@@ -4,7 +4,7 @@ For one instance of a model: classes of libraries are never modified, so other m
 of a patched model is a patched model of its own.
 """
 
-from clue_fast.patching.patched import Patched, patch, patched_of, unpatch
+from clue_fast.patching.patched import Patched, check_strictly, patch, patched_of, unpatch
 from clue_fast.patching.report import Report, SiteReport
 
-__all__ = ["Patched", "Report", "SiteReport", "patch", "patched_of", "unpatch"]
+__all__ = ["Patched", "Report", "SiteReport", "check_strictly", "patch", "patched_of", "unpatch"]

@@ -338,6 +338,11 @@ def patch(
     return patched
 
 
+def check_strictly(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS, backend: str | None = None) -> None:
+    """Raises what ``patch(model, strict=True)`` would; the model stays as it is."""
+    patch(model, kinds=kinds, backend=backend).unpatch()
+
+
 def patched_of(model: nn.Module) -> Patched | None:
     """Returns the ``Patched`` of this instance of a model, or None if it is not patched."""
     patched: Patched | None = entry(model).__dict__.get(_PATCHED)

@@ -23,8 +23,10 @@ from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import CIRCUIT, CircuitSettings, check_criterion, localize
 from clue_fast.localization.blocks import PERMUTATIONS, check_permutations
 from clue_fast.ops import choose
+from clue_fast.patching import check_strictly
 from clue_fast.report import RESULTS, results_table, write_plots
 from clue_fast.selection import RELIABILITY, Selection
+from clue_fast.sites import DEFAULT_KINDS
 from clue_fast.training import audit
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective
@@ -92,6 +94,7 @@ def unlearn(
     fraction: float | None = None,
     scope: str = "layer",
     categories: bool = False,
+    strict: bool = False,
     permutations: int = PERMUTATIONS,
     circuit: CircuitSettings | None = None,
     objective: str | Objective | None = None,
@@ -124,6 +127,7 @@ def unlearn(
         reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
         criterion, fraction, scope, categories, permutations, circuit: see ``localize``.
+        strict: see ``localize``; with a selection, of the kinds of units that it has.
         objective: see ``clue_fast.training.OBJECTIVES``; default UNDIAL with a strength of 20 and a
             retain weight of 5 (that of the schedule, if stages name one).
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
@@ -196,6 +200,8 @@ def unlearn(
     choose("gated_activation", model.device, backend)
     if selection is not None:
         selection.check(model)
+    if strict:
+        check_strictly(model, DEFAULT_KINDS if selection is None else {site.kind for site in selection.sites}, backend)
     kept: tuple[Stage, ...] | None = None
     if every is not None:
         if not (categories or criterion == CIRCUIT if selection is None else selection.categorized):
@@ -216,6 +222,7 @@ def unlearn(
                 fraction=fraction,
                 scope=scope,
                 categories=categories,
+                strict=strict,
                 permutations=permutations,
                 circuit=circuit,
                 seed=seed,
