@@ -3,6 +3,7 @@
 #   make test    every test that needs no GPU
 #   make bench   every benchmark, some twenty minutes on a machine with nothing else to do; samples in bench/results
 #   make test-oldest   families, training and workflow with the oldest transformers that pyproject.toml allows
+#   make test-portable the numeric tests with the instructions of lesser processors: SSE, AVX2, AVX-512; an hour
 #   make families      writes docs/families.md, from tests with the oldest transformers and the one installed
 # Each makes its own environment in .venv. Name another interpreter with PYTHON=python3.12.
 
@@ -16,7 +17,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-oldest families lint bench clean
+PORTABLE := tests/ops tests/models tests/localization tests/training
+
+.PHONY: demo test test-oldest test-portable families lint bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/clue-fast demo --output demo
@@ -27,6 +30,16 @@ test: $(VENV)/test.installed
 test-oldest: $(VENV)/oldest-$(OLDEST).installed
 	PYTHONPATH=$(abspath $(VENV)/oldest-$(OLDEST)) $(BIN)/python -m pytest tests/models/test_families.py tests/training \
 		tests/test_workflow.py tests/test_cli.py
+
+# What a machine without AVX-512, without AVX and FMA, or with one thread only would compute: every library below has its
+# own switch. A machine that lacks AVX-512 itself skips that run.
+test-portable: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+		CLUE_FAST_TEST_INSTRUCTION_SET=baseline $(BIN)/python -m pytest $(PORTABLE)
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 \
+		CLUE_FAST_TEST_INSTRUCTION_SET=x86-64-v3 $(BIN)/python -m pytest $(PORTABLE)
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
+		CLUE_FAST_TEST_INSTRUCTION_SET=x86-64-v4 $(BIN)/python -m pytest $(PORTABLE)
 
 families: $(VENV)/oldest-$(OLDEST).installed
 	$(BIN)/python tests/models/families_table.py $(VENV)/oldest-$(OLDEST)

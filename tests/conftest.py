@@ -15,8 +15,22 @@ import pytest
 
 
 def pytest_report_header() -> str:
-    """Which versions are tested."""
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    """Which versions are tested, and with which instructions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"{versions}; PyTorch with {torch.backends.cpu.get_cpu_capability()}, clue_fast with {instruction_set()}"
+
+
+def instruction_set() -> str:
+    """The one that the C++ operators use, or a lesser one that ``make test-portable`` asks for."""
+    from clue_fast.ops import backend
+
+    extension = backend.extension()
+    if extension is None:
+        return "none"
+    wanted = os.environ.get("CLUE_FAST_TEST_INSTRUCTION_SET")
+    if wanted and not extension.use_instruction_set(wanted):
+        pytest.exit(f"this machine has no {wanted}", returncode=0)
+    return str(extension.cpu_info()["instruction_set"])
 
 
 @pytest.fixture(scope="session")

@@ -132,22 +132,33 @@ def test_follows_the_definition(backend: str, device: torch.device, dtype: torch
         assert torch.equal(bits(one.selected()), bits(one.value.to(dtype)))
 
 
-def test_equals_torch_adamw(backend: str, device: torch.device) -> None:
-    """200 steps at a small rate, where a rounding that is done otherwise would add up."""
+def test_as_exact_as_torch_adamw(backend: str, device: torch.device) -> None:
+    """200 steps at a small rate, where a rounding that is done otherwise would add up.
+
+    From PyTorch's own in float64 at most twice as far as PyTorch's own in float32.
+    """
     mine = to([layer((40, 37), dim, 9, torch.float32, lr=1e-6, weight_decay=0.1) for dim in (0, 1)], device)
-    copies = [torch.nn.Parameter(one.value.clone()) for one in mine]
-    theirs = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1, betas=BETAS, eps=EPS, foreach=False)
+    copies = {
+        dtype: [torch.nn.Parameter(one.value.to(dtype)) for one in mine] for dtype in (torch.float32, torch.float64)
+    }
+    optimizers = {
+        dtype: torch.optim.AdamW(own, lr=1e-6, weight_decay=0.1, betas=BETAS, eps=EPS, foreach=False)
+        for dtype, own in copies.items()
+    }
     for t in range(200):
-        for copied, grad in zip(copies, gradients(mine, t), strict=True):
-            copied.grad = grad
-        theirs.step()
+        for dtype, own in copies.items():
+            for copied, grad in zip(own, gradients(mine, t), strict=True):
+                copied.grad = grad.to(dtype)
+            optimizers[dtype].step()
         step(mine, backend, seed=t)
-    for one, copied in zip(mine, copies, strict=True):
-        difference = (one.value - copied).double().norm()
-        assert difference <= 1e-6 * copied.double().norm()
-        state = theirs.state[copied]
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert torch.allclose(getattr(one, name), state[name], rtol=1e-5, atol=1e-8)
+    for one, theirs, exact in zip(mine, *copies.values(), strict=True):
+        state, truth = (optimizers[copied.dtype].state[copied] for copied in (theirs, exact))
+        for found, other, wanted in (
+            (one.value, theirs, exact),
+            (one.exp_avg, state["exp_avg"], truth["exp_avg"]),
+            (one.exp_avg_sq, state["exp_avg_sq"], truth["exp_avg_sq"]),
+        ):
+            assert (found - wanted).norm() <= 2 * (other - wanted).norm() + 2.0**-24 * wanted.norm()
 
 
 @pytest.mark.parametrize("wrong", ["nothing moves", "sign", "rate", "decay", "step"])
