@@ -113,7 +113,7 @@ def measured_sites(
     """Returns the sites that ``measure`` measures. Raises what it raises before it runs the model over any data."""
     needs = get_criterion(criterion).needs
     if needs in ("activations", "gradients"):
-        with patch(model, kinds=kinds, backend=backend) as patched:
+        with patch(model, kinds=kinds, strict=False, backend=backend) as patched:
             return patched.sites
     statistics = Statistics(find_sites(model, kinds), model_fingerprint(model))
     if needs == "integrated_gradients":

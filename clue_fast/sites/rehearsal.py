@@ -1,9 +1,9 @@
 """Rehearsal: a module's own forward with made-up projections, to see what it computes between them.
 
 What stands in for a projection returns values that were chosen beforehand, and keeps what it was given. Norms pass
-on what they get, and so does whatever else has weights; attention may return more than that. So the arithmetic of a
-module is observed without any of its weights: on every device, sharded, quantized or not loaded at all, at any size in
-a fraction of a millisecond.
+on what they get, and so does whatever else has weights; attention may return more than that. Vectors of the module's
+own are ones. So the arithmetic of a module is observed without any of its weights: on every device, sharded, quantized
+or not loaded at all, at any size in a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def rehearse(
     """Runs the forward of a module's class with stand-ins for its children.
 
     Args:
-        module: stays as it is; its children without weights, such as activations, take part.
+        module: stays as it is; its children without weights, such as activations but for norms, take part.
         arguments: given for the arguments that forward requires, float32 [1, tokens, channels].
         outputs: what the projections of these names are to return, float32 [tokens, outputs].
         training: run as in training.
@@ -65,6 +65,9 @@ def rehearse(
         elif name not in fixed and (dimensions := [p.dim() for p in child.parameters()]):
             fixed[name] = nn.Identity()
             passing += [name] if max(dimensions) > 1 else []
+        elif name not in fixed and _is_norm(child):
+            fixed[name] = nn.Identity()
+    own = {name: p if p is None or p.dim() > 1 else torch.ones(p.shape) for name, p in module._parameters.items()}
     # How many things attention returns shows when they are unpacked.
     attempts = (2, 3) if passing else (1,)
     output = None
@@ -72,6 +75,7 @@ def rehearse(
         play = copy.copy(module)
         play.__dict__["_modules"] = module._modules | fixed | {name: _PassOn(extra, blocks) for name in passing}
         play.__dict__["training"] = training
+        play.__dict__["_parameters"] = own
         try:
             with torch.random.fork_rng(devices=[]):
                 output = type(play).forward(play, *arguments)
@@ -83,6 +87,17 @@ def rehearse(
                 raise
     inputs = {name: actor.seen.flatten(0, -2) for name, actor in stand_ins.items() if actor.seen is not None}
     return Rehearsal(inputs, output)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module without weights shifts and scales each token as a whole."""
+    x = sample(1, 3, 8, seed=0)
+    try:
+        y = module(x)
+        steps = (y - y[..., :1])[..., 1:] / (x - x[..., :1])[..., 1:]
+        return torch.allclose(steps, steps[..., :1].expand_as(steps), rtol=1e-4)
+    except Exception:  # whatever takes other arguments takes part as it is
+        return False
 
 
 def required_arguments(module: nn.Module) -> int:
