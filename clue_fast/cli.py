@@ -63,6 +63,7 @@ def _localize(options: argparse.Namespace) -> None:
         permutations=options.permutations,
         circuit=circuit,
         seed=options.seed,
+        max_length=options.max_length,
         progress=not options.quiet,
     )
     selection.save(options.output)
@@ -108,6 +109,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         samples=options.samples,
         relearn=options.relearn,
         seed=options.seed,
+        max_length=options.max_length,
         progress=not options.quiet,
     )
     print(result.table())
@@ -133,6 +135,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         samples=options.samples,
         relearn=options.relearn,
         seed=options.seed,
+        max_length=options.max_length,
         progress=not options.quiet,
     )
     if options.output is not None:
@@ -259,6 +262,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the hub")
     parser.add_argument("--forget", required=True, help="what must be forgotten: JSON lines, or hub name:subset")
     parser.add_argument("--retain", required=True, help="what must stay: JSON lines, or hub name:subset")
+    parser.add_argument("--max-length", type=int, default=512, help="longer records are cut, in tokens (512)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clue_fast.errors import DataError
 from clue_fast.labels import IGNORED_LABEL, answer_mask
-from clue_fast.whole_text import check_text, render, special_tokens, tokenize
+from clue_fast.limits import check_examples, longest, vocabulary_size
+from clue_fast.whole_text import check_text, render, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,12 +178,33 @@ def encode(
     return examples
 
 
+def encode_for(
+    model: nn.Module,
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    name: str | None = None,
+) -> list[Example]:
+    """``encode`` within what a model can take: no longer than it has positions for.
+
+    Raises:
+        DataError: see ``encode``; or the model has no embedding for a token.
+    """
+    examples = encode(records, tokenizer, longest(model, max_length), name)
+    check_examples(examples, model, name)
+    return examples
+
+
 def check_encoding(
-    sets: Mapping[str, Sequence[Record]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    model: nn.Module,
+    sets: Mapping[str, Sequence[Record]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
 ) -> None:
-    """Raises the DataError of ``encode`` if a record of one of the sets cannot be encoded."""
+    """Raises the DataError of ``encode_for`` if a record of one of the sets cannot be encoded."""
     for name, records in sets.items():
-        _encode(records, tokenizer, max_length, name)
+        examples, _ = _encode(records, tokenizer, longest(model, max_length), name)
+        check_examples(examples, model, name)
 
 
 def encode_prompts(
@@ -190,15 +212,6 @@ def encode_prompts(
 ) -> list[list[int]]:
     """The tokens of each record's prompt, as they stand in front of its answer in ``encode``."""
     return [input_ids[:first] for input_ids, first in _answers_in_tokens(records, tokenizer, name)]
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the end-of-sequence token, and that which ends a turn in the chat template."""
-    ends = {tokenizer.eos_token_id} - {None}
-    if tokenizer.chat_template:
-        last = encode([Record("?", "?")], tokenizer)[0]["input_ids"][-1]
-        ends |= {last} & special_tokens(tokenizer).keys()
-    return ends
 
 
 @dataclass(frozen=True)
@@ -227,12 +240,24 @@ class Collator:
         return batch
 
 
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token id to pad with: the tokenizer's own, or else its end-of-sequence token."""
-    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise DataError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
-    return int(token)
+def padding_token(tokenizer: PreTrainedTokenizerBase | None, model: nn.Module | None = None) -> int:
+    """The token id to pad with: the tokenizer's own, or else its end-of-sequence token.
+
+    For a model that has embeddings for neither, it is that of its configuration, or 0: padding is masked from attention
+    and loss, so that any token will do.
+
+    Raises:
+        DataError: no model is given, and the tokenizer has neither.
+    """
+    tokens = [] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    size = None
+    if model is not None:
+        tokens += [getattr(getattr(model, "config", None), "pad_token_id", None), 0]
+        size = vocabulary_size(model)
+    for token in tokens:
+        if token is not None and token >= 0 and (size is None or token < size):
+            return int(token)
+    raise DataError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -429,7 +454,7 @@ def _encode(
         if not answer_mask(torch.tensor(labels)).any():
             raise DataError(
                 f"{_place(number, name)} keeps no answer token: its prompt has {first} tokens and max_length "
-                f"is {max_length}; raise max_length or shorten the prompt"
+                f"is {max_length}; raise max_length as far as the model has positions, or shorten the prompt"
             )
         examples.append({"input_ids": input_ids, "labels": labels})
     return examples, cut

@@ -102,7 +102,7 @@ def test_the_command_has_the_defaults_of_the_functions() -> None:
     arguments = ["MODEL", "--forget", "F", "--retain", "R", "--output", "O"]
     options = cli._parser().parse_args(["unlearn", *arguments])
     defaults = {name: p.default for name, p in inspect.signature(clue_fast.unlearn).parameters.items()}
-    shared = ("criterion", "fraction", "scope", "strict", "permutations")
+    shared = ("criterion", "fraction", "scope", "strict", "permutations", "max_length")
     names = (
         *shared,
         "batch_size",

@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -83,6 +84,42 @@ class TestSources:
         (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
         assert load_records(tmp_path / "rows.json", "forget") == RECORDS
 
+    @pytest.mark.parametrize("array", [True, False])
+    def test_a_byte_order_mark_is_no_part_of_the_text(self, tmp_path: Path, array: bool) -> None:
+        lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+        text = json.dumps(ROWS, ensure_ascii=False) if array else lines
+        (tmp_path / "rows.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_records(tmp_path / "rows.json", "forget") == RECORDS
+
+    def test_files_with_byte_order_marks_one_behind_another(self, tmp_path: Path) -> None:
+        parts = [b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n" for row in ROWS]
+        (tmp_path / "rows.jsonl").write_bytes(b"".join(parts))
+        assert load_records(tmp_path / "rows.jsonl", "forget") == RECORDS
+
+    @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+    @pytest.mark.parametrize("streamed", [True, False])
+    def test_a_dataset_in_another_format(self, kind: str, streamed: bool) -> None:
+        datasets = pytest.importorskip("datasets")
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+        for rows in (
+            [{**row, "perturbed_answer": ["x", "y"]} for row in ROWS],
+            [{"messages": turns}],
+        ):
+            data = datasets.Dataset.from_list(rows)
+            data = data.to_iterable_dataset() if streamed else data
+            assert load_records(data.with_format(kind), "forget") == load_records(rows, "forget")
+
+    def test_a_dataset_with_a_transform(self) -> None:
+        datasets = pytest.importorskip("datasets")
+        data = datasets.Dataset.from_list([{"q": row["question"], "a": row["answer"]} for row in ROWS])
+        data.set_transform(lambda batch: {"question": batch["q"], "answer": batch["a"]})
+        assert load_records(data, "forget") == RECORDS
+
+    def test_text_of_numpy(self) -> None:
+        row = {name: np.array(text) for name, text in ROWS[0].items()}
+        row["perturbed_answer"] = np.array(["x", "y"])
+        assert load_records([row], "forget") == [Record(**{**vars(RECORDS[0]), "perturbed": ("x", "y")})]
+
     def test_tofu(self, data_dir: Path) -> None:
         records = load_records(data_dir / "tofu" / "forget01_perturbed.json", "forget")
         assert len(records) == 40
@@ -115,6 +152,11 @@ class TestColumns:
         turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Who?"), ("assistant", "Ada.")]
         row = {"messages": [{"role": role, "content": content} for role, content in turns]}
         assert load_records([row], "f") == [Record("Who?", "Ada.", history=tuple(turns[:3]))]
+
+    def test_content_in_parts(self) -> None:
+        parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "?"}]
+        turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+        assert load_records([{"messages": turns}], "f") == [Record("Who?", "Who")]
 
 
 class TestEncode:
@@ -250,6 +292,17 @@ class TestBadInput:
             ({"messages": [{"role": "user"}]}, r"with 'role' and 'content'"),
             ({"messages": [{"role": "user", "content": "q"}]}, r"should end with a user's and an assistant's turn"),
             ("a string", r"record 2: found str"),
+            ({"question": "q", "answer": "a\ud800b"}, r"record 2, column 'answer': character 2 is half of a surrogate"),
+            ({"question": "\udfff", "answer": "a"}, r"record 2, column 'question': character 1 is half of a surrogate"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]},
+                r"record 2: column 'messages.content' holds a part of type 'image'",
+            ),
+            (
+                {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": []}]},
+                r"record 2: column 'messages.content' is empty",
+            ),
+            ({"messages": [{"role": "user", "content": None}]}, r"column 'messages.content' holds NoneType"),
         ],
     )
     def test_row(self, row: object, message: str) -> None:
@@ -265,6 +318,15 @@ class TestBadInput:
             ('{"question": "q", "answer": "a"}\n\n{"question": "q",\n', "line 3: not valid JSON"),
             ('{"question": "q", "answer": "a"}\n\n{"query": "q"}\n', "line 3: found the columns 'query'"),
             ('{"question": "q", "answer": "a"}\n"text"\n', "line 2: found str"),
+            (
+                '{"question": "q", "answer": "a"}\n{"question": "q", "answer": "\\ud800"}\n',
+                "line 2, column 'answer': char",
+            ),
+            ('{"question": "q", "answer": "a", "answer": "b"}', "line 1: the name 'answer' stands twice in one object"),
+            ('[{"question": "q", "answer": "a", "answer": "b"}]', "the name 'answer' stands twice in one object"),
+            ('{"question": "q", "answer": "a"}\n' + "[" * 100_000, "line 2: cannot be read as JSON"),
+            ('{"question": "q", "answer": "a", "n": ' + "1" * 5000 + "}", "line 1: cannot be read as JSON"),
+            ('{"question": "q", "answer": "a\0b"}', "holds NUL bytes"),
             ('[{"question": "q", "answer": "a"},\n {"question"}]', "line 2: not valid JSON"),
             ('[{"question": "q", "answer": "a"},\n {"query": "q"}]', "record 2: found the columns 'query'"),
         ],
@@ -281,6 +343,24 @@ class TestBadInput:
     def test_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(DataError, match=r"rows\.jsonl cannot be read"):
+            load_records(tmp_path / "rows.jsonl", "forget")
+
+    @pytest.mark.parametrize(
+        ("coding", "message"),
+        [
+            ("utf-16", "cannot be read"),
+            ("utf-16-le", "holds NUL bytes, as UTF-16 has them; save it as UTF-8"),
+            ("latin-1", "cannot be read"),
+        ],
+    )
+    def test_text_of_another_coding(self, tmp_path: Path, coding: str, message: str) -> None:
+        rows = (
+            [{"question": "Où ?", "answer": "Là."}]
+            if coding != "utf-16-le"
+            else [{"question": "Where?", "answer": "."}]
+        )
+        (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False), encoding=coding)
+        with pytest.raises(DataError, match=rf"the forget set .*rows\.jsonl {message}.*save it as UTF-8|{message}"):
             load_records(tmp_path / "rows.jsonl", "forget")
 
     def test_no_file(self, tmp_path: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from clue_fast.data import Record, batches_by_length, encode, encode_prompts, end_tokens, padding_token
+from clue_fast.data import Record, batches_by_length, encode, padding_token
 from clue_fast.errors import DataError, SettingError
 from clue_fast.evaluation.state import evaluating, progress_bar
+from clue_fast.labels import IGNORED_LABEL
+from clue_fast.limits import check_examples, longest
+from clue_fast.whole_text import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +29,7 @@ def greedy_answers(
     *,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    max_length: int | None = None,
     progress: bool = True,
     description: str = "answering",
 ) -> list[str]:
@@ -39,15 +44,17 @@ def greedy_answers(
         records: what to ask.
         batch_size: prompts a batch, padded on the left.
         max_new_tokens: longest answer; None: as many as the longest of the records' own answers has.
+        max_length: most tokens of prompt and answer together, where an answer ends; None: as many as the model has
+            positions for.
         progress: shows a bar if it takes longer than a second.
         description: the bar's title.
 
     Raises:
-        DataError: a prompt has no token to start from.
+        DataError: a prompt has no token to start from, or leaves none for an answer, or the model has no embedding for
+            one of its tokens.
     """
-    prompts = _prompts(records, tokenizer)
-    longest = _longest(records, prompts, tokenizer) if max_new_tokens is None else max_new_tokens
-    return _answers(model, tokenizer, prompts, batch_size, longest, progress, description)
+    questions = _questions(model, tokenizer, records, max_new_tokens, max_length)
+    return _answers(model, tokenizer, questions, batch_size, progress, description)
 
 
 def sampled_answers(
@@ -60,6 +67,7 @@ def sampled_answers(
     seed: int = 0,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    max_length: int | None = None,
     progress: bool = True,
     description: str = "sampling answers",
 ) -> list[list[str]]:
@@ -71,14 +79,14 @@ def sampled_answers(
     generator; and the same seed confronts two models with the same draws.
 
     Args:
-        model, tokenizer, records, max_new_tokens, progress, description: as of ``greedy_answers``.
+        model, tokenizer, records, max_new_tokens, max_length, progress, description: as of ``greedy_answers``.
         k: answers a record.
         temperature: logits are divided by it; 1 is the model's own distribution.
         seed: of the draws.
         batch_size: answers a batch.
 
     Raises:
-        DataError: a prompt has no token to start from.
+        DataError: see ``greedy_answers``.
         SettingError: k or the temperature is not above 0.
     """
     if k < 1:
@@ -87,16 +95,14 @@ def sampled_answers(
         raise SettingError(
             f"temperature {temperature} is not a number above 0; greedy_answers takes the likeliest token"
         )
-    prompts = _prompts(records, tokenizer)
-    longest = _longest(records, prompts, tokenizer) if max_new_tokens is None else max_new_tokens
-    draws = torch.rand(len(prompts) * k, longest, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    repeated = [prompt for prompt in prompts for _ in range(k)]
+    questions = _questions(model, tokenizer, records, max_new_tokens, max_length)
+    shape = (len(questions) * k, max((question.tokens for question in questions), default=1))
+    draws = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     answers = _answers(
         model,
         tokenizer,
-        repeated,
+        [question for question in questions for _ in range(k)],
         batch_size,
-        longest,
         progress,
         description,
         lambda rows: _Draw(draws[rows], temperature),
@@ -104,48 +110,84 @@ def sampled_answers(
     return [answers[start : start + k] for start in range(0, len(answers), k)]
 
 
-def _prompts(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    prompts = encode_prompts(records, tokenizer) if records else []
-    empty = next((number for number, prompt in enumerate(prompts, start=1) if not prompt), None)
-    if empty is not None:
-        raise DataError(f"record {empty} has no prompt; an answer needs a question")
-    return prompts
+@dataclass(frozen=True)
+class _Question:
+    """The tokens of a prompt, how many of an answer may follow, and the token that ends it if it is a special one."""
+
+    prompt: list[int]
+    tokens: int
+    end: int | None
 
 
-def _longest(records: Sequence[Record], prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest of the records' own answers, its end included."""
-    pairs = zip(encode(records, tokenizer), prompts, strict=True)
-    return max((len(example["input_ids"]) - len(prompt) for example, prompt in pairs), default=1)
+def _questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    max_new_tokens: int | None,
+    max_length: int | None,
+) -> list[_Question]:
+    examples = encode(records, tokenizer)
+    prompts = [example["input_ids"][: example["labels"].count(IGNORED_LABEL)] for example in examples]
+    limit = longest(model, max_length)
+    special = special_tokens(tokenizer)
+    room = [math.inf if limit is None else limit - len(prompt) for prompt in prompts]
+    own = [len(example["input_ids"]) - len(prompt) for example, prompt in zip(examples, prompts, strict=True)]
+    most = max(map(min, own, room), default=1) if max_new_tokens is None else max_new_tokens
+    questions = []
+    for number, (prompt, left, example) in enumerate(zip(prompts, room, examples, strict=True), start=1):
+        if not prompt:
+            raise DataError(f"record {number} has no prompt; an answer needs a question")
+        if left < 1:
+            raise DataError(
+                f"record {number} has a prompt of {len(prompt)} tokens, which leaves none for an answer: max_length "
+                f"and the positions of the model allow {limit}; shorten it"
+            )
+        last = example["input_ids"][-1]
+        questions.append(_Question(prompt, int(min(most, left)), last if last in special else None))
+    check_examples([{"input_ids": prompt} for prompt in prompts], model)
+    return questions
 
 
 def _answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    questions: Sequence[_Question],
     batch_size: int,
-    max_new_tokens: int,
     progress: bool,
     description: str,
     choice: Callable[[list[int]], _Draw] | None = None,
 ) -> list[str]:
-    """Text that the model adds to each prompt; ``choice`` of the prompts' indices says how a token is chosen."""
-    answers = [""] * len(prompts)
-    padding = padding_token(tokenizer)
+    """Text that the model adds to each prompt; ``choice`` of the questions' indices says how a token is chosen."""
+    answers = [""] * len(questions)
+    padding = padding_token(tokenizer, model)
+    ends = {question.end for question in questions}
     generate: Any = model.generate  # its decorator hides its type
     with (
         evaluating(model) as device,
-        _greedy(model, tokenizer, max_new_tokens),
-        progress_bar(len(prompts), description, progress) as bar,
+        _greedy(model, padding, ends | {tokenizer.eos_token_id}),
+        progress_bar(len(questions), description, progress) as bar,
     ):
-        for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-            input_ids, attention_mask = _pad_left([prompts[index] for index in batch], padding, device)
-            processors = [] if choice is None else [choice(batch)]
-            output = generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors)
+        for batch in _batches(questions, batch_size):
+            input_ids, attention_mask = _pad_left([questions[index].prompt for index in batch], padding, device)
+            output = generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_processor=[] if choice is None else [choice(batch)],
+                max_new_tokens=questions[batch[0]].tokens,
+            )
             texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = text.strip()
             bar.update(len(batch))
     return answers
+
+
+def _batches(questions: Sequence[_Question], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, whose answers may all be as long."""
+    for tokens in sorted({question.tokens for question in questions}, reverse=True):
+        indices = [index for index, question in enumerate(questions) if question.tokens == tokens]
+        for batch in batches_by_length([len(questions[index].prompt) for index in indices], batch_size):
+            yield [indices[place] for place in batch]
 
 
 class _Draw:
@@ -180,21 +222,20 @@ def _pad_left(prompts: Sequence[Sequence[int]], padding: int, device: torch.devi
 
 
 @contextmanager
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
+def _greedy(model: PreTrainedModel, padding: int, ends: Set[int | None]) -> Iterator[None]:
     """Replaces the model's generation settings: `generate` would fill whatever is left open from them."""
     from transformers import GenerationConfig
 
     own: Any = model.generation_config
     own_ends = own.eos_token_id if own is not None else None
-    ends = end_tokens(tokenizer) | {*(own_ends if isinstance(own_ends, list) else [own_ends])} - {None}
+    ends = ends | {*(own_ends if isinstance(own_ends, list) else [own_ends])}
     settings: Any = GenerationConfig  # its constructor carries no types
     model.generation_config = settings(
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=padding_token(tokenizer),
-        eos_token_id=sorted(ends),
+        pad_token_id=padding,
+        eos_token_id=sorted(end for end in ends if end is not None),
     )
     try:
         yield

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.data import Record, check_encoding
+from clue_fast.data import Record, Source, check_encoding, load_records, read_rows
 from clue_fast.errors import DataError, NonFiniteError, SettingError
 from clue_fast.evaluation.answers import greedy_answers, sampled_answers
 from clue_fast.evaluation.relearning import relearn as relearn_records
@@ -120,7 +120,7 @@ class Metrics:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sets: Mapping[str, Sequence[Record]],
+    sets: Mapping[str, Source],
     *,
     forgotten: Collection[str] = ("forget",),
     batch_size: int = 32,
@@ -139,11 +139,13 @@ def evaluate(
     Args:
         model: a causal language model.
         tokenizer: the model's own.
-        sets: records by name, such as {"forget": ..., "retain": ..., "held_out": ...}.
+        sets: data sets by name, such as {"forget": ..., "retain": ..., "held_out": ...}, see ``load_records``; of a
+            list without records nothing is measured.
         forgotten: names of the sets that are to be forgotten; see ``mean_truth_ratio``.
         batch_size: records a batch.
         max_new_tokens: longest greedy answer; None: that of the longest answer in the set.
-        max_length: cuts examples under teacher forcing, in tokens; None: nothing is cut.
+        max_length: longest record, in tokens: what lies beyond is not scored, and answers end there. None: as many as
+            the model has positions for.
         samples: answers to sample to each record, or how many by set, such as {"forget": 20}; see
             ``sampled_answers``. Each takes as long as a greedy answer.
         relearn: records of a set that a copy of the model learns again before it is asked the others, or how many by
@@ -158,11 +160,13 @@ def evaluate(
     """
     drawn = samples if isinstance(samples, Mapping) else dict.fromkeys(sets, samples)
     relearned = relearn if isinstance(relearn, Mapping) else dict.fromkeys(sets, relearn)
-    check_evaluation(sets, drawn, relearned)
-    check_encoding(sets, tokenizer, max_length)
+    rows = {name: read_rows(source, name) for name, source in sets.items()}
+    records_of = {name: load_records(own, name) if own else [] for name, own in rows.items()}
+    check_evaluation(records_of, drawn, relearned)
+    check_encoding(model, records_of, tokenizer, max_length)
     common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     results = {}
-    for name, records in sets.items():
+    for name, records in records_of.items():
         scores = score_answers(
             model, tokenizer, records, max_length=max_length, description=f"{name}: scoring answers", **common
         )
@@ -172,7 +176,7 @@ def evaluate(
                     f"the loss of record {number} of the {name} set is {score.loss}; "
                     "look for NaN in the model's weights"
                 )
-        asked = {**common, "max_new_tokens": max_new_tokens}
+        asked = {**common, "max_new_tokens": max_new_tokens, "max_length": max_length}
         answers = greedy_answers(model, tokenizer, records, description=f"{name}: answering", **asked)
         ratios: list[float] = []
         if records and all(record.perturbed for record in records):
@@ -208,7 +212,6 @@ def evaluate(
                 model,
                 tokenizer,
                 *_dealt_out(records, number, seed),
-                max_length=max_length,
                 description=f"{name}: relearning",
                 **asked,
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clue_fast.data import Collator, Record, encode, padding_token
+from clue_fast.data import Collator, Record, encode_for, padding_token
 from clue_fast.errors import DataError, SettingError
 from clue_fast.evaluation.answers import greedy_answers
 from clue_fast.evaluation.rouge import answered, rouge_recall
@@ -77,7 +77,7 @@ def relearn(
         learning_rate: default 0.2 / width of the model, .001 at a width of 192 and .00005 at 4096.
         batch_size: records a forward pass; it does not change the steps.
         max_new_tokens: longest answer, see ``greedy_answers``.
-        max_length: cuts the records that it learns, in tokens.
+        max_length: cuts the records that it learns, in tokens, and answers, see ``greedy_answers``.
         progress, description: of the bar.
 
     Raises:
@@ -97,15 +97,21 @@ def relearn(
 
     def recalls(asked: PreTrainedModel) -> list[float]:
         answers = greedy_answers(
-            asked, tokenizer, others, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+            asked,
+            tokenizer,
+            others,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            progress=progress,
         )
         return rouge_recall([record.completion for record in others], answers)
 
     before = recalls(model)
     learner: Any = copy.deepcopy(model)  # its methods carry no types
     trained: PreTrainedModel = learner.float().eval().requires_grad_(True)
-    examples = encode(records, tokenizer, max_length)
-    collate = Collator(padding_token(tokenizer))
+    examples = encode_for(model, records, tokenizer, max_length)
+    collate = Collator(padding_token(tokenizer, model))
     batches = [
         {name: values.to(trained.device) for name, values in collate(examples[start : start + batch_size]).items()}
         for start in range(0, len(examples), batch_size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import Collator, Record, batches_by_length, encode, padding_token
+from clue_fast.data import Collator, Record, batches_by_length, encode_for, padding_token
 from clue_fast.evaluation.state import evaluating, progress_bar
 from clue_fast.labels import answer_mask, shift_labels
 
@@ -42,13 +42,14 @@ def score_answers(
 ) -> list[AnswerScore]:
     """Scores each record's completion given its prompt, in the order of the records.
 
-    Log-probabilities are taken in float32 whatever the model's dtype.
+    Log-probabilities are taken in float32 whatever the model's dtype. Of a record longer than ``max_length``, or than
+    the model has positions for, the tokens that are left count.
 
     Raises:
         DataError: a record keeps no answer token within `max_length`.
     """
-    examples = encode(records, tokenizer, max_length)
-    collate = Collator(padding_token(tokenizer))
+    examples = encode_for(model, records, tokenizer, max_length)
+    collate = Collator(padding_token(tokenizer, model))
     scores: list[AnswerScore | None] = [None] * len(examples)
     batches = batches_by_length([len(example["input_ids"]) for example in examples], batch_size)
     with evaluating(model) as device, progress_bar(len(examples), description, progress) as bar:

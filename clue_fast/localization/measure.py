@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clue_fast.data import Collator, Example, Record, check_disjoint, encode, load_records, padding_token
+from clue_fast.data import Collator, Example, Record, check_disjoint, encode_for, load_records, padding_token
 from clue_fast.labels import answer_mask, head_of
 from clue_fast.localization.blocks import BlockStatistics, deal
 from clue_fast.localization.criteria import get_criterion
@@ -62,8 +62,11 @@ def measure(
     sets = _load(forget, retain)
     if get_criterion(criterion).needs == "nothing":
         return Statistics(find_sites(model, kinds), model_fingerprint(model))
-    data = [encode(records, tokenizer, max_length, name) for name, records in zip(DEFAULT_GROUPS, sets, strict=True)]
-    batches = Batches(data, padding_token(tokenizer), tokens_per_batch, progress)
+    data = [
+        encode_for(model, records, tokenizer, max_length, name)
+        for name, records in zip(DEFAULT_GROUPS, sets, strict=True)
+    ]
+    batches = Batches(data, padding_token(tokenizer, model), tokens_per_batch, progress)
     return measure_batches(model, batches, criterion, target=target, kinds=kinds, backend=backend)
 
 
@@ -92,11 +95,11 @@ def measure_blocks(
     """
     sets = dict(zip(DEFAULT_GROUPS, _load(forget, retain), strict=True))
     blocks = deal(sets["forget"], sets["retain"], seed)
-    encoded = {group: encode(records, tokenizer, max_length, group) for group, records in sets.items()}
+    encoded = {group: encode_for(model, records, tokenizer, max_length, group) for group, records in sets.items()}
     data = [[encoded[block.group][place] for place in block.records] for block in blocks]
     # The first two are of forget and of retain records, and have the names that statistics begin with.
     names = [*DEFAULT_GROUPS, *(f"{block.group} {number}" for number, block in enumerate(blocks[2:], start=2))]
-    batches = Batches(data, padding_token(tokenizer), tokens_per_batch, progress, names)
+    batches = Batches(data, padding_token(tokenizer, model), tokens_per_batch, progress, names)
     statistics, inputs = _measure(model, batches, criterion, target, kinds, backend)
     return BlockStatistics(statistics, blocks, inputs)
 

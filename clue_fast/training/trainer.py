@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from clue_fast.data import Collator, Source, check_disjoint, padding_token, read_rows
 from clue_fast.errors import DataError
 from clue_fast.labels import head_of
+from clue_fast.limits import check_examples, longest
 from clue_fast.selection import Selection
 from clue_fast.training.encoding import encode_refusals, encode_set
 from clue_fast.training.hosting import SparseTraining
@@ -61,7 +62,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
             published schedule and the settings that belong to it, see ``clue_fast.training.stages.CLUE``, or a
             sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the schedule of the learning rate
             spans them all. A stage of which the selection has no units is skipped.
-        max_length: longest example in tokens, for records that are not encoded yet.
+        max_length: longest example in tokens, for records that are not encoded yet; None: as many as the model has
+            positions for.
         kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``. A
             ``data_collator`` makes a batch of a list of examples of one set; heads other than causal language
             models need one.
@@ -107,6 +109,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
             args.num_train_epochs = sum(stage.epochs for stage in self.stages)
         seed = args.seed if args.data_seed is None else args.data_seed
         collate = kwargs.pop("data_collator", None)
+        max_length = longest(model, max_length)
         # Read once: the records to forget are looked at again for refusals.
         forget_dataset = read_rows(forget_dataset, "forget", keep_format=collate is not None)
         forget, retain = (
@@ -128,8 +131,12 @@ class UnlearnTrainer(SparseTraining, Trainer):
                 raise DataError(
                     f"{len(alternate)} alternate answers to {len(forget)} forget records; give one to each, in order"
                 )
+        if collate is None:
+            for name, examples in (("forget", forget), ("retain", retain), ("alternate", alternate or [])):
+                check_examples(examples, model, name)
         self._sampler = PairSampler(len(forget), len(retain), seed, retain_ratio)
         self._logged: dict[str, list[Tensor]] = {}
+        self._special_tokens = _special_tokens(model)
         self.groups_tokens = False
         detach_quantizer(model)
         # First, since a Trainer creates its output folder as soon as it is made.
@@ -141,7 +148,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
                     args=args,
                     processing_class=processing_class,
                     train_dataset=PairedRecords(forget, retain, alternate),
-                    data_collator=PairCollator(collate or Collator(_padding(model, processing_class))),
+                    data_collator=PairCollator(collate or Collator(padding_token(processing_class, model))),
                     **kwargs,
                 )
             self.host(sparse, layer_lr, master)
@@ -192,10 +199,16 @@ class UnlearnTrainer(SparseTraining, Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the trainer the epoch."""
+    """Tells the trainer the epoch, and keeps the special tokens that the model is configured with."""
 
     def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # A Trainer writes the tokenizer's into the configuration, a padding token without an embedding too, with which
+        # no checkpoint loads.
+        for config, name, token in self.trainer._special_tokens:
+            setattr(config, name, token)
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         # A whole number at the start of an epoch; in a resumed one, somewhere within it.
@@ -211,6 +224,14 @@ def _prepared(args: TrainingArguments | None) -> TrainingArguments:
     return args
 
 
+def _special_tokens(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """The special tokens that a model is configured with: where, name and value."""
+    config: Any = getattr(model, "config", None)
+    configs = (None if config is None else config.get_text_config(), getattr(model, "generation_config", None))
+    names = ("eos_token_id", "bos_token_id", "pad_token_id")
+    return [(one, name, getattr(one, name)) for one in configs for name in names if hasattr(one, name)]
+
+
 @contextmanager
 def _same_use_cache(model: nn.Module) -> Iterator[None]:
     """Keeps ``config.use_cache``, which a Trainer turns off and every checkpoint would then carry."""
@@ -219,10 +240,3 @@ def _same_use_cache(model: nn.Module) -> Iterator[None]:
     yield
     if before is not None:
         config.use_cache = before
-
-
-def _padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if tokenizer is not None:
-        return padding_token(tokenizer)
-    token = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return 0 if token is None else int(token)  # masked from attention and loss, so any token will do

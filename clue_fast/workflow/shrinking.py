@@ -52,7 +52,9 @@ def split_forget(records: int, seed: int) -> Split:
     return Split(tuple(sorted(drawn)), tuple(index for index in range(records) if index not in drawn))
 
 
-def unanswered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> float:
+def unanswered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], max_length: int | None = None
+) -> float:
     """Share of the records whose question is not answered (recall below 0.5), nor its rewording where it has one."""
     asked = [
         (number, replace(record, prompt=prompt))
@@ -60,7 +62,8 @@ def unanswered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recor
         for prompt in (record.prompt, record.paraphrased_prompt)
         if prompt is not None
     ]
-    answers = greedy_answers(model, tokenizer, [record for _, record in asked], progress=False)
+    questions = [record for _, record in asked]
+    answers = greedy_answers(model, tokenizer, questions, max_length=max_length, progress=False)
     recalls = rouge_recall([record.completion for _, record in asked], answers)
     answered = {number for (number, _), recall in zip(asked, recalls, strict=True) if recall >= ANSWERED}
     return 1.0 - len(answered) / len(records)
@@ -72,6 +75,7 @@ def shrink_update(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     target: float,
+    max_length: int | None = None,
 ) -> tuple[float, float]:
     """Shrinks the update as far as that share of the records stays unanswered.
 
@@ -81,8 +85,8 @@ def shrink_update(
     """
     try:
         # Shares of n records are multiples of 1 / n: the tolerance is for rounding alone.
-        share = shrink(sparse, lambda: unanswered(model, tokenizer, records) >= target - 1e-9)
-        return share, unanswered(model, tokenizer, records)
+        share = shrink(sparse, lambda: unanswered(model, tokenizer, records, max_length) >= target - 1e-9)
+        return share, unanswered(model, tokenizer, records, max_length)
     except BaseException:
         sparse.revert()
         sparse.restore()

@@ -78,7 +78,7 @@ def train_selected(
         if progress:
             trainer.add_callback(_progress_bar())
         if evaluate_every:
-            trainer.add_callback(_recall_callback(tokenizer, sets, evaluate_every, recalls))
+            trainer.add_callback(_recall_callback(tokenizer, sets, evaluate_every, max_length, recalls))
         try:
             trainer.train()
         except BaseException:
@@ -110,6 +110,7 @@ def _recall_callback(
     tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, Sequence[Record]],
     every: int,
+    max_length: int,
     recalls: list[dict[str, float]],
 ) -> TrainerCallback:
     """Appends the ROUGE-L recall of up to 32 records a set to ``recalls``, at the start and every so many steps."""
@@ -119,7 +120,7 @@ def _recall_callback(
 
     class RecallCallback(TrainerCallback):
         def measure(self, model: Any, step: int) -> None:
-            figures = evaluate(model, tokenizer, sample, progress=False)
+            figures = evaluate(model, tokenizer, sample, max_length=max_length, progress=False)
             recalls.append({"step": step, **{f"{name}_recall": m.rouge_recall for name, m in figures.items()}})
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

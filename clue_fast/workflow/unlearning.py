@@ -152,7 +152,7 @@ def unlearn(
         samples, relearn: answers to sample to each forget question, and forget records that a copy of the model learns
             again, when it is evaluated; see ``clue_fast.evaluate``.
         seed: of everything that is random.
-        max_length: longer records are cut, in tokens.
+        max_length: longer records are cut, in tokens, in training and in evaluation.
         backend: forces a backend for recording.
         progress: show progress bars.
 
@@ -182,7 +182,7 @@ def unlearn(
         raise SettingError("stages have epochs of their own; leave epochs out")
     if selection is not None and circuit is not None:
         raise SettingError("settings of circuits make a selection, and one is given already; leave out one of both")
-    measures = _measures(samples, relearn, seed, progress)
+    measures = _measures(samples, relearn, seed, max_length, progress)
     check_evaluation(sets, measures["samples"], measures["relearn"])
     split = None if forget_target is None else split_forget(len(sets["forget"]), seed)
     if split is not None and teaches_answers(chosen_objective, every):
@@ -193,7 +193,9 @@ def unlearn(
     if split is not None and isinstance(reference, Mapping):
         reference["forget"].subset(split.reported)  # refuses figures without the values of each record
     other_answers = None if alternate is None else load_records(alternate, "alternate")
-    check_encoding(sets if other_answers is None else {**sets, "alternate": other_answers}, tokenizer, max_length)
+    check_encoding(
+        model, sets if other_answers is None else {**sets, "alternate": other_answers}, tokenizer, max_length
+    )
     check_weights(model)
     detach_quantizer(model)
     check_saving(model, output_dir, tokenizer)
@@ -258,7 +260,7 @@ def unlearn(
             now = audit.snapshot(model)
             whole = {name: weight for name, weight in now.items() if not torch.equal(weight, before[name])}
             validation = [sets["forget"][index] for index in split.validation]
-            share, unanswered = shrink_update(sparse, model, tokenizer, validation, forget_target)
+            share, unanswered = shrink_update(sparse, model, tokenizer, validation, forget_target, max_length)
             shrinking = {
                 "forget_target": forget_target,
                 "update_kept": share,
@@ -337,6 +339,7 @@ def evaluate_model(
     samples: int = 0,
     relearn: int = 0,
     seed: int = 0,
+    max_length: int = 512,
     progress: bool = True,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns the figures of a model, and of a reference beside it: ``{"model": {set: figures}, "reference": ...}``.
@@ -344,7 +347,7 @@ def evaluate_model(
     Samples are drawn, and records relearned, of the forget set; see ``clue_fast.evaluate``.
     """
     sets = load_sets(forget, retain, held_out)
-    measures = _measures(samples, relearn, seed, progress)
+    measures = _measures(samples, relearn, seed, max_length, progress)
     models = {"model": model} | ({} if reference is None else {"reference": reference})
     return {
         title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, **measures).items()}
@@ -352,9 +355,10 @@ def evaluate_model(
     }
 
 
-def _measures(samples: int, relearn: int, seed: int, progress: bool) -> dict[str, Any]:
+def _measures(samples: int, relearn: int, seed: int, max_length: int, progress: bool) -> dict[str, Any]:
     """Arguments of ``evaluate``: how deeply something is forgotten is asked of the forget set alone."""
-    return {"samples": {"forget": samples}, "relearn": {"forget": relearn}, "seed": seed, "progress": progress}
+    depth = {"samples": {"forget": samples}, "relearn": {"forget": relearn}}
+    return {**depth, "seed": seed, "max_length": max_length, "progress": progress}
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from clue_fast.errors import DataError
 from clue_fast.training.encoding import encode_refusals, encode_set
@@ -63,8 +65,36 @@ def test_padding_of_examples_is_taken_off():
     assert encode_set([padded], "forget", None, None) == [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "lists of tensors"])
+def test_examples_as_tensors_or_arrays(kind):
+    plain = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5, 6], "labels": [-100, 6]}]
+    if kind == "lists of tensors":
+        source = [{key: torch.tensor(value) for key, value in example.items()} for example in plain]
+    else:
+        source = pytest.importorskip("datasets").Dataset.from_list(plain).with_format(kind)
+        kept = encode_set(source, "forget", None, None, collated=True)
+        assert [type(example["labels"]) for example in kept] == [torch.Tensor if kind == "torch" else np.ndarray] * 2
+    assert encode_set(source, "forget", None, None) == plain
+    with pytest.raises(DataError, match="the forget set is encoded already"):
+        encode_refusals(source, Characters(), None, seed=0)
+
+
+def test_examples_and_records_that_can_be_read_once():
+    plain = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+    assert encode_set(iter(plain), "forget", None, None) == plain
+    tokenizer = Characters()
+    assert encode_set(iter(FORGET), "forget", tokenizer, None) == encode_set(FORGET, "forget", tokenizer, None)
+    assert encode_refusals(iter(FORGET), tokenizer, None, 0) == encode_refusals(FORGET, tokenizer, None, 0)
+
+
+@pytest.mark.parametrize("labels", [[-100, 6], [[5], [6], [7]], [0.5, 6.0, 7.0]])
+def test_examples_whose_labels_are_not_those_of_their_tokens(labels):
+    with pytest.raises(DataError, match="example 1 of the forget set"):
+        encode_set([{"input_ids": [5, 6, 7], "labels": labels}], "forget", None, None)
+
+
 def test_other_examples_need_a_collator():
     other = [{"input_ids": [5, 6], "labels": 1}]
-    with pytest.raises(DataError, match="the forget set holds input_ids, labels and needs a collator"):
+    with pytest.raises(DataError, match="example 1 of the forget set holds input_ids, labels and needs a collator"):
         encode_set(other, "forget", None, None)
     assert encode_set(other, "forget", None, None, collated=True) == other

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clue_fast.data import Record, padding_token
+from clue_fast.data import Record, check_encoding, padding_token
 from clue_fast.errors import BudgetError, UnknownNameError
+from clue_fast.limits import check_examples, longest
 from clue_fast.localization.circuit.architecture import find_architecture
 from clue_fast.localization.circuit.attribution import EdgeScores, edge_scores
 from clue_fast.localization.circuit.corruption import CORRUPTIONS, CorruptedSet, corrupt
@@ -171,7 +172,11 @@ def discover(
     graph = Graph(find_architecture(model))
     count = settings.edge_count(graph)
     sets = {FORGET: forget, **retain}
-    corrupted = corrupt(sets, tokenizer, corruption=settings.corruption, max_length=max_length)
+    limit = longest(model, max_length)
+    check_encoding(model, sets, tokenizer, limit)
+    corrupted = corrupt(sets, tokenizer, corruption=settings.corruption, max_length=limit)
+    for name, own in corrupted.items():
+        check_examples([{"input_ids": example.corrupted_ids} for example in own.examples], model, name)
     total = sum(len(own.examples) for own in corrupted.values())
     scores = {}
     with inference(model), tqdm(total=total, desc="circuits", unit="record", disable=not progress) as bar:
@@ -180,7 +185,7 @@ def discover(
                 model,
                 graph,
                 own.examples,
-                pad_token_id=padding_token(tokenizer),
+                pad_token_id=padding_token(tokenizer, model),
                 target=target,
                 steps=settings.steps,
                 tokens_per_batch=settings.tokens_per_batch,
