@@ -7,6 +7,9 @@ For each setting: what is still answered of the forget set (greedily, in the bes
 after ten steps of relearning on six), and what is kept of the recall on records that took part and on records that did
 not. The models are trained once and kept in a folder. Results are appended to ``bench/results/defaults.jsonl`` run by
 run; what is there already is not run again, so that a search that was interrupted goes on.
+
+``bench/results/defaults_search.jsonl`` holds the runs by which the defaults were chosen, with an earlier form of this
+script: the same settings and data, relearning at a rate of 1e-3, sampling by ``generate``.
 """
 
 from __future__ import annotations
