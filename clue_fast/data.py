@@ -228,15 +228,15 @@ class Collator:
         """Pads and stacks the examples."""
         shape = (len(examples), max(len(example["input_ids"]) for example in examples))
         batch = {
-            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED_LABEL, dtype=torch.long),
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long, device="cpu"),
+            "attention_mask": torch.zeros(shape, dtype=torch.long, device="cpu"),
+            "labels": torch.full(shape, IGNORED_LABEL, dtype=torch.long, device="cpu"),
         }
         for row, example in enumerate(examples):
             length = len(example["input_ids"])
-            batch["input_ids"][row, :length] = torch.as_tensor(example["input_ids"])
+            batch["input_ids"][row, :length] = torch.as_tensor(example["input_ids"], device="cpu")
             batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = torch.as_tensor(example["labels"])
+            batch["labels"][row, :length] = torch.as_tensor(example["labels"], device="cpu")
         return batch
 
 
@@ -451,7 +451,7 @@ def _encode(
         if max_length is not None and len(input_ids) > max_length:
             cut += 1
             input_ids, labels = input_ids[:max_length], labels[:max_length]
-        if not answer_mask(torch.tensor(labels)).any():
+        if not answer_mask(torch.tensor(labels, device="cpu")).any():
             raise DataError(
                 f"{_place(number, name)} keeps no answer token: its prompt has {first} tokens and max_length "
                 f"is {max_length}; raise max_length as far as the model has positions, or shorten the prompt"

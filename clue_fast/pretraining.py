@@ -101,7 +101,7 @@ def train_model(
     longest = max(len(example["input_ids"]) for example in examples)
     config: Any = LlamaConfig  # its constructor carries no types
     model: LlamaForCausalLM
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
             config(
@@ -179,11 +179,11 @@ def _answer_loss(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> tuple[Ten
 
 def _batches(lengths: Sequence[int], batch_size: int, order: torch.Generator) -> Iterator[list[int]]:
     """Every index once, in random batches of similar length."""
-    shuffled = torch.randperm(len(lengths), generator=order).tolist()
+    shuffled = torch.randperm(len(lengths), generator=order, device="cpu").tolist()
     window = batch_size * 8
     batches = []
     for start in range(0, len(shuffled), window):
         near = sorted(shuffled[start : start + window], key=lambda index: lengths[index])
         batches += [near[first : first + batch_size] for first in range(0, len(near), batch_size)]
-    for index in torch.randperm(len(batches), generator=order).tolist():
+    for index in torch.randperm(len(batches), generator=order, device="cpu").tolist():
         yield batches[index]

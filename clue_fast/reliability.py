@@ -89,13 +89,13 @@ def chance_overlap(widths: tuple[int, ...], first: tuple[int, ...], second: tupl
         widths: units of each layer.
         first, second: units that each draw takes of each layer.
     """
-    least, shared = 0, torch.ones(1, dtype=torch.float64)
+    least, shared = 0, torch.ones(1, dtype=torch.float64, device="cpu")
     for width, a, b in zip(widths, first, second, strict=True):
         low, own = _hypergeometric(width, a, b)
         shared = conv1d(shared[None, None], own.flip(0)[None, None], padding=len(own) - 1)[0, 0]
         below, shared = _trimmed(shared)
         least += low + below
-    both = least + torch.arange(len(shared), dtype=torch.float64)
+    both = least + torch.arange(len(shared), dtype=torch.float64, device="cpu")
     either = sum(first) + sum(second) - both
     overlap = torch.where(either > 0, both / either, 1.0)
     return float((shared * overlap).sum() / shared.sum())
@@ -104,10 +104,10 @@ def chance_overlap(widths: tuple[int, ...], first: tuple[int, ...], second: tupl
 def _hypergeometric(width: int, a: int, b: int) -> tuple[int, Tensor]:
     """The least number in both of two draws of a and b out of so many, and the probabilities from there on."""
     low = max(0, a + b - width)
-    both = torch.arange(low, min(a, b) + 1, dtype=torch.float64)
+    both = torch.arange(low, min(a, b) + 1, dtype=torch.float64, device="cpu")
 
     def log_ways(total: float | Tensor, chosen: Tensor) -> Tensor:
-        total = torch.as_tensor(total, dtype=torch.float64)
+        total = torch.as_tensor(total, dtype=torch.float64, device="cpu")
         return torch.lgamma(total + 1) - torch.lgamma(chosen + 1) - torch.lgamma(total - chosen + 1)
 
     below, probabilities = _trimmed((log_ways(float(a), both) + log_ways(float(width - a), b - both)).softmax(0))

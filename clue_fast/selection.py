@@ -126,7 +126,7 @@ class Selection:
         for name in categories:
             if name not in CATEGORIES:
                 raise UnknownNameError("category", name, CATEGORIES)
-        kept = torch.tensor([CATEGORIES.index(name) for name in categories], dtype=torch.int8)
+        kept = torch.tensor([CATEGORIES.index(name) for name in categories], dtype=torch.int8, device="cpu")
         changed = {site: values * torch.isin(values, kept) for site, values in self.categories.items()}
         source = self._derived(restricted_to=list(categories))
         return Selection(self.sites, changed, self.scores, source, self.fingerprint)

@@ -76,7 +76,7 @@ class Statistics:
         self.sites = tuple(sites)
         self.fingerprint = fingerprint
         self.groups = list(groups)
-        widths = torch.tensor([0] + [site.width for site in self.sites], dtype=torch.int64)
+        widths = torch.tensor([0] + [site.width for site in self.sites], dtype=torch.int64, device="cpu")
         self.offsets = widths.cumsum(0)
         units = int(self.offsets[-1])
         self.values = torch.zeros(len(self.groups), len(FIELDS), units, dtype=torch.float64, device=device)

@@ -97,7 +97,7 @@ def sampled_answers(
         )
     questions = _questions(model, tokenizer, records, max_new_tokens, max_length)
     shape = (len(questions) * k, max((question.tokens for question in questions), default=1))
-    draws = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    draws = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu")
     answers = _answers(
         model,
         tokenizer,
@@ -213,10 +213,10 @@ class _Draw:
 def _pad_left(prompts: Sequence[Sequence[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 [prompts, longest]; every prompt ends in the last column."""
     shape = (len(prompts), max(map(len, prompts)))
-    input_ids = torch.full(shape, padding, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
+    input_ids = torch.full(shape, padding, dtype=torch.long, device="cpu")
+    attention_mask = torch.zeros(shape, dtype=torch.long, device="cpu")
     for row, prompt in enumerate(prompts):
-        input_ids[row, -len(prompt) :] = torch.as_tensor(prompt)
+        input_ids[row, -len(prompt) :] = torch.as_tensor(prompt, device="cpu")
         attention_mask[row, -len(prompt) :] = 1
     return input_ids.to(device), attention_mask.to(device)
 

@@ -34,7 +34,7 @@ def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float], mean
         perturbed_losses: mean losses a token of the wrong answers.
         mean: how the wrong answers are averaged.
     """
-    losses = torch.as_tensor(perturbed_losses, dtype=torch.float64)
+    losses = torch.as_tensor(perturbed_losses, dtype=torch.float64, device="cpu")
     arithmetic = torch.logsumexp(-losses, 0) - math.log(len(losses))
     log_mean = -losses.mean() if mean == "geometric" else arithmetic
     return float(torch.exp(log_mean + paraphrased_loss))

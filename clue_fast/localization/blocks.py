@@ -78,7 +78,7 @@ class BlockStatistics:
     @property
     def truth(self) -> Tensor:
         """The labels that the data have, [2, blocks] bool."""
-        return torch.tensor([[block.group == group for block in self.blocks] for group in DEFAULT_GROUPS])
+        return torch.tensor([[block.group == group for block in self.blocks] for group in DEFAULT_GROUPS], device="cpu")
 
     def permuted(self, number: int, seed: int) -> Tensor:
         """Labels exchanged at random between blocks of one size, [number, 2, blocks] bool."""
@@ -90,8 +90,8 @@ class BlockStatistics:
                 by_size.setdefault(len(block.records), []).append(place)
         for own in labels:
             for places in by_size.values():
-                order = torch.tensor(places)[torch.randperm(len(places), generator=generator)]
-                own[:, places] = own[:, order]
+                order = torch.randperm(len(places), generator=generator, device="cpu")
+                own[:, places] = own[:, torch.tensor(places, device="cpu")[order]]
         return labels
 
     def halves(self, number: int, seed: int) -> Tensor:
@@ -101,13 +101,13 @@ class BlockStatistics:
         """
         truth = self.truth
         if int(truth.sum(1).min()) < 2:
-            return torch.zeros(0, 2, *truth.shape, dtype=torch.bool)
+            return torch.zeros(0, 2, *truth.shape, dtype=torch.bool, device="cpu")
         generator = torch.Generator().manual_seed(seed)
-        first = torch.zeros(number, len(self.blocks), dtype=torch.bool)
+        first = torch.zeros(number, len(self.blocks), dtype=torch.bool, device="cpu")
         for half in first:
             for own in truth:
                 places = torch.nonzero(own).flatten()
-                order = places[torch.randperm(len(places), generator=generator)]
+                order = places[torch.randperm(len(places), generator=generator, device="cpu")]
                 half[order[: len(order) // 2]] = True
         return torch.stack([truth & first[:, None], truth & ~first[:, None]], dim=1)
 

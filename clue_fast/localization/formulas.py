@@ -211,4 +211,6 @@ def random(measured: Measured) -> Tensor:
     """
     statistics = measured.statistics
     units = int(statistics.offsets[-1])
-    return torch.rand(units, generator=torch.Generator().manual_seed(measured.seed)).to(statistics.values.device)
+    return torch.rand(units, generator=torch.Generator().manual_seed(measured.seed), device="cpu").to(
+        statistics.values.device
+    )

@@ -100,6 +100,6 @@ def _bind(model: nn.Module, part: Part, number: int, site_index: int, units: sli
     else:
         rows = (part.dim == 0) != _is_transposed(module)
         side, features = (ROWS, outputs) if rows else (COLUMNS, inputs)
-    index = part.index(torch.arange(site.width))
-    everything = len(index) == features and bool((index == torch.arange(features)).all())
+    index = part.index(torch.arange(site.width, device="cpu"))
+    everything = len(index) == features and bool((index == torch.arange(features, device="cpu")).all())
     return Owned(site_index, number, units, path, side, None if everything else index, site.width)

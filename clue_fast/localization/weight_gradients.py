@@ -39,7 +39,7 @@ class _BackwardRecorder:
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[Owned]) -> None:
-        self.groups = torch.zeros(0, dtype=torch.int64)
+        self.groups = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._model = model
         self._by_module: dict[str, list[Owned]] = defaultdict(list)
         for owned in parts:

@@ -32,7 +32,7 @@ class WeightInputRecorder:
 
     def __init__(self, model: nn.Module, statistics: Statistics) -> None:
         self.statistics = statistics
-        self.groups = torch.zeros(0, 0, dtype=torch.int8)
+        self.groups = torch.zeros(0, 0, dtype=torch.int8, device="cpu")
         self._model = model
         self._by_module: dict[str, list[Owned]] = defaultdict(list)
         for owned in owned_parts(model, statistics):
@@ -54,7 +54,7 @@ class WeightInputRecorder:
         self._handles.clear()
         if kind is None and self._squares:
             self.statistics.allocate_record_sums(WEIGHTED_INPUT)
-            weighted = self.weighted(torch.eye(len(self.statistics.groups), dtype=torch.bool))
+            weighted = self.weighted(torch.eye(len(self.statistics.groups), dtype=torch.bool, device="cpu"))
             self.statistics.record_sums[WEIGHTED_INPUT] += weighted * self.statistics.records[:, None]
 
     def count_records(self) -> None:

@@ -52,7 +52,7 @@ def probe(site: Site, module: nn.Module, fused: Callable[..., Tensor], inputs: t
 
 def random_input(module: nn.Module, channels: int) -> Tensor:
     """Returns a few tokens for a module, [1, tokens, channels], in the precision and on the device of its weights."""
-    parameters = [*module.parameters(), torch.empty(0)]
+    parameters = [*module.parameters(), torch.empty(0, device="cpu")]
     dtype = next(p.dtype for p in parameters if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, TOKENS, channels, generator=generator).to(parameters[0].device, dtype)
+    return torch.randn(1, TOKENS, channels, generator=generator, device="cpu").to(parameters[0].device, dtype)

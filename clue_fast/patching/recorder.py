@@ -74,7 +74,7 @@ class Recorder:
     generating: dict[str, int] | None = None
     pending: list[Batch] = field(default_factory=list)
     recomputed: bool = False
-    outside: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    outside: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"))
     elsewhere: dict[torch.device, Statistics] = field(default_factory=dict)
     snapshots: list[Tensor] = field(default_factory=list)
 

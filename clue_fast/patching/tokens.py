@@ -189,8 +189,8 @@ class Batch:
             raise PatchError("images are read outside of the forward of the model; give batches of one group")
         sizes = self.images.sizes_of(tokens)
         owners = self.images.rows_of(sizes)
-        group = torch.tensor([numbers[row] for row in owners], dtype=torch.int8)
-        return self.put(IMAGES, group.repeat_interleave(torch.tensor(sizes)).to(device))
+        group = torch.tensor([numbers[row] for row in owners], dtype=torch.int8, device="cpu")
+        return self.put(IMAGES, group.repeat_interleave(torch.tensor(sizes, device="cpu")).to(device))
 
     def same_groups(self, other: Batch) -> bool:
         """Returns whether the tokens of another batch are in the same groups, tower by tower."""

@@ -129,7 +129,7 @@ def _rehearse(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str |
     if hasattr(module, "config"):
         actor.__dict__["config"] = _Eager(module.config)
     x, weights = draw(4, TOKENS, HIDDEN), draw(5, TOKENS, 2)
-    chosen = torch.arange(2 * TOKENS).reshape(TOKENS, 2) % experts
+    chosen = torch.arange(2 * TOKENS, device="cpu").reshape(TOKENS, 2) % experts
     found = type(actor).forward(actor, x, chosen, weights)
 
     z = torch.einsum("nd,nkfd->nkf", x, gate_up[chosen]) + (gate_up_bias[chosen] if stack.gate_up_bias else 0.0)

@@ -128,7 +128,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
                     f"{site.name} is part of {part.parameter}, which {type(model).__name__} does not have"
                 )
             shape = parameter.shape if part.lead is None else parameter.shape[1:]
-            end = int(part.index(torch.tensor([site.width - 1])).max()) + 1
+            end = int(part.index(torch.tensor([site.width - 1], device="cpu")).max()) + 1
             if part.dim >= len(shape) or end > shape[part.dim] or (part.lead or 0) >= parameter.shape[0]:
                 raise SelectionError(
                     f"{site.name} has {site.width} units, {part.parameter} is {list(parameter.shape)}; "

@@ -146,7 +146,7 @@ class _Trial:
 
     def input_of_down(self, values: Mapping[str, Tensor], **how: Any) -> Tensor:
         seen = rehearse(self.module, how.pop("arguments", self.arguments), values, until=self.down, **how).inputs
-        return seen.get(self.down, torch.empty(0))
+        return seen.get(self.down, torch.empty(0, device="cpu"))
 
     def is_something_else(self) -> bool:
         """Whether ``down`` is not called, or reads anything but what other projections give for the same token, or

@@ -67,7 +67,10 @@ def rehearse(
             passing += [name] if max(dimensions) > 1 else []
         elif name not in fixed and _is_norm(child):
             fixed[name] = nn.Identity()
-    own = {name: p if p is None or p.dim() > 1 else torch.ones(p.shape) for name, p in module._parameters.items()}
+    own = {
+        name: p if p is None or p.dim() > 1 else torch.ones(p.shape, device="cpu")
+        for name, p in module._parameters.items()
+    }
     # How many things attention returns shows when they are unpacked.
     attempts = (2, 3) if passing else (1,)
     output = None
@@ -109,7 +112,7 @@ def required_arguments(module: nn.Module) -> int:
 
 def sample(*shape: int, seed: int) -> Tensor:
     """Returns values spread over [-6, 6], where activations differ from each other, float32, the same every time."""
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 12.0 - 6.0
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), device="cpu") * 12.0 - 6.0
 
 
 class _ReachedError(Exception):

@@ -104,7 +104,7 @@ class Site:
 
         int64 [width * channels], unit by unit.
         """
-        units = torch.arange(self.width)
+        units = torch.arange(self.width, device="cpu")
         weight = [part for part in self.parts if part.parameter == self.parts[0].parameter]
         return torch.cat([part.index(units).reshape(self.width, -1) for part in weight], dim=1).flatten()
 

@@ -52,7 +52,7 @@ def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, 
 
 def _selected(selection: Selection, name: str, shape: torch.Size) -> Tensor:
     """Which numbers of a parameter belong to selected units, bool."""
-    mask = torch.zeros(shape, dtype=torch.bool)
+    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for site in selection.sites:
         for part in site.parts:
             if part.parameter == name:

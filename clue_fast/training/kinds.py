@@ -58,7 +58,7 @@ def is_linear(module: nn.Module) -> bool:
     projection = projection_of(module, "")
     assert projection is not None
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-    x = torch.randn(3, projection.inputs, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(3, projection.inputs, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     chosen = torch.arange(0, projection.outputs, -(-projection.outputs // 64), device=weight.device)
     matrix = weight.index_select(projection.output_dim, chosen).double()
     expected = x.double() @ (matrix.t() if projection.output_dim == 0 else matrix)

@@ -172,16 +172,16 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _numbers(self, entries: list[tuple[TrainedPart, dict[str, Any]]]) -> tuple[Tensor, Tensor, Tensor]:
         """Rate, weight decay and step of each part, as operators take them."""
         return (
-            torch.tensor([float(group["lr"]) for _, group in entries], dtype=torch.float64),
-            torch.tensor([float(group["weight_decay"]) for _, group in entries], dtype=torch.float64),
-            torch.tensor([self.state[part.selected]["step"] for part, _ in entries], dtype=torch.int64),
+            torch.tensor([float(group["lr"]) for _, group in entries], dtype=torch.float64, device="cpu"),
+            torch.tensor([float(group["weight_decay"]) for _, group in entries], dtype=torch.float64, device="cpu"),
+            torch.tensor([self.state[part.selected]["step"] for part, _ in entries], dtype=torch.int64, device="cpu"),
         )
 
     def _masters(self, parts: list[TrainedPart]) -> tuple[list[Tensor] | None, Tensor | None]:
         """Master values, or the seeds of stochastic rounding in their place."""
         if self.master == "fp32":
             return matrices(part.selected.detach() for part in parts), None
-        return None, torch.tensor([part.rounding_seed for part in parts], dtype=torch.int64)
+        return None, torch.tensor([part.rounding_seed for part in parts], dtype=torch.int64, device="cpu")
 
     def _moments(self, name: str, parts: list[TrainedPart]) -> list[Tensor]:
         return matrices(self.state[part.selected][name] for part in parts)

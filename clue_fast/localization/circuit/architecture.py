@@ -265,7 +265,7 @@ def _projections(model: nn.Module, inside: str, names: list[str], output: str) -
         widths = [matrix(model.get_submodule(path)).shape[0] for path in paths]
         if widths[0] != heads * head_dim or widths[1] != widths[2]:
             raise CircuitError(f"the projections of {inside} have {widths} outputs for {heads} heads of {head_dim}")
-        rows = [torch.arange(width).view(-1, head_dim) for width in widths]
+        rows = [torch.arange(width, device="cpu").view(-1, head_dim) for width in widths]
         return [Projection(path, index) for path, index in zip(paths, rows, strict=True)]
     packed = matrix(model.get_submodule(paths[0])).shape[0]
     kv_heads = (packed // head_dim - heads) // 2
@@ -277,7 +277,7 @@ def _packed_rows(
     model: nn.Module, packed: str, output: str, heads: int, kv_heads: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which layout a packed projection has: of one token alone, what a head finds is its value vector."""
-    every = torch.arange((heads + 2 * kv_heads) * head_dim)
+    every = torch.arange((heads + 2 * kv_heads) * head_dim, device="cpu")
     by_kind = torch.split(every.view(-1, head_dim), [heads, kv_heads, kv_heads])
     grouped = every.view(kv_heads, heads // kv_heads + 2, head_dim)
     by_group = grouped[:, :-2].reshape(heads, head_dim), grouped[:, -2], grouped[:, -1]

@@ -94,7 +94,7 @@ def edge_scores(
     if not examples:
         raise CircuitError("edge attribution needs at least one record with a corrupted example")
     device = next(model.parameters()).device
-    totals = [torch.zeros(graph.valid.shape, dtype=torch.float64) for _ in range(2)]
+    totals = [torch.zeros(graph.valid.shape, dtype=torch.float64, device="cpu") for _ in range(2)]
     attribution = _Attribution(model, graph, target, chunk_bytes)
     for batch in _batches(examples, pad_token_id, tokens_per_batch, device):
         for pair, runs in attribution.runs(batch, steps):

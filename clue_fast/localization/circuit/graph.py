@@ -78,8 +78,8 @@ class Graph:
     @cached_property
     def valid(self) -> Tensor:
         """Which edges there are, [writers, readers] bool: a writer comes before what reads it."""
-        writers = torch.tensor([writer.stage for writer in self.writers])
-        readers = torch.tensor([reader.stage for reader in self.readers])
+        writers = torch.tensor([writer.stage for writer in self.writers], device="cpu")
+        readers = torch.tensor([reader.stage for reader in self.readers], device="cpu")
         return writers[:, None] < readers[None, :]
 
     @cached_property

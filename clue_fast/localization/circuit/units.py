@@ -48,7 +48,7 @@ def select_units(
     scores: dict[Site, Tensor] = {}
     for site in forget:
         nodes = unit_nodes(discovery.graph, site)
-        bits = torch.tensor([category_bits(discovery.categories, own) for own in nodes], dtype=torch.int8)
+        bits = torch.tensor([category_bits(discovery.categories, own) for own in nodes], dtype=torch.int8, device="cpu")
         scores[site] = score_within(bits, forget[site].cpu(), retain[site].cpu())
         if granularity == "neuron" and site in numbers:
             bits = torch.where(top(scores[site], numbers[site]), bits, 0).to(torch.int8)

@@ -87,7 +87,7 @@ class RMU(Objective):
         }
 
     def _direction(self, features: int) -> Tensor:
-        direction = torch.rand(features, generator=torch.Generator().manual_seed(self.seed))
+        direction = torch.rand(features, generator=torch.Generator().manual_seed(self.seed), device="cpu")
         return functional.normalize(direction, dim=0) * self.scale
 
 
