@@ -18,12 +18,11 @@ import argparse
 import copy
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from bench import machine
@@ -31,7 +30,8 @@ from clue_fast.data import Record
 from clue_fast.demo import make_data
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
-from clue_fast.training import UnlearnTrainer, get_objective
+from clue_fast.training import get_objective
+from clue_fast.workflow.training import train_selected
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tofu"
@@ -113,32 +113,30 @@ def unlearn(
         seed=seed,
         progress=False,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer: UnlearnTrainer = UnlearnTrainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                learning_rate=setting["rate"] / model.config.hidden_size,
-                num_train_epochs=max(1, round(setting["steps"] / -(-len(forget) // batch))),
-                per_device_train_batch_size=batch,
-                seed=seed,
-                weight_decay=0.0,
-                warmup_steps=0.1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                logging_strategy="no",
-            ),
-            processing_class=tokenizer,
-            forget_dataset=forget,
-            retain_dataset=retain,
-            retain_ratio=setting["retain_ratio"],
-            selection=selection,
-            objective=get_objective(setting["objective"], **setting["parameters"]),
-            layer_lr=setting["layer_lr"],
-        )
-        trainer.train()
-        trainer.sparse.restore()
+    settings = {
+        "learning_rate": setting["rate"] / model.config.hidden_size,
+        "epochs": max(1, round(setting["steps"] / -(-len(forget) // batch))),
+        "batch_size": batch,
+        "retain_ratio": setting["retain_ratio"],
+        "layer_lr": setting["layer_lr"],
+        "master": "fp32",
+        "seed": seed,
+    }
+    objective = get_objective(setting["objective"], **setting["parameters"])
+    sparse, _ = train_selected(
+        model,
+        tokenizer,
+        sets,
+        selection,
+        objective,
+        settings,
+        alternate=None,
+        stages=None,
+        max_length=512,
+        evaluate_every=0,
+        progress=False,
+    )
+    sparse.restore()
     return model
 
 

@@ -211,7 +211,12 @@ def encode_prompts(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str | None = None
 ) -> list[list[int]]:
     """The tokens of each record's prompt, as they stand in front of its answer in ``encode``."""
-    return [input_ids[:first] for input_ids, first in _answers_in_tokens(records, tokenizer, name)]
+    return [prompt_tokens(example) for example in encode(records, tokenizer, name=name)]
+
+
+def prompt_tokens(example: Mapping[str, list[int]]) -> list[int]:
+    """The tokens of a record, as ``encode`` has it, that stand in front of its answer: what a model answers to."""
+    return example["input_ids"][: example["labels"].count(IGNORED_LABEL)]
 
 
 @dataclass(frozen=True)
@@ -446,27 +451,20 @@ def _encode(
     """The examples of ``encode``, and how many of them were cut."""
     examples: list[Example] = []
     cut = 0
-    for number, (input_ids, first) in enumerate(_answers_in_tokens(records, tokenizer, name), start=1):
+    places = [_place(number, name) for number in range(1, len(records) + 1)]
+    texts = [render(record, tokenizer, place) for record, place in zip(records, places, strict=True)]
+    for place, (input_ids, first) in zip(places, tokenize(texts, tokenizer, places), strict=True):
         labels = [IGNORED_LABEL] * first + input_ids[first:]
         if max_length is not None and len(input_ids) > max_length:
             cut += 1
             input_ids, labels = input_ids[:max_length], labels[:max_length]
         if not answer_mask(torch.tensor(labels, device="cpu")).any():
             raise DataError(
-                f"{_place(number, name)} keeps no answer token: its prompt has {first} tokens and max_length "
+                f"{place} keeps no answer token: its prompt has {first} tokens and max_length "
                 f"is {max_length}; raise max_length as far as the model has positions, or shorten the prompt"
             )
         examples.append({"input_ids": input_ids, "labels": labels})
     return examples, cut
-
-
-def _answers_in_tokens(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str | None
-) -> list[tuple[list[int], int]]:
-    """The tokens of each record, and the index of the first of its answer."""
-    places = [_place(number, name) for number in range(1, len(records) + 1)]
-    texts = [render(record, tokenizer, place) for record, place in zip(records, places, strict=True)]
-    return tokenize(texts, tokenizer, places)
 
 
 def _place(number: int, name: str | None) -> str:

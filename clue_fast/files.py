@@ -122,10 +122,15 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         raise OutputError(f"{path} is a file; name a folder for the output")
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"the output folder {path} is not empty; name a new one or empty it")
-    parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
+    parent = existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path} cannot be made: {parent} is no folder that can be written; choose another")
     return path
+
+
+def existing_parent(path: Path) -> Path:
+    """Returns the nearest folder above a path that exists."""
+    return next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
 
 
 @contextmanager

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clue_fast.data import Record, batches_by_length, encode, padding_token
+from clue_fast.data import Record, batches_by_length, encode, padding_token, prompt_tokens
 from clue_fast.errors import DataError, SettingError
 from clue_fast.evaluation.state import evaluating, progress_bar
-from clue_fast.labels import IGNORED_LABEL
 from clue_fast.limits import check_examples, longest
 from clue_fast.whole_text import special_tokens
 
@@ -127,7 +126,7 @@ def _questions(
     max_length: int | None,
 ) -> list[_Question]:
     examples = encode(records, tokenizer)
-    prompts = [example["input_ids"][: example["labels"].count(IGNORED_LABEL)] for example in examples]
+    prompts = [prompt_tokens(example) for example in examples]
     limit = longest(model, max_length)
     special = special_tokens(tokenizer)
     room = [math.inf if limit is None else limit - len(prompt) for prompt in prompts]

@@ -62,10 +62,7 @@ def measure(
     sets = _load(forget, retain)
     if get_criterion(criterion).needs == "nothing":
         return Statistics(find_sites(model, kinds), model_fingerprint(model))
-    data = [
-        encode_for(model, records, tokenizer, max_length, name)
-        for name, records in zip(DEFAULT_GROUPS, sets, strict=True)
-    ]
+    data = [encode_for(model, records, tokenizer, max_length, name) for name, records in sets.items()]
     batches = Batches(data, padding_token(tokenizer, model), tokens_per_batch, progress)
     return measure_batches(model, batches, criterion, target=target, kinds=kinds, backend=backend)
 
@@ -93,7 +90,7 @@ def measure_blocks(
         model, forget, retain, tokenizer, target, kinds, max_length, tokens_per_batch, backend, progress: see
             ``measure``.
     """
-    sets = dict(zip(DEFAULT_GROUPS, _load(forget, retain), strict=True))
+    sets = _load(forget, retain)
     blocks = deal(sets["forget"], sets["retain"], seed)
     encoded = {group: encode_for(model, records, tokenizer, max_length, group) for group, records in sets.items()}
     data = [[encoded[block.group][place] for place in block.records] for block in blocks]
@@ -104,10 +101,11 @@ def measure_blocks(
     return BlockStatistics(statistics, blocks, inputs)
 
 
-def _load(forget: Any, retain: Any) -> tuple[list[Record], list[Record]]:
-    forget_records, retain_records = load_records(forget, "forget"), load_records(retain, "retain")
-    check_disjoint({"forget": forget_records, "retain": retain_records})
-    return forget_records, retain_records
+def _load(forget: Any, retain: Any) -> dict[str, list[Record]]:
+    """The records of both sets by the name of their group, forget first."""
+    sets = {name: load_records(source, name) for name, source in zip(DEFAULT_GROUPS, (forget, retain), strict=True)}
+    check_disjoint(sets)
+    return sets
 
 
 def measured_sites(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import ClueFastError, ModelError, OutputError
-from clue_fast.files import check_output
+from clue_fast.files import check_output, existing_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def check_saving(
     from transformers.utils import logging as transformers_logging
 
     output = check_output(output_dir)
-    parent = next(folder for folder in (output.parent, *output.parent.parents) if folder.exists())
+    parent = existing_parent(output)
     needed, free = weight_bytes(model), shutil.disk_usage(parent).free
     if free < needed * SPARE:
         raise OutputError(
@@ -73,9 +73,8 @@ def check_saving(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     except Exception as error:  # whatever transformers raises would be raised after training too
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"the model could not be saved after training: {reason} Mend that first; nothing was trained"
+            f"the model could not be saved after training: {_reason(error)} Mend that first; nothing was trained"
         ) from error
     finally:
         if progress:
@@ -94,14 +93,13 @@ def keeping_trained_weights(model: nn.Module, output_dir: str | os.PathLike[str]
     except Exception as error:
         if isinstance(error, ClueFastError) and not isinstance(error, OutputError):
             raise  # the weights themselves are at fault, such as with NaN
-        reason = " ".join(str(error).split()) or type(error).__name__
         folder = _rescue(model, Path(output_dir))
         where = (
             f"the trained weights are in {folder}"
             if folder is not None
             else "no folder had room for the trained weights; from Python, they are still in the model"
         )
-        raise OutputError(f"{output_dir} could not be written after training ({reason}); {where}") from error
+        raise OutputError(f"{output_dir} could not be written after training ({_reason(error)}); {where}") from error
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -131,6 +129,11 @@ def _rescue(model: nn.Module, output: Path) -> Path | None:
             logger.warning("the configuration could not be written beside the weights: %s", error)
         return folder
     return None
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -26,7 +26,6 @@ from clue_fast.ops import choose
 from clue_fast.patching import check_strictly
 from clue_fast.report import RESULTS, results_table, write_plots
 from clue_fast.selection import RELIABILITY, Selection
-from clue_fast.sites import DEFAULT_KINDS
 from clue_fast.training import audit
 from clue_fast.training.layer_rates import LayerRate
 from clue_fast.training.objectives import Objective
@@ -202,8 +201,8 @@ def unlearn(
     choose("gated_activation", model.device, backend)
     if selection is not None:
         selection.check(model)
-    if strict:
-        check_strictly(model, DEFAULT_KINDS if selection is None else {site.kind for site in selection.sites}, backend)
+        if strict:  # otherwise localize checks, before it runs the model over anything
+            check_strictly(model, {site.kind for site in selection.sites}, backend)
     kept: tuple[Stage, ...] | None = None
     if every is not None:
         if not (categories or criterion == CIRCUIT if selection is None else selection.categorized):
