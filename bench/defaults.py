@@ -51,13 +51,19 @@ BEFORE = {"objective": "simnpo", "parameters": {"gamma": 1.0, "retain_weight": 1
 SETTINGS: list[dict[str, Any]] = [
     BASE,
     BASE | BEFORE,
-    *(BASE | {"parameters": {"strength": 20.0, "retain_weight": weight}} for weight in (1.0, 10.0)),
-    BASE | {"parameters": {"strength": 10.0, "retain_weight": 5.0}},
+    *(
+        BASE | {"parameters": {"strength": 20.0, "retain_weight": weight}, "fraction": fraction}
+        for weight, fraction in ((10.0, 0.3), (10.0, 0.2), (5.0, 0.3), (5.0, 0.2), (1.0, 0.1), (1.0, 0.3), (10.0, 0.1))
+    ),
+    *(
+        BASE | {"parameters": {"strength": 10.0, "retain_weight": weight}, "fraction": fraction}
+        for weight, fraction in ((5.0, 0.3), (10.0, 0.3), (5.0, 0.1))
+    ),
     BASE | {"objective": "npo", "parameters": {"beta": 0.1}},
     BASE | {"objective": "npo", "parameters": {"beta": 0.5}},
     BASE | {"objective": "wga", "parameters": {}},
     BASE | {"steps": 100},
-    *(BASE | {"fraction": fraction} for fraction in (0.03, 0.3)),
+    BASE | {"fraction": 0.03},
     *(BASE | {"rate": rate} for rate in (0.6, 2.4)),
     BASE | {"layer_lr": 1.0},
     BASE | {"criterion": "forget_attribution"},
