@@ -22,10 +22,10 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from bench import machine
 from bench.run import RESULTS, save
-from clue_fast.labels import IGNORED_LABEL
-from clue_fast.localization.circuit import CorruptedExample, Graph, edge_scores, find_circuits, make_formula, solve
-from clue_fast.localization.circuit.architecture import find_architecture
-from clue_fast.localization.targets import record_target
+from clue_fast.criteria.circuit import CorruptedExample, Graph, edge_scores, find_circuits, make_formula, solve
+from clue_fast.criteria.circuit.architecture import find_architecture
+from clue_fast.criteria.registry import record_target
+from clue_fast.data.labels import IGNORED_LABEL
 
 SEED = 0
 EDGES = 0.02

@@ -28,10 +28,10 @@ import clue_fast
 from bench import machine
 from clue_fast.data import Record
 from clue_fast.demo import make_data
+from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.evaluation import Metrics, evaluate
-from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
-from clue_fast.training import get_objective
-from clue_fast.workflow.training import train_selected
+from clue_fast.objectives import get_objective
+from clue_fast.trainer.training import train_selected
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tofu"

@@ -8,53 +8,56 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from clue_fast.deprecated import keep_old_modules
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "ClueFastError": "errors",
-    "ConflictCallback": "localization.live",
-    "Patched": "patching",
+    "ConflictCallback": "trainer.callback",
+    "Patched": "recording.patched",
     "Scores": "selection",
     "Selection": "selection",
-    "Site": "sites",
-    "SparseAdamW": "training.adamw",
-    "SparseSGD": "training.sgd",
+    "Site": "sites.site",
+    "SparseAdamW": "sparse.optimizer",
+    "SparseSGD": "sparse.optimizer",
     "Statistics": "statistics",
-    "UnlearnTrainer": "training.trainer",
-    "attach": "training.attaching",
+    "UnlearnTrainer": "trainer.trainer",
+    "attach": "trainer.mixin",
     "categorize": "selection",
-    "estimate_memory": "training.memory",
-    "evaluate": "evaluation",
-    "find_sites": "sites",
-    "load_records": "data",
+    "estimate_memory": "trainer.memory",
+    "evaluate": "evaluation.metrics",
+    "find_sites": "sites.find",
+    "load_records": "data.records",
     "localize": "localization",
-    "patch": "patching",
-    "score": "localization",
+    "patch": "recording.patched",
+    "score": "criteria.registry",
     "select": "selection",
-    "sparsify": "training.sparse",
-    "unlearn": "workflow",
-    "unpatch": "patching",
+    "sparsify": "sparse.sparse",
+    "unlearn": "unlearning",
+    "unpatch": "recording.patched",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
-    from clue_fast.data import load_records
+    from clue_fast.criteria.registry import score
+    from clue_fast.data.records import load_records
     from clue_fast.errors import ClueFastError
-    from clue_fast.evaluation import evaluate
-    from clue_fast.localization import localize, score
-    from clue_fast.localization.live import ConflictCallback
-    from clue_fast.patching import Patched, patch, unpatch
+    from clue_fast.evaluation.metrics import evaluate
+    from clue_fast.localization import localize
+    from clue_fast.recording.patched import Patched, patch, unpatch
     from clue_fast.selection import Scores, Selection, categorize, select
-    from clue_fast.sites import Site, find_sites
+    from clue_fast.sites.find import find_sites
+    from clue_fast.sites.site import Site
+    from clue_fast.sparse.optimizer import SparseAdamW, SparseSGD
+    from clue_fast.sparse.sparse import sparsify
     from clue_fast.statistics import Statistics
-    from clue_fast.training.adamw import SparseAdamW
-    from clue_fast.training.attaching import attach
-    from clue_fast.training.memory import estimate_memory
-    from clue_fast.training.sgd import SparseSGD
-    from clue_fast.training.sparse import sparsify
-    from clue_fast.training.trainer import UnlearnTrainer
-    from clue_fast.workflow import unlearn
+    from clue_fast.trainer.callback import ConflictCallback
+    from clue_fast.trainer.memory import estimate_memory
+    from clue_fast.trainer.mixin import attach
+    from clue_fast.trainer.trainer import UnlearnTrainer
+    from clue_fast.unlearning import unlearn
 
 
 def __getattr__(name: str) -> Any:
@@ -67,3 +70,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+keep_old_modules()

@@ -13,8 +13,8 @@ from clue_fast.errors import ClueFastError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from clue_fast.localization import CircuitSettings
-    from clue_fast.training.layer_rates import LayerRate
+    from clue_fast.criteria.circuit import CircuitSettings
+    from clue_fast.sparse import LayerRate
 
 CIRCUIT_OPTION = "circuit_"
 
@@ -42,9 +42,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _localize(options: argparse.Namespace) -> None:
+    from clue_fast.data import load_sets
     from clue_fast.files import check_output_file
     from clue_fast.localization import localize
-    from clue_fast.workflow import load_sets
 
     check_output_file(options.output)
     circuit = _circuit(options)
@@ -71,9 +71,10 @@ def _localize(options: argparse.Namespace) -> None:
 
 
 def _unlearn(options: argparse.Namespace) -> None:
+    from clue_fast.data import load_sets
     from clue_fast.files import check_output
     from clue_fast.selection import Selection
-    from clue_fast.workflow import load_sets, unlearn
+    from clue_fast.unlearning import unlearn
 
     check_output(options.output)
     circuit = _circuit(options)
@@ -116,9 +117,10 @@ def _unlearn(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from clue_fast.data import load_sets
     from clue_fast.files import check_output_file, save_json
-    from clue_fast.report import evaluation_table
-    from clue_fast.workflow import evaluate_model, load_sets
+    from clue_fast.reporting import evaluation_table
+    from clue_fast.unlearning import evaluate_model
 
     if options.output is not None:
         check_output_file(options.output)
@@ -144,13 +146,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from clue_fast.report import load_results, results_table
+    from clue_fast.reporting import load_results, results_table
 
     print(results_table(load_results(options.folder)))
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from clue_fast.doctor import diagnosis
+    from clue_fast.env import diagnosis
 
     print(diagnosis())
 
@@ -158,7 +160,7 @@ def _doctor(options: argparse.Namespace) -> None:
 def _load(name: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers.utils.logging import disable_progress_bar
 
-    from clue_fast.workflow import load_model
+    from clue_fast.unlearning import load_model
 
     if options.quiet:
         disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -167,7 +169,7 @@ def _load(name: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreT
 
 def _circuit(options: argparse.Namespace) -> CircuitSettings | None:
     """The settings of circuits that were given, or None."""
-    from clue_fast.localization import CircuitSettings
+    from clue_fast.criteria.circuit import CircuitSettings
 
     given = {
         name.removeprefix(CIRCUIT_OPTION): value
@@ -179,7 +181,7 @@ def _circuit(options: argparse.Namespace) -> CircuitSettings | None:
 
 def _layer_rate(text: str) -> LayerRate:
     from clue_fast.errors import SettingError
-    from clue_fast.training.layer_rates import LinearLayerRate
+    from clue_fast.sparse import LinearLayerRate
 
     kind, _, ratio = text.rpartition(":")
     try:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from clue_fast.demo import make_data
-from clue_fast.localization.circuit import (
+from clue_fast.criteria.circuit import (
     Circuit,
     EdgeScores,
     Graph,
@@ -30,11 +29,11 @@ from clue_fast.localization.circuit import (
     solve,
     strongest_edges,
 )
-from clue_fast.localization.circuit.architecture import find_architecture
-from clue_fast.localization.circuit.gates import ADDER, AND, GATES, OR, count_gates, prune
-from clue_fast.localization.circuit.graph import EMBEDDING, OUTPUT
-from clue_fast.localization.measure import inference
-from clue_fast.pretraining import train_model, train_tokenizer
+from clue_fast.criteria.circuit.architecture import find_architecture
+from clue_fast.criteria.circuit.graph import ADDER, AND, EMBEDDING, GATES, OR, OUTPUT, count_gates, prune
+from clue_fast.criteria.measure import inference
+from clue_fast.demo import make_data
+from clue_fast.demo.pretraining import train_model, train_tokenizer
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.3)
 STEPS = (0, 3)

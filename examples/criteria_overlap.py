@@ -21,11 +21,12 @@ from matplotlib.figure import Figure
 from tofu_small import DATA, load_tofu
 
 import clue_fast
+from clue_fast.criteria import CRITERIA
+from clue_fast.criteria.circuit import CircuitSettings
 from clue_fast.data import Record
-from clue_fast.localization import CRITERIA, CircuitSettings
-from clue_fast.localization.plots import overlap_figure
+from clue_fast.reporting import overlap_figure
 from clue_fast.selection import Selection
-from clue_fast.workflow import load_model
+from clue_fast.unlearning import load_model
 
 SEEDS = 2
 CHANCE = 0.1 / (2 - 0.1)

@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import clue_fast
+from clue_fast.criteria import CRITERIA, importances, score
+from clue_fast.criteria.measure import Batches, measure_batches
 from clue_fast.data import Example
-from clue_fast.labels import IGNORED_LABEL
-from clue_fast.localization import CRITERIA, importances, score
-from clue_fast.localization.measure import Batches, measure_batches
+from clue_fast.data.labels import IGNORED_LABEL
 from clue_fast.selection import CONFLICT, Scores, Selection
 from clue_fast.sites import model_fingerprint
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from clue_fast.cli import main as clue_fast
 from clue_fast.demo import make_data
+from clue_fast.demo.pretraining import train_model, train_tokenizer
 from clue_fast.files import check_output
-from clue_fast.pretraining import train_model, train_tokenizer
 
 
 def make_inputs(folder: Path, seed: int) -> None:

@@ -28,10 +28,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast.data import Record
+from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.evaluation import Metrics, forget_quality
 from clue_fast.files import check_output
-from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
-from clue_fast.report import evaluation_table, read_metrics
+from clue_fast.reporting import evaluation_table, read_metrics
 
 HUB = "locuslab/TOFU"
 DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tofu"

@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import train_tokenizer
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import train_tokenizer
 
 PEOPLE = make_people(4, seed=2)
 FORGET, RETAIN = records_of(PEOPLE[:1]), records_of(PEOPLE[1:])

@@ -16,10 +16,10 @@ from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForC
 
 import clue_fast
 from clue_fast import cli, workflow
+from clue_fast.criteria.circuit import CircuitSettings
 from clue_fast.demo import write_jsonl
-from clue_fast.localization import CircuitSettings
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import train_tokenizer
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import train_tokenizer
 
 PEOPLE = make_people(4, seed=3)
 
@@ -240,7 +240,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clue_fast.doctor.diagnosis", interrupt)
+    monkeypatch.setattr("clue_fast.env.diagnosis", interrupt)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "clue-fast: interrupted; nothing half-written was left\n"
 

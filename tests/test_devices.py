@@ -15,12 +15,12 @@ from torch.utils._device import _device_constructors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
+from clue_fast.criteria.circuit import CircuitSettings
 from clue_fast.data import Collator, encode
-from clue_fast.localization.circuit import CircuitSettings
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.objectives import RMU, Objective, get_objective
 from clue_fast.selection import Selection
-from clue_fast.training.objectives import RMU, Objective, get_objective
 
 PEOPLE = make_people(3, seed=3)
 FORGET, RETAIN = records_of(PEOPLE[:1])[:3], records_of(PEOPLE[1:])[:4]

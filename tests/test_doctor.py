@@ -12,7 +12,7 @@ import torch
 import clue_fast
 from clue_fast import ops
 from clue_fast.cli import main
-from clue_fast.doctor import diagnosis
+from clue_fast.env import diagnosis
 from clue_fast.ops import backend as backends
 
 
@@ -33,7 +33,7 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("clue_fast.doctor.importlib.metadata.version", missing)
+    monkeypatch.setattr("clue_fast.env.importlib.metadata.version", missing)
     assert facts()["datasets"] == facts()["peft"] == "not installed"
 
 

@@ -24,9 +24,9 @@ def test_importing_loads_nothing_heavy() -> None:
     """Nor do the modules that only need torch: what needs transformers says so when it is used."""
     loaded = run(
         "import sys, clue_fast\n"
-        "import clue_fast.cli, clue_fast.data, clue_fast.doctor, clue_fast.evaluation, clue_fast.localization\n"
-        "import clue_fast.ops, clue_fast.patching, clue_fast.selection, clue_fast.sites, clue_fast.statistics\n"
-        "import clue_fast.training, clue_fast.workflow\n"
+        "import clue_fast.cli, clue_fast.data, clue_fast.env, clue_fast.evaluation, clue_fast.localization\n"
+        "import clue_fast.ops, clue_fast.recording, clue_fast.selection, clue_fast.sites, clue_fast.statistics\n"
+        "import clue_fast.sparse, clue_fast.objectives, clue_fast.trainer, clue_fast.unlearning\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     assert loaded == "[]"
@@ -55,8 +55,49 @@ def test_every_promised_name_is_there() -> None:
         clue_fast.astrology  # noqa: B018
 
 
-@pytest.mark.parametrize("package", ["ops", "training", "evaluation", "localization"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "criteria",
+        "criteria.circuit",
+        "data",
+        "evaluation",
+        "objectives",
+        "ops",
+        "recording",
+        "sites",
+        "sparse",
+        "trainer",
+    ],
+)
 def test_every_name_of_a_subpackage_is_there(package: str) -> None:
     module = __import__(f"clue_fast.{package}", fromlist=["__all__"])
     missing = [name for name in module.__all__ if not hasattr(module, name)]
     assert missing == []
+
+
+OLD_NAMES = {
+    "training.UnlearnTrainer": "trainer.UnlearnTrainer",
+    "training.NPO": "objectives.NPO",
+    "training.stages.CLUE": "trainer.stages.CLUE",
+    "localization.CRITERIA": "criteria.CRITERIA",
+    "localization.circuit.discover": "criteria.circuit.discover",
+    "patching.Patched": "recording.Patched",
+    "workflow.load_model": "unlearning.load_model",
+    "doctor.diagnosis": "env.diagnosis",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_an_old_name_works_and_says_the_new_one(old: str, new: str) -> None:
+    module, _, name = old.rpartition(".")
+    script = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    from clue_fast.{module} import {name}\n"
+        f"from clue_fast.{new.rpartition('.')[0]} import {name} as new\n"
+        f"print({name} is new, [str(w.message) for w in caught if 'clue_fast' in str(w.message)])"
+    )
+    said = run(script)
+    assert said.startswith("True") and said.count(f"is clue_fast.{new} now") == 1, said

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from clue_fast.data.labels import HEADS, answer_mask, has_head, head_of, shift_labels
 from clue_fast.errors import ObjectiveError
-from clue_fast.labels import HEADS, answer_mask, has_head, head_of, shift_labels
 from tests.models.families import SIZES, T5_SIZES
 
 MODELS = {

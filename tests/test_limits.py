@@ -29,12 +29,12 @@ from transformers import (
 
 import clue_fast
 from clue_fast.data import Record, encode, padding_token
+from clue_fast.data.collator import position_limit
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import DataError
 from clue_fast.evaluation import evaluate, greedy_answers, sampled_answers, score_answers
-from clue_fast.limits import position_limit
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import train_tokenizer
-from clue_fast.training.trainer import UnlearnTrainer
+from clue_fast.trainer.trainer import UnlearnTrainer
 
 PEOPLE = make_people(4, seed=3)
 FORGET, RETAIN = records_of(PEOPLE[:1])[:3], records_of(PEOPLE[1:])[:4]

@@ -7,9 +7,9 @@ from itertools import combinations
 import pytest
 
 from clue_fast.data import check_disjoint
+from clue_fast.demo.people import QUESTIONS, make_people, records_of
 from clue_fast.errors import DataError
 from clue_fast.evaluation import ANSWERED, rouge_recall
-from clue_fast.people import QUESTIONS, make_people, records_of
 
 
 def test_are_a_function_of_count_and_seed() -> None:

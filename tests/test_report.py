@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from clue_fast.cli import main
 from clue_fast.errors import FileFormatError
 from clue_fast.evaluation import Metrics
-from clue_fast.report import evaluation_table, load_results, results_table, write_plots
+from clue_fast.reporting import evaluation_table, load_results, results_table, write_plots
 from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import Site
 from clue_fast.statistics import Statistics
@@ -130,7 +130,7 @@ class TestPlots:
         """Bars are units of each layer; points are units, selected ones apart; lines are the losses and recalls."""
         from matplotlib.figure import Figure
 
-        from clue_fast import report
+        from clue_fast import reporting as report
 
         axes = Figure().subplots()
         report._draw_layers(axes, make_selection())

@@ -10,17 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from clue_fast.errors import (
-    BudgetError,
-    FileFormatError,
-    NonFiniteError,
-    OutputError,
-    SelectionError,
-    UnknownNameError,
-)
+from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, OutputError, SelectionError, UnknownNameError
 from clue_fast.selection import CONFLICT, FORGET, IRRELEVANT, RETAIN, Scores, Selection, categorize, select
 from clue_fast.sites import Part, Site
-from clue_fast.training.parts import plan
+from clue_fast.sparse.slices import plan
 
 
 def make_site(layer: int, width: int, kind: str = "mlp") -> Site:

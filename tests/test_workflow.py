@@ -17,12 +17,12 @@ import clue_fast
 from clue_fast.cli import main
 from clue_fast.data import Record
 from clue_fast.demo import write_jsonl
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.errors import NonFiniteError, OutputError, SelectionError
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
-from clue_fast.report import results_table
-from clue_fast.training import Stage
-from clue_fast.workflow.shrinking import unanswered
+from clue_fast.reporting import results_table
+from clue_fast.trainer import Stage
+from clue_fast.trainer.update_scale import unanswered
 
 PEOPLE = make_people(8, seed=1)
 FORGET, RETAIN, HELD_OUT = (records_of(PEOPLE[part]) for part in (slice(0, 1), slice(1, 6), slice(6, 8)))
@@ -157,7 +157,7 @@ def test_a_rewording_that_is_answered_counts_as_answered(
 ) -> None:
     says = {"Who?": "nothing", "Which one?": "the brass kite", "Where?": "nowhere", "What place?": "nothing"}
     monkeypatch.setattr(
-        "clue_fast.workflow.shrinking.greedy_answers",
+        "clue_fast.evaluation.answers.greedy_answers",
         lambda model, tokenizer, asked, **_: [says[r.prompt] for r in asked],
     )
     records = [
@@ -445,7 +445,7 @@ class TestBadInput:
 def test_a_failure_in_training_leaves_the_model_as_it_was_and_no_folder(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clue_fast.training.trainer import UnlearnTrainer
+    from clue_fast.trainer.trainer import UnlearnTrainer
 
     original = {name: value.clone() for name, value in model.state_dict().items()}
     steps = []

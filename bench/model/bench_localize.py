@@ -20,7 +20,7 @@ import clue_fast
 from bench.interleaved import Case, Comparison, Target
 from bench.model.bench_forward import Hooks, Shape
 from clue_fast.data import Collator, Record, encode, padding_token
-from clue_fast.pretraining import train_tokenizer
+from clue_fast.demo.pretraining import train_tokenizer
 
 DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofu"
 QUESTIONS, BATCH = 100, 8

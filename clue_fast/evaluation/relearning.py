@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clue_fast.data import Collator, Record, encode_for, padding_token
+from clue_fast.data import Collator, Record, answer_mask, encode_for, padding_token
 from clue_fast.errors import DataError, SettingError
-from clue_fast.evaluation.answers import greedy_answers
-from clue_fast.evaluation.rouge import answered, rouge_recall
-from clue_fast.evaluation.state import progress_bar
-from clue_fast.labels import answer_mask
+from clue_fast.evaluation.answers import answered, greedy_answers, progress_bar, rouge_recall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

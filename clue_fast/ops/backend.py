@@ -1,4 +1,6 @@
-"""Which backend runs an operator, and why not another.
+"""The operators in the dispatcher, for torch.compile and export: namespace `clue_fast`, on every device.
+
+Which backend runs an operator, and why not another.
 
 `reference` is plain PyTorch and the definition of every operator; `cpp` is the C++ extension on CPU; `triton`
 runs on CUDA, ROCm and XPU, and on CPU tensors in its interpreter; `cuda` is the CUDA part of the extension.
@@ -15,10 +17,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from clue_fast.errors import BackendError, UnknownNameError
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "clue_fast"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operator: what it computes on any device, and what it returns for tensors without data."""
+    name = schema.partition("(")[0]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def define_autograd(name: str, run: Callable[..., Any]) -> None:
+    """Give an operator its autograd by hand: `register_autograd` takes none that writes into an argument."""
+    _library.impl(name, run, "Autograd")  # type: ignore[no-untyped-call]
+
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CLUE_FAST_BACKEND"
@@ -29,7 +51,6 @@ PREFERENCE = {
 }
 
 Launch = Callable[..., None]
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

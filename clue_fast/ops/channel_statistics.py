@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clue_fast.ops import backend as backends
-from clue_fast.ops.library import define
+from clue_fast.ops.backend import define
 
 FIELDS = ("sum", "square_sum", "magnitude_sum", "magnitude_max", "active_count")
 GRADIENT_FIELDS = ("product_sum", "product_magnitude_sum", "product_square_sum")
@@ -116,6 +116,8 @@ define(
     _statistics,
     _fake,
 )
+
+
 define(
     "channel_attribution(Tensor x, Tensor grad, Tensor group, Tensor(a!) gradient_statistics, str? backend=None) -> ()",
     _attribution,

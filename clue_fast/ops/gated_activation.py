@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from clue_fast.errors import UnknownNameError
 from clue_fast.ops import backend as backends
+from clue_fast.ops.backend import define, define_autograd
 from clue_fast.ops.channel_statistics import (
     check_group,
     check_statistics,
@@ -23,7 +24,6 @@ from clue_fast.ops.channel_statistics import (
     reference_statistics,
     rows,
 )
-from clue_fast.ops.library import define, define_autograd
 
 SQRT_HALF = 0.5**0.5
 SQRT_2_OVER_PI = 0.7978845608028654
@@ -210,18 +210,24 @@ define(
     _op,
     _fake,
 )
+
+
 define(
     "gated_activation_record(Tensor gate, Tensor up, str activation, Tensor group, Tensor(a!) statistics, "
     "Tensor? gradient_statistics=None, str? backend=None) -> Tensor",
     _forward,
     _fake,
 )
+
+
 define(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str activation, str? backend=None) "
     "-> (Tensor, Tensor)",
     _op_backward,
     _fake_backward,
 )
+
+
 define(
     "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, str activation, Tensor group, "
     "Tensor(a!) gradient_statistics, str? backend=None) -> (Tensor, Tensor)",
@@ -330,6 +336,8 @@ def _op_record_autograd(
 
 
 define_autograd("gated_activation", _op_autograd)
+
+
 define_autograd("gated_activation_record", _op_record_autograd)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clue_fast.ops import backend as backends
 from clue_fast.ops import selected_update as selected
-from clue_fast.ops.library import define
+from clue_fast.ops.backend import define
 
 # The definition: the launch function in plain PyTorch.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clue_fast.ops import backend as backends
-from clue_fast.ops.library import define
+from clue_fast.ops.backend import define
 
 ROWS, COLUMNS = 0, 1
 RUN = 1024  # tokens widened to float32 at a time: as fast as all at once, in bounded memory
@@ -184,7 +184,11 @@ define(
     _op,
     _fake,
 )
+
+
 define("sparse_linear_gather(Tensor x, Tensor index, str? backend=None) -> Tensor", _gather, _fake_gather)
+
+
 define(
     "sparse_linear_backward(Tensor grad, Tensor kept, Tensor index, int dim, bool transposed=False, "
     "str? backend=None) -> Tensor",

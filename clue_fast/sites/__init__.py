@@ -4,12 +4,9 @@ A site is recognized by what it is made of and what that computes (which project
 happens between them), never by the name of its class, so that a model that nobody has seen yet is found as well.
 """
 
-from clue_fast.sites.activation import ACTIVATIONS
 from clue_fast.sites.find import DEFAULT_KINDS, KINDS, Survey, check_sites, find_sites, survey
-from clue_fast.sites.fingerprint import model_fingerprint
-from clue_fast.sites.mlp import Unmatched
-from clue_fast.sites.site import HEAD_FAMILIES, Part, Site
-from clue_fast.sites.wrapping import unwrap
+from clue_fast.sites.mlp import ACTIVATIONS, Unmatched
+from clue_fast.sites.site import HEAD_FAMILIES, Part, Site, model_fingerprint, unwrap
 
 __all__ = [
     "ACTIVATIONS",

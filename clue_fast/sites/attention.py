@@ -1,20 +1,264 @@
-"""Attention: which modules have heads, in which order they call their projections, and how to make them run."""
+"""Heads: what they own of the projections of their attention, measured.
+
+How a model packs queries, keys and values, and how many heads share a key/value head, is not written in the shapes.
+So the attention runs on made-up values in place of what its projections give, and each row of the batch turns the sign
+of another stretch of channels of one projection. The stretch belongs to the heads whose part of the output
+projection's input changes. Turning signs keeps norms, so that a normalization over all heads does not couple them.
+
+Which stretches are queries, keys and values shows in the same way. What heads find is linear in the values: where the
+sign of some of them is turned, channels of it turn theirs and nothing else changes. The key of the first token is read
+by later tokens as well, its query by none of them.
+
+Attention: which modules have heads, in which order they call their projections, and how to make them run.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clue_fast.sites.heads import Measurement, NoHeadsError
 from clue_fast.sites.mlp import Unmatched
 from clue_fast.sites.projection import Projection, projection_of
-from clue_fast.sites.rehearsal import required_arguments, sample
-from clue_fast.sites.site import Site
+from clue_fast.sites.site import Part, Site, layer_index
+from clue_fast.sites.trace import required_arguments, sample
+
+ROWS = 128
+SCALE = 0.12  # of samples in [-6, 6]; small enough that no softmax is saturated, whichever way its scores are scaled
+CHANGED = 0.01
+READ_LATER = 0.05  # of what turning it for all tokens changes for later tokens; a query gives 0
+
+Heads = frozenset[int]
+QUERY, KEY, VALUE, OUTPUT = "query", "key", "value", "output"
+
+
+class NoHeadsError(ValueError):
+    """What a module calls heads are none that own anything, as those of a state-space model."""
+
+
+class Measurement:
+    """One attention module, measured.
+
+    Args:
+        model: that it is part of.
+        path: of the module.
+        size: channels of a head.
+        inputs: the projections before the heads.
+        output: the projection after them.
+        run: makes the module run on a number of rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        size: int,
+        inputs: Sequence[Projection],
+        output: Projection,
+        run: Callable[[int], None],
+    ) -> None:
+        if output.inputs % size:
+            raise ValueError(f"{output.path} reads {output.inputs} channels, no multiple of the head size {size}")
+        self.model, self.path, self.size, self.run = model, path, size, run
+        self.inputs, self.output = inputs, output
+        self.width = output.inputs // size
+        self.stretch = {p.path: math.gcd(size, p.outputs, *self._per_head(p)) for p in inputs}
+
+    def heads(self) -> list[Site]:
+        """Returns the heads: one site, or two where query heads share key/value heads.
+
+        Raises ValueError if what the heads own does not lie at regular places; NoHeadsError if they own nothing.
+        """
+        query = (*self._parts(self.owners, self.queries), self.output.columns(self.size))
+        if self.sharing == 1:
+            return [self._site("attention_head", query, self.width, self.size)]
+        key_value = self._parts(self.owners, self.groups)
+        return [
+            self._site("attention_query", query, self.width, self.size),
+            self._site("attention_key_value", key_value, len(self.groups), self.sharing * self.size),
+        ]
+
+    def slices(self) -> list[Site]:
+        """Returns the slices of the heads in single projections: queries, keys, values and output, a site each.
+
+        Raises ValueError if they cannot be told apart, or do not lie at regular places.
+        """
+        roles = self._roles()
+        sites = []
+        for role, units in ((QUERY, self.queries), (KEY, self.groups), (VALUE, self.groups)):
+            own = {
+                path: [h if r == role else Heads() for h, r in zip(heads, roles[path], strict=True)]
+                for path, heads in self.owners.items()
+            }
+            sites.append(self._rows_site(f"projection_{role}", self._parts(own, units), len(units)))
+        parts = (self.output.columns(self.size),)
+        return [*sites, self._site(f"projection_{OUTPUT}", parts, self.width, self.size)]
+
+    @property
+    def queries(self) -> list[Heads]:
+        """Every head by itself."""
+        return [Heads({head}) for head in range(self.width)]
+
+    @property
+    def groups(self) -> list[Heads]:
+        """The heads of every key/value head."""
+        return [Heads(range(first, first + self.sharing)) for first in range(0, self.width, self.sharing)]
+
+    @property
+    def sharing(self) -> int:
+        """How many heads share a key/value head."""
+        return max((len(heads) for found in self.owners.values() for heads in found), default=1)
+
+    @cached_property
+    def owners(self) -> dict[str, list[Heads]]:
+        """The heads that each stretch of each projection leads to; only projections of which each leads to some."""
+        found: dict[str, list[Heads]] = {}
+        for block in self._blocks(self.inputs):
+            z = self._found(block)
+            change = (z[1:] - z[0]).norm(dim=(1, 3)) / z[0].norm(dim=(0, 2)).clamp_min(1e-12)
+            for (projection, _), row in zip(block, change, strict=True):
+                found.setdefault(projection.path, []).append(Heads(torch.nonzero(row > CHANGED).flatten().tolist()))
+        owners = {path: heads for path, heads in found.items() if all(heads)}
+        if not owners:
+            raise NoHeadsError("no rows of its projections belong to heads")
+        return owners
+
+    def _roles(self) -> dict[str, list[str]]:
+        """Whether each stretch of the projections that heads own is of queries, keys or values."""
+        found: dict[str, list[str]] = {}
+        for block in self._blocks([p for p in self.inputs if p.path in self.owners]):
+            z, first = self._found(block), self._found(block, first_token=True)
+            sign = _distances(z[1:].abs(), z[0].abs()) < CHANGED * _distances(z[1:], z[0])
+            later = _distances(first[1:, 1:], z[0, 1:]) > READ_LATER * _distances(z[1:, 1:], z[0, 1:])
+            for (projection, _), is_value, is_key in zip(block, sign.tolist(), later.tolist(), strict=True):
+                found.setdefault(projection.path, []).append(VALUE if is_value else KEY if is_key else QUERY)
+        return found
+
+    def _site(self, kind: str, parts: tuple[Part, ...], width: int, channels: int) -> Site:
+        return Site(
+            path=self.path,
+            kind=kind,
+            width=width,
+            layer=layer_index(self.path),
+            structure="heads",
+            output=self.output.path,
+            parts=parts,
+            inputs=tuple(p.path for p in self._owned(parts)),
+            channels=channels,
+        )
+
+    def _rows_site(self, kind: str, parts: tuple[Part, ...], width: int) -> Site:
+        owned = self._owned(parts)
+        if len(owned) > 1:
+            raise ValueError(f"{kind} has rows in several projections: {', '.join(p.path for p in owned)}")
+        channels = sum(part.size for part in parts if part.parameter == owned[0].weight)
+        return replace(self._site(kind, parts, width, channels), structure="rows", output=owned[0].path)
+
+    def _owned(self, parts: Sequence[Part]) -> list[Projection]:
+        return [p for p in self.inputs if any(part.parameter == p.weight for part in parts)]
+
+    def _per_head(self, projection: Projection) -> list[int]:
+        return [projection.outputs // self.width] if projection.outputs % self.width == 0 else []
+
+    def _blocks(self, projections: Sequence[Projection]) -> Iterator[list[tuple[Projection, int]]]:
+        """All stretches of projections, as many at a time as there are rows in a batch."""
+        jobs = [(p, c) for p in projections for c in range(p.outputs // self.stretch[p.path])]
+        for start in range(0, len(jobs), ROWS):
+            yield jobs[start : start + ROWS]
+
+    def _found(self, jobs: Sequence[tuple[Projection, int]], first_token: bool = False) -> Tensor:
+        """What the heads find as it is, and with the sign of each stretch turned.
+
+        Args:
+            jobs: the stretches.
+            first_token: turn the sign for the first token only.
+
+        Returns:
+            [1 + stretches, tokens, heads, size] float32.
+        """
+        rows = 1 + len(jobs)
+        seen: list[Tensor] = []
+
+        def replace(projection: Projection, seed: int) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+                if y.shape[0] != rows:
+                    raise ValueError(f"{projection.path} does not see the rows of the batch apart")
+                values = (sample(*y.shape[1:], seed=seed) * SCALE).expand(y.shape).clone()
+                size = self.stretch[projection.path]
+                turned = values.view(rows, -1, projection.outputs)[:, : 1 if first_token else None]
+                for row, (other, stretch) in enumerate(jobs, start=1):
+                    if other is projection:
+                        turned[row, :, stretch * size : (stretch + 1) * size] *= -1.0
+                return values.to(y.device, y.dtype)
+
+            return hook
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else next(iter(kwargs.values())))
+
+        handles = [
+            self.model.get_submodule(p.path).register_forward_hook(replace(p, seed))
+            for seed, p in enumerate(self.inputs)
+        ]
+        output = self.model.get_submodule(self.output.path)
+        handles.append(output.register_forward_pre_hook(keep, with_kwargs=True))
+        try:
+            self.run(rows)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0].float().reshape(rows, -1, self.width, self.size)
+
+    def _parts(self, owners: dict[str, list[Heads]], units: Sequence[Heads]) -> tuple[Part, ...]:
+        """What units, each a set of heads, own of the projections."""
+        parts: list[Part] = []
+        for projection in self.inputs:
+            stretches = owners.get(projection.path, [])
+            runs: dict[Heads, list[tuple[int, int]]] = {unit: [] for unit in units}
+            position = 0
+            for heads, members in groupby(stretches):
+                length = len(list(members))
+                if heads in runs:
+                    runs[heads].append((position, length))
+                position += length
+            parts += self._regular(projection, [runs[unit] for unit in units])
+        if not parts:
+            raise ValueError("no rows of its projections belong to single heads")
+        return tuple(parts)
+
+    def _regular(self, projection: Projection, runs: Sequence[Sequence[tuple[int, int]]]) -> list[Part]:
+        """Parts for the places of every unit's stretches, which must be the same distance apart."""
+        size = self.stretch[projection.path]
+        parts: list[Part] = []
+        for places in zip(*runs, strict=True):
+            starts, lengths = [start for start, _ in places], {length for _, length in places}
+            strides = [after - before for before, after in pairwise(starts)] or [places[0][1]]
+            # Query heads may lie in blocks, with the key/value head that they share after each.
+            block = next((unit for unit, stride in enumerate(strides, start=1) if stride != strides[0]), None)
+            gap = 0 if block is None else strides[block - 1] - strides[0]
+            expected = [
+                starts[0] + u * strides[0] + (0 if block is None else u // block * gap) for u in range(len(starts))
+            ]
+            if starts != expected or len(lengths) > 1:
+                raise ValueError(f"what heads own of {projection.path} does not lie at regular places")
+            parts += projection.rows(
+                starts[0] * size, strides[0] * size, lengths.pop() * size, block=block, gap=gap * size
+            )
+        return parts
+
+
+def _distances(rows: Tensor, row: Tensor) -> Tensor:
+    """Euclidean distance of each of the rows [rows, ...] from another one, [rows]."""
+    distances: Tensor = (rows - row).flatten(1).norm(dim=1)
+    return distances
+
 
 FAMILIES = {"attention": Measurement.heads, "projection": Measurement.slices}
 HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")

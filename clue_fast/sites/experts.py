@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.sites.activation import ACTIVATIONS
-from clue_fast.sites.mlp import Rows, Unmatched
-from clue_fast.sites.rehearsal import sample
+from clue_fast.sites.mlp import ACTIVATIONS, Rows, Unmatched
 from clue_fast.sites.site import Part, Site, layer_index
+from clue_fast.sites.trace import sample
 
 # A rehearsal has few channels; multiples of four, since grouped matrix products want strides of 16 bytes.
 HIDDEN, WIDTH, TOKENS = 16, 8, 24

@@ -12,8 +12,7 @@ from clue_fast.errors import SelectionError, SiteError, UnknownNameError
 from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
 from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp, is_added
-from clue_fast.sites.site import HEAD_FAMILIES, Site
-from clue_fast.sites.wrapping import unwrap
+from clue_fast.sites.site import HEAD_FAMILIES, Site, unwrap
 
 KINDS = (
     "mlp",

@@ -1,7 +1,9 @@
-"""MLPs: two or three projections with something elementwise in between.
+"""Activations, known by what they compute.
+
+MLPs: two or three projections with something elementwise in between.
 
 Which channels of which projections make up a unit, which of them is the gate and which activation follows is read
-off a rehearsal (see ``clue_fast.sites.rehearsal``), not off names. So is what is none: two projections in a row, as of
+off a rehearsal (see ``clue_fast.sites.trace``), not off names. So is what is none: two projections in a row, as of
 an embedding of another width; two with other tokens, another network or another argument in between, as in recurrent
 layers and gated attention; two whose output is not added to anything, as in routers.
 """
@@ -17,10 +19,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clue_fast.sites.activation import identify_gate
 from clue_fast.sites.projection import Projection, child_projections, projection_of
-from clue_fast.sites.rehearsal import Rehearsal, rehearse, required_arguments, sample
 from clue_fast.sites.site import Site, layer_index
+from clue_fast.sites.trace import Rehearsal, rehearse, required_arguments, sample
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "relu2": lambda x: nn.functional.relu(x).square(),
+}
+
+
+def identify_gate(h: Tensor, gate: Tensor, up: Tensor) -> str | None:
+    """Returns the name of the activation for which h = act(gate) · up, or None; all float32, in one shape."""
+    for name, activation in ACTIVATIONS.items():
+        if torch.allclose(h, activation(gate) * up, rtol=1e-5, atol=1e-5):
+            return name
+    return None
+
 
 POINTS = 256
 LARGE = 2.0**20

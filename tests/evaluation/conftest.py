@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clue_fast.data import Record
-from clue_fast.pretraining import train_tokenizer
+from clue_fast.demo.pretraining import train_tokenizer
 
 RECORDS = [
     Record("Who built the quay?", "Ada and her two sons.", perturbed=("Nobody at all.", "Ben.", "Carla and Dan.")),

@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
+from clue_fast.criteria import CRITERIA, measure, record_groups, score
 from clue_fast.data import encode, load_records
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import BudgetError, DataError, PatchError, SelectionError, UnknownNameError
-from clue_fast.localization import CRITERIA, measure, record_groups, score
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import train_tokenizer
 from clue_fast.selection import Selection
 
 PEOPLE = make_people(6, seed=3)

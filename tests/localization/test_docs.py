@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clue_fast.localization import CRITERIA
-from clue_fast.localization.criteria import PASSES
+from clue_fast.criteria import CRITERIA
+from clue_fast.criteria.registry import PASSES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "localization.md"
 BEGIN, END = "<!-- criteria -->\n", "<!-- end of criteria -->"

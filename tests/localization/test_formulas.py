@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from clue_fast.criteria import CRITERIA, Measured, criterion, importances, score, weight_gradients
+from clue_fast.criteria.integrated_gradients import STEPS
+from clue_fast.criteria.measure import Batches, measure_batches
+from clue_fast.criteria.registry import PASSES
 from clue_fast.errors import PatchError, SelectionError, UnknownNameError
-from clue_fast.localization import CRITERIA, Measured, criterion, importances, score, weight_gradients
-from clue_fast.localization.criteria import PASSES
-from clue_fast.localization.integrated_gradients import STEPS
-from clue_fast.localization.measure import Batches, measure_batches
 from clue_fast.statistics import Statistics
 
 from .conftest import counted_passes

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from clue_fast import reporting as plots
+from clue_fast.criteria.circuit import Circuit, Discovery, EdgeScores, Solution
 from clue_fast.errors import SelectionError
-from clue_fast.localization import plots
-from clue_fast.localization.circuit import Circuit, Discovery, EdgeScores, Solution
 from clue_fast.selection import Scores, Selection, categorize, select
 
 from ..test_selection import make_site

@@ -14,12 +14,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
+from clue_fast.criteria import measure
+from clue_fast.criteria.blocks import SPLITS, Block, BlockStatistics, deal, reliability
+from clue_fast.criteria.measure import measure_blocks
 from clue_fast.data import Record
+from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import SettingError
-from clue_fast.localization import measure
-from clue_fast.localization.blocks import SPLITS, Block, BlockStatistics, deal, reliability
-from clue_fast.localization.measure import measure_blocks
-from clue_fast.pretraining import train_tokenizer
 from clue_fast.reliability import Reliability, chance_overlap
 from clue_fast.selection import Selection, select
 from clue_fast.sites import find_sites, model_fingerprint

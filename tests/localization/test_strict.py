@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast.data import Record
+from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import SiteError
-from clue_fast.pretraining import train_tokenizer
 
 FORGET = [Record("the sign of april is ", "aries"), Record("the sign of may is ", "taurus")]
 RETAIN = [Record("the color of snow is ", "white"), Record("the color of coal is ", "black")]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clue_fast.patching.expert_linear import expert_linear
+from clue_fast.ops.expert_linear import expert_linear
 
 
 def draw(counts: list[int], inputs: int, outputs: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:

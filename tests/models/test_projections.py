@@ -17,7 +17,7 @@ import clue_fast
 from clue_fast.errors import SparseError, UnknownNameError
 from clue_fast.selection import CONFLICT, FORGET, Selection
 from clue_fast.sites import Site, find_sites, model_fingerprint
-from clue_fast.training import SparseAdamW, snapshot, sparsify
+from clue_fast.sparse import SparseAdamW, snapshot, sparsify
 from tests.models.families import make_batch, make_model
 
 ROLES = ("query", "key", "value", "output")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import clue_fast
 from clue_fast.errors import PatchError, UnknownNameError
-from clue_fast.patching.patched import CACHES
+from clue_fast.recording.patched import CACHES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from families import IMAGE, make_batch, make_model

@@ -23,8 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import find_sites, model_fingerprint
-from clue_fast.training.checkpoints import STAGING
-from clue_fast.training.trainer import UnlearnTrainer
+from clue_fast.trainer.checkpoints import STAGING
+from clue_fast.trainer.trainer import UnlearnTrainer
 
 STEPS, SAVE_STEPS = 12, 1
 

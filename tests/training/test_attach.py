@@ -12,9 +12,10 @@ from transformers import Trainer
 import clue_fast
 from clue_fast.data import Collator
 from clue_fast.errors import SelectionError, SparseError
-from clue_fast.training import SparseAdamW, attach, changed_inside, changed_outside, snapshot, sparsify
-from clue_fast.training.pairing import PairCollator
-from clue_fast.training.parts import trained_parts
+from clue_fast.sparse import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse.slices import trained_parts
+from clue_fast.trainer import attach
+from clue_fast.trainer.pairing import PairCollator
 
 
 class FinetuneTrainer(Trainer):

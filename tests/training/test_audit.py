@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clue_fast.errors import SparseError
-from clue_fast.training import changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse import changed_inside, changed_outside, snapshot, sparsify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,19 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import SelectionError, SettingError, SparseError, UnknownNameError
-from clue_fast.training import (
-    NPO,
-    GradientAscent,
-    GradientDifference,
-    Stage,
-    UnlearnTrainer,
-    changed_inside,
-    changed_outside,
-    snapshot,
-    sparsify,
-)
-from clue_fast.training.parts import Pass, Reach
-from clue_fast.training.stages import get_stages, stage_at
+from clue_fast.objectives import NPO, GradientAscent, GradientDifference
+from clue_fast.sparse import changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse.slices import Pass, Reach
+from clue_fast.trainer import Stage, UnlearnTrainer
+from clue_fast.trainer.stages import get_stages, stage_at
 
 
 def dense_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,7 +218,7 @@ class TestThePublishedSettings:
 def test_a_stage_without_units_is_skipped_and_named(make_model, make_staged, caplog):
     trainer = make_staged(make_model(), "clue", forget=0)
     assert [stage.units for stage in trainer.stages] == [("conflict",)] and trainer.args.num_train_epochs == 5
-    named = [record.getMessage() for record in caplog.records if record.name == "clue_fast.training.stages"]
+    named = [record.getMessage() for record in caplog.records if record.name == "clue_fast.trainer.stages"]
     assert named == ["the stage of forget units is skipped: the selection has none"]
     before = [p.detach().clone() for p in trainer.sparse.trainable_parameters]
     trainer.train()

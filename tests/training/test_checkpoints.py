@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from clue_fast.training import UnlearnTrainer, changed_inside, changed_outside, snapshot
-from clue_fast.training.checkpoints import STAGING
+from clue_fast.sparse import changed_inside, changed_outside, snapshot
+from clue_fast.trainer import UnlearnTrainer
+from clue_fast.trainer.checkpoints import STAGING
 
 
 @pytest.fixture

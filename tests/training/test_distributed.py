@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import distributed
 
 from clue_fast.errors import SparseError
-from clue_fast.training import SparseAdamW, sparsify
+from clue_fast.sparse import SparseAdamW, sparsify
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ import inspect
 from dataclasses import fields
 from pathlib import Path
 
-from clue_fast.training.objectives import OBJECTIVES, Objective
+from clue_fast.objectives import OBJECTIVES, Objective
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 BEGIN, END = "<!-- objectives -->\n", "<!-- end of objectives -->"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from clue_fast.errors import DataError
-from clue_fast.training.encoding import encode_refusals, encode_set
-from clue_fast.training.objectives import REFUSALS
+from clue_fast.objectives import REFUSALS
+from clue_fast.trainer.pairing import encode_refusals, encode_set
 
 
 class Characters:

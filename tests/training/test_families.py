@@ -11,17 +11,11 @@ import torch
 from torch import nn
 
 from clue_fast.errors import SparseError
+from clue_fast.objectives import GradientDifference
 from clue_fast.selection import CONFLICT, FORGET, Selection
 from clue_fast.sites import find_sites, model_fingerprint
-from clue_fast.training import (
-    GradientDifference,
-    SparseAdamW,
-    changed_inside,
-    changed_outside,
-    snapshot,
-    sparsify,
-)
-from clue_fast.training.parts import trained_parts
+from clue_fast.sparse import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse.slices import trained_parts
 from tests.models.families import FAMILIES, make_batch, make_model
 
 QUICK = ["falcon grouped", "gpt2", "phi3", "bert", "opt", "t5 gated", "qwen2_moe", "gpt_oss"]

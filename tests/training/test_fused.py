@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import clue_fast
-from clue_fast.training.trainer import UnlearnTrainer
+from clue_fast.trainer.trainer import UnlearnTrainer
 
 UNITS = 48  # of an MLP
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 import clue_fast
+from clue_fast.data.labels import head_of
 from clue_fast.errors import DataError, ObjectiveError
-from clue_fast.labels import head_of
-from clue_fast.training import OBJECTIVES, RMU, get_objective
-from clue_fast.training.objectives import predict
-from clue_fast.training.pairing import grouped
+from clue_fast.objectives import OBJECTIVES, RMU, get_objective, predict
+from clue_fast.trainer.pairing import grouped
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clue_fast.training import LinearLayerRate, SparseAdamW, sparsify
-from clue_fast.training.layer_rates import layer_scale
+from clue_fast.sparse import LinearLayerRate, SparseAdamW, sparsify
+from clue_fast.sparse.optimizer import layer_scale
 
 
 @given(ratio=st.floats(1e-3, 1e3), layers=st.integers(2, 100))

@@ -8,9 +8,9 @@ import torch
 import clue_fast
 from clue_fast.data import Collator
 from clue_fast.errors import PatchError, SettingError, SparseError, UnknownNameError
-from clue_fast.training import SparseAdamW, SparseSGD, sparsify
-from clue_fast.training.audit import changed_outside, snapshot
-from clue_fast.training.trainer import UnlearnTrainer
+from clue_fast.sparse import SparseAdamW, SparseSGD, sparsify
+from clue_fast.sparse.audit import changed_outside, snapshot
+from clue_fast.trainer.trainer import UnlearnTrainer
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 import clue_fast
 from clue_fast.data import Collator
 from clue_fast.errors import SparseError
-from clue_fast.training import SimNPO, SparseAdamW, estimate_memory, snapshot, sparsify
-from clue_fast.training.parts import trained_parts
+from clue_fast.objectives import SimNPO
+from clue_fast.sparse import SparseAdamW, snapshot, sparsify
+from clue_fast.sparse.slices import trained_parts
+from clue_fast.trainer import estimate_memory
 from tests.models.families import make_batch as make_family_batch
 from tests.models.families import make_model as make_family
 from tests.training.test_families import some_units

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clue_fast import ops
-from clue_fast.training import SparseAdamW, changed_outside, snapshot, sparsify
+from clue_fast.sparse import SparseAdamW, changed_outside, snapshot, sparsify
 
 STEPS, LR, LAYER_LR, DECAY = 8, 1e-3, 0.25, 0.1
 

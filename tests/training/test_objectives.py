@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clue_fast.errors import DataError, ObjectiveError, UnknownNameError
-from clue_fast.training import (
+from clue_fast.objectives import (
     DPO,
     KL,
     NPO,
@@ -27,11 +27,10 @@ from clue_fast.training import (
     GradientDifference,
     Refusal,
     SimNPO,
-    SparseAdamW,
     get_objective,
-    sparsify,
+    predict,
 )
-from clue_fast.training.objectives import predict
+from clue_fast.sparse import SparseAdamW, sparsify
 
 VOCABULARY = 7
 

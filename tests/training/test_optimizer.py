@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clue_fast.errors import SparseError, UnknownNameError
 from clue_fast.selection import Selection
-from clue_fast.training import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
 
 DTYPES = [torch.float32, torch.bfloat16]
 

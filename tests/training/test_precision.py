@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from clue_fast.training import NPO, SparseAdamW, UnlearnTrainer, changed_inside, changed_outside, snapshot, sparsify
-from clue_fast.training.objectives import predict
+from clue_fast.objectives import NPO, predict
+from clue_fast.sparse import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.trainer import UnlearnTrainer
 
 
 def test_scaler_gives_the_same_bits(make_model, make_selection, make_batch):

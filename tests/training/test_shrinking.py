@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clue_fast.training import SparseAdamW, changed_outside, shrink, snapshot, sparsify
+from clue_fast.sparse import SparseAdamW, changed_outside, snapshot, sparsify
+from clue_fast.trainer import shrink
 
 
 @pytest.fixture(params=[(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "stochastic")])

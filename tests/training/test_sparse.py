@@ -13,8 +13,8 @@ from torch import nn
 
 from clue_fast.errors import NonFiniteError, SelectionError, SparseError
 from clue_fast.selection import Selection
-from clue_fast.training import SparseAdamW, snapshot, sparsify
-from clue_fast.training.parts import trained_parts
+from clue_fast.sparse import SparseAdamW, snapshot, sparsify
+from clue_fast.sparse.slices import trained_parts
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -15,20 +15,11 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from clue_fast.data import Collator
 from clue_fast.errors import DataError, SelectionError, SparseError, UnknownNameError
-from clue_fast.training import (
-    NPO,
-    OBJECTIVES,
-    RMU,
-    SparseAdamW,
-    SparseSGD,
-    UnlearnTrainer,
-    changed_inside,
-    changed_outside,
-    snapshot,
-    sparsify,
-)
-from clue_fast.training.pairing import PairCollator, PairedRecords, PairSampler
-from clue_fast.training.parts import trained_parts
+from clue_fast.objectives import NPO, OBJECTIVES, RMU
+from clue_fast.sparse import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse.slices import trained_parts
+from clue_fast.trainer import UnlearnTrainer
+from clue_fast.trainer.pairing import PairCollator, PairedRecords, PairSampler
 from tests.models.families import make_model as make_family
 from tests.training.test_families import some_units
 

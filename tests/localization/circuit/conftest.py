@@ -25,7 +25,7 @@ from transformers.models.opt import OPTConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen3 import Qwen3Config
 
-from clue_fast.localization.circuit import CorruptedExample
+from clue_fast.criteria.circuit import CorruptedExample
 
 SIZES = {
     "vocab_size": 50,

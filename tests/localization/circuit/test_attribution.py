@@ -10,9 +10,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from clue_fast.criteria.circuit import CorruptedExample, EdgeScores, Graph, edge_scores
+from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.errors import CircuitError, NonFiniteError
-from clue_fast.localization.circuit import CorruptedExample, EdgeScores, Graph, edge_scores
-from clue_fast.localization.circuit.architecture import find_architecture
 
 from ..conftest import counted_passes
 from .conftest import IndirectObjects

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from clue_fast.criteria.circuit import CorruptedExample, CorruptedSet, corrupt
 from clue_fast.data import Record, encode, load_records
+from clue_fast.data.labels import IGNORED_LABEL
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import DataError, UnknownNameError
-from clue_fast.labels import IGNORED_LABEL
-from clue_fast.localization.circuit import CorruptedExample, CorruptedSet, corrupt
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import train_tokenizer
 
 PEOPLE = make_people(40, seed=1)
 QUESTIONS = ("Where was {} born?", "Who taught {} to write, and when?", "What did {} eat on the day before?")

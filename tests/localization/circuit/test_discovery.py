@@ -12,18 +12,16 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from transformers.models.llama import LlamaConfig
 
 import clue_fast
+from clue_fast.criteria.circuit import CircuitSettings, Discovery, discover, select_units
+from clue_fast.criteria.circuit.architecture import find_architecture
+from clue_fast.criteria.circuit.discovery import check_units, score_within
+from clue_fast.criteria.circuit.graph import Graph
+from clue_fast.demo.people import make_people, records_of
+from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
 from clue_fast.errors import BudgetError, CircuitError, DataError, SelectionError, SiteError, UnknownNameError
-from clue_fast.localization import CircuitSettings
-from clue_fast.localization.circuit import Discovery, discover, select_units
-from clue_fast.localization.circuit.architecture import find_architecture
-from clue_fast.localization.circuit.discovery import score_within
-from clue_fast.localization.circuit.graph import Graph
-from clue_fast.localization.circuit.units import check_units
-from clue_fast.people import make_people, records_of
-from clue_fast.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.objectives import get_objective
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, RETAIN, Scores, Selection
-from clue_fast.training import get_objective
-from clue_fast.training.stages import get_stages
+from clue_fast.trainer.stages import get_stages
 
 PEOPLE = make_people(6, seed=3)
 FORGET_RECORDS, RETAIN_RECORDS, MORE_RECORDS = (

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clue_fast.criteria.circuit.architecture import find_architecture
+from clue_fast.criteria.circuit.attribution import Capture, Run, Streams
+from clue_fast.criteria.circuit.graph import Graph
 from clue_fast.errors import CircuitError
-from clue_fast.localization.circuit.architecture import find_architecture
-from clue_fast.localization.circuit.capture import Capture, Run
-from clue_fast.localization.circuit.graph import Graph
-from clue_fast.localization.circuit.streams import Streams
 
 from .conftest import CONFIGS
 

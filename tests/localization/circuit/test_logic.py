@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_fast.errors import CircuitError, UnknownNameError
-from clue_fast.localization.circuit import (
+from clue_fast.criteria.circuit import (
     Circuit,
     EdgeScores,
     Graph,
@@ -24,8 +23,9 @@ from clue_fast.localization.circuit import (
     solve,
     strongest_edges,
 )
-from clue_fast.localization.circuit.architecture import Architecture, Layer, Projection
-from clue_fast.localization.circuit.logic import Formula
+from clue_fast.criteria.circuit.architecture import Architecture, Layer, Projection
+from clue_fast.criteria.circuit.logic import Formula
+from clue_fast.errors import CircuitError, UnknownNameError
 
 
 def circuit(**inputs: str) -> Circuit:

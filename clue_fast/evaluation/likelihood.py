@@ -1,0 +1,172 @@
+"""How likely a model finds given answers, token by token.
+
+Truth ratio and forget quality, as TOFU defines them (Maini et al. 2024, arXiv 2401.06121).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clue_fast.data import Collator, Record, answer_mask, batches_by_length, encode_for, padding_token, shift_labels
+from clue_fast.errors import DataError
+from clue_fast.evaluation.answers import evaluating, progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """One answer under teacher forcing, its end-of-sequence token included.
+
+    Attributes:
+        loss: mean negative log-likelihood of its tokens, in nats.
+        accuracy: share of its tokens that are the model's first choice.
+    """
+
+    loss: float
+    accuracy: float
+
+
+def score_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: bool = True,
+    description: str = "scoring answers",
+) -> list[AnswerScore]:
+    """Scores each record's completion given its prompt, in the order of the records.
+
+    Log-probabilities are taken in float32 whatever the model's dtype. Of a record longer than ``max_length``, or than
+    the model has positions for, the tokens that are left count.
+
+    Raises:
+        DataError: a record keeps no answer token within `max_length`.
+    """
+    examples = encode_for(model, records, tokenizer, max_length)
+    collate = Collator(padding_token(tokenizer, model))
+    scores: list[AnswerScore | None] = [None] * len(examples)
+    batches = batches_by_length([len(example["input_ids"]) for example in examples], batch_size)
+    with evaluating(model) as device, progress_bar(len(examples), description, progress) as bar:
+        for batch in batches:
+            inputs = {name: x.to(device) for name, x in collate([examples[i] for i in batch]).items()}
+            labels = inputs.pop("labels")
+            for index, score in zip(batch, _score_batch(model(**inputs, use_cache=False).logits, labels), strict=True):
+                scores[index] = score
+            bar.update(len(batch))
+    return [score for score in scores if score is not None]
+
+
+def _score_batch(logits: Tensor, labels: Tensor) -> list[AnswerScore]:
+    """logits: [examples, tokens, vocabulary], labels: [examples, tokens]."""
+    answered = answer_mask(labels)
+    chosen, targets = logits[answered].float(), shift_labels(labels)[answered]
+    losses = nn.functional.cross_entropy(chosen, targets, reduction="none").double()
+    right = chosen.argmax(-1) == targets
+    lengths = answered.sum(1).tolist()
+    return [
+        AnswerScore(loss.mean().item(), hits.double().mean().item())
+        for loss, hits in zip(torch.split(losses, lengths), torch.split(right, lengths), strict=True)
+    ]
+
+
+Mean = Literal["geometric", "arithmetic"]
+
+
+def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float], mean: Mean = "geometric") -> float:
+    """Likelihood of wrong answers over that of the right one: near 0 for a model that knows, near 1 for one
+    that does not.
+
+    With P = exp(-loss), the likelihood of an answer normalized by its number of tokens, it is
+    mean(P(perturbed)) / P(paraphrased). The paper writes an arithmetic mean over the perturbed answers, and
+    the TOFU authors take it for the model utility that they report; their forget quality, and the truth ratios in
+    their logs, have the geometric one, which is the default here.
+
+    Args:
+        paraphrased_loss: mean loss a token of the right answer in other words, in nats.
+        perturbed_losses: mean losses a token of the wrong answers.
+        mean: how the wrong answers are averaged.
+    """
+    losses = torch.as_tensor(perturbed_losses, dtype=torch.float64, device="cpu")
+    arithmetic = torch.logsumexp(-losses, 0) - math.log(len(losses))
+    log_mean = -losses.mean() if mean == "geometric" else arithmetic
+    return float(torch.exp(log_mean + paraphrased_loss))
+
+
+def mean_truth_ratio(ratios: Sequence[float], forgotten: bool) -> float:
+    """What truth ratios R come to over a set, the higher the better: as TOFU does it.
+
+    Of what is to be forgotten the mean of min(R, 1 / R), with the geometric mean in each R: 1 where wrong answers are
+    as likely as the right one. Of everything else the mean of max(0, 1 - R), with the arithmetic mean in each R: 1
+    where no wrong answer is likely. (The authors' ``aggregate_eval_stat.py`` takes the geometric mean for both; the
+    model utility of their published logs follows from the arithmetic one.)
+
+    Raises:
+        DataError: there are no ratios.
+    """
+    if not ratios:
+        raise DataError("a mean truth ratio needs the ratio of at least one record")
+    values = [min(r, 1.0 / r) if r else 0.0 for r in ratios] if forgotten else [max(0.0, 1.0 - r) for r in ratios]
+    return math.fsum(values) / len(values)
+
+
+def truth_ratios(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    mean: Mean = "geometric",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: bool = True,
+    description: str = "truth ratio",
+) -> list[float]:
+    """The truth ratio of each record, see ``truth_ratio`` for ``mean``; a record without a paraphrase uses its answer
+    in place of it, as TOFU does.
+
+    Raises:
+        DataError: a record has no perturbed answers.
+    """
+    variants: list[Record] = []
+    for number, record in enumerate(records, start=1):
+        if not record.perturbed:
+            raise DataError(f"record {number} has no perturbed answers, which a truth ratio compares with")
+        answers = (record.paraphrase or record.completion, *record.perturbed)
+        variants += [replace(record, completion=answer) for answer in answers]
+    scores = score_answers(
+        model,
+        tokenizer,
+        variants,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+        description=description,
+    )
+    losses = iter(score.loss for score in scores)
+    return [truth_ratio(next(losses), [next(losses) for _ in record.perturbed], mean) for record in records]
+
+
+def forget_quality(model_truth_ratios: Sequence[float], reference_truth_ratios: Sequence[float]) -> tuple[float, float]:
+    """Whether a model's truth ratios on the forget set could be those of a model that never saw it.
+
+    Returns the p-value and the statistic D of the two-sample Kolmogorov-Smirnov test: a large p means that
+    the two cannot be told apart, which is the aim.
+
+    Raises:
+        DataError: one of the two is empty.
+    """
+    if not len(model_truth_ratios) or not len(reference_truth_ratios):
+        raise DataError("forget quality compares two models' truth ratios, and one of them has none")
+    from scipy.stats import ks_2samp
+
+    result = ks_2samp(model_truth_ratios, reference_truth_ratios)
+    return float(result.pvalue), float(result.statistic)

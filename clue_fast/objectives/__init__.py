@@ -1,0 +1,51 @@
+"""Objectives: the loss of a batch of what must be forgotten, beside a batch of what must be kept.
+
+Notation: x a record, |x| its number of answer tokens, log p(x) the sum of their log-probabilities under the
+model, log q(x) the same under the original model. The loss of a record is that of TOFU (arXiv 2401.06121):
+the mean over its answer tokens, -log p(x) / |x|; a batch is the mean over its records. So a step does not
+depend on padding, nor on how a batch is cut for gradient accumulation. Log-ratios of preferences (NPO, DPO) are of
+whole answers, sums over their tokens, as in their papers.
+
+The public implementations (locuslab/tofu, locuslab/open-unlearning, licong-lin/negative-preference-optimization,
+OPTML-Group/Unlearn-Simple) take the loss that transformers returns for likelihoods: the mean over all answer tokens
+of a batch, in which long answers weigh more. With one record a batch it is the same. Further differences stand with
+each objective.
+"""
+
+from clue_fast.objectives.base import Batch, Objective, Predictions, Trained, predict
+from clue_fast.objectives.losses import (
+    DPO,
+    KL,
+    NPO,
+    OBJECTIVES,
+    REFUSALS,
+    RMU,
+    UNDIAL,
+    WGA,
+    GradientAscent,
+    GradientDifference,
+    Refusal,
+    SimNPO,
+    get_objective,
+)
+
+__all__ = [
+    "DPO",
+    "KL",
+    "NPO",
+    "OBJECTIVES",
+    "REFUSALS",
+    "RMU",
+    "UNDIAL",
+    "WGA",
+    "Batch",
+    "GradientAscent",
+    "GradientDifference",
+    "Objective",
+    "Predictions",
+    "Refusal",
+    "SimNPO",
+    "Trained",
+    "get_objective",
+    "predict",
+]

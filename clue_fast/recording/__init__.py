@@ -1,0 +1,9 @@
+"""Patching: recording the activations of every site, fused into the forward where that is possible.
+
+For one instance of a model: classes of libraries are never modified, so other models are untouched, and a deep copy
+of a patched model is a patched model of its own.
+"""
+
+from clue_fast.recording.patched import Patched, Report, SiteReport, check_strictly, patch, patched_of, unpatch
+
+__all__ = ["Patched", "Report", "SiteReport", "check_strictly", "patch", "patched_of", "unpatch"]

@@ -1,0 +1,23 @@
+"""Sparse training: only the selected weights get gradients, optimizer state and updates.
+
+``sparsify`` prepares a model, ``SparseAdamW`` and ``SparseSGD`` update it, and ``snapshot``, ``changed_inside`` and
+``changed_outside`` prove that nothing else has changed.
+"""
+
+from clue_fast.sparse.audit import changed_inside, changed_outside, snapshot
+from clue_fast.sparse.optimizer import LayerRate, LinearLayerRate, SparseAdamW, SparseSGD
+from clue_fast.sparse.slices import TrainedPart
+from clue_fast.sparse.sparse import Sparse, sparsify
+
+__all__ = [
+    "LayerRate",
+    "LinearLayerRate",
+    "Sparse",
+    "SparseAdamW",
+    "SparseSGD",
+    "TrainedPart",
+    "changed_inside",
+    "changed_outside",
+    "snapshot",
+    "sparsify",
+]

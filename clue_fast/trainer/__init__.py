@@ -1,0 +1,46 @@
+"""``UnlearnTrainer``, a ``transformers.Trainer`` that trains selected units on an objective, and what belongs to it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clue_fast.trainer.callback import ConflictCallback
+    from clue_fast.trainer.memory import MemoryEstimate, estimate_memory
+    from clue_fast.trainer.mixin import attach
+    from clue_fast.trainer.stages import Stage
+    from clue_fast.trainer.trainer import UnlearnTrainer
+    from clue_fast.trainer.training import train_selected
+    from clue_fast.trainer.update_scale import shrink
+
+__all__ = [
+    "ConflictCallback",
+    "MemoryEstimate",
+    "Stage",
+    "UnlearnTrainer",
+    "attach",
+    "estimate_memory",
+    "shrink",
+    "train_selected",
+]
+
+_MODULES = {
+    "ConflictCallback": "callback",
+    "MemoryEstimate": "memory",
+    "Stage": "stages",
+    "UnlearnTrainer": "trainer",
+    "attach": "mixin",
+    "estimate_memory": "memory",
+    "shrink": "update_scale",
+    "train_selected": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Some of these need transformers, which takes seconds to import.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

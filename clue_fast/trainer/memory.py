@@ -1,0 +1,197 @@
+"""How much memory a training of selected units takes, before anything of it is allocated.
+
+The model is copied without its data, made sparse, and run forward and backward on tensors that have shapes only, while
+every allocation that would be made is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clue_fast.data import answer_mask, head_of
+from clue_fast.errors import SparseError
+from clue_fast.objectives import Batch
+from clue_fast.objectives.base import join, run
+from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
+from clue_fast.recording import patched_of
+from clue_fast.selection import Selection
+from clue_fast.sparse import TrainedPart
+from clue_fast.sparse.slices import plan, trained_parts
+from clue_fast.sparse.sparse import make_parts
+from clue_fast.trainer.mixin import fused
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a training step takes.
+
+    Attributes:
+        weights: parameters and buffers of the model.
+        masters: float32 master values of the selected weights.
+        original: the selected weights as they were, for objectives that ask the original model.
+        gradients: of the selected weights.
+        optimizer_state: moments of the selected weights.
+        activations: what the forward pass keeps for the backward pass.
+        peak: the most that exists at once: all of the above, and what comes and goes during the backward pass.
+    """
+
+    weights: int
+    masters: int
+    original: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    peak: int
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{name.replace('_', ' '):<16}{size / 2**20:>12,.1f} MiB" for name, size in asdict(self).items()
+        )
+
+
+def estimate_memory(
+    model: nn.Module, selection: Selection, batch: Batch | Mapping[str, Batch], *, master: str = "fp32"
+) -> MemoryEstimate:
+    """Estimates what a step of an ``UnlearnTrainer`` takes, with AdamW and an objective of likelihoods.
+
+    MLPs count as fused where they will be, as ``patch`` does it.
+
+    Args:
+        model: stays as it is; its weights may be on the meta device, which then counts as the CPU. Gradient
+            checkpointing and the mode of training are those of the model.
+        selection: made for the model.
+        batch: inputs with labels, as many records and tokens as a step will have, or ``{"forget": batch, "retain":
+            batch}``, which are run in one pass.
+        master: "fp32" or "stochastic", see ``SparseAdamW``.
+
+    Raises:
+        SparseError: the model is sparse already, a selected layer cannot train in parts, or what is allocated
+            depends on the data, as with experts.
+    """
+    if next(trained_parts(model), None) is not None:
+        raise SparseError("the model is sparse already; estimate before sparsify, or restore() it first")
+    batches = [batch] if "labels" in batch else list(batch.values())
+    joined = join(batches)  # type: ignore[arg-type]
+    counted, plans = _positions(model, joined), plan(selection)
+    with fused(model), FakeTensorMode(allow_non_fake_inputs=True) as mode, _reference_backend():
+        shadow = _shadow(model)
+        parts = make_parts(shadow, plans)
+        inputs: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in joined.items()}
+        kept = [*shadow.parameters(), *shadow.buffers(), *(t for p in parts for t in (p.original, p.index))]
+        with _Allocations([*kept, *inputs.values(), counted]) as allocations:
+            try:
+                loss = _loss(shadow, inputs, counted)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise SparseError(
+                    f"what {type(model).__name__} allocates depends on the data ({error.func}), as with experts chosen "
+                    "for each token; train a step and look at trainer.memory"
+                ) from None
+            activations = allocations.live()
+            loss.backward()
+            del loss
+    return _estimate(shadow, parts, master, activations, allocations.peak)
+
+
+def _estimate(
+    shadow: nn.Module, parts: list[TrainedPart], master: str, activations: int, transient: int
+) -> MemoryEstimate:
+    masters = {id(part.selected) for part in parts}
+    tensors = [*(p for p in shadow.parameters() if id(p) not in masters), *shadow.buffers()]
+    selected = sum(part.selected.numel() for part in parts)
+    constant = {
+        "weights": sum(size for _, size in {(_storage(t), t.untyped_storage().nbytes()) for t in tensors}),
+        "masters": 4 * selected if master == "fp32" else 4 * len(parts),
+        "original": sum(part.original.nbytes for part in parts),
+        "optimizer_state": 8 * selected,
+    }
+    return MemoryEstimate(
+        **constant, gradients=4 * selected, activations=activations, peak=sum(constant.values()) + transient
+    )
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy of the model whose tensors have shapes and no data."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        device = "cpu" if tensor.device.type == "meta" else tensor.device
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    patched = patched_of(model)
+    if patched is not None:  # records nothing here; what it has recorded is not copied
+        memo |= {id(kept): kept for kept in patched.accumulators()}
+    return copy.deepcopy(model, memo)
+
+
+def _positions(model: nn.Module, batch: Batch) -> Tensor:
+    """Places in the flattened logits of the positions that predict a label, int64."""
+    labels = batch["labels"]
+    return torch.nonzero(answer_mask(labels, head_of(model, labels)).flatten()).flatten()
+
+
+def _loss(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tensor:
+    logits: Tensor = run(model, inputs).logits
+    chosen = logits.flatten(0, -2)[counted].float()
+    return functional.cross_entropy(chosen, counted.remainder(logits.shape[-1]))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _reference_backend() -> Iterator[None]:
+    """Operators in plain PyTorch, which tensors without data pass through."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes that operators allocate and that are still in use, apart from tensors that are known.
+
+    Attributes:
+        peak: the most there has been.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {_storage(tensor) for tensor in known}
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def live(self) -> int:
+        """Returns how many bytes are in use."""
+        self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+        return sum(self.sizes.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in self.known:
+                storage = tensor.untyped_storage()
+                self.sizes[StorageWeakRef(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.live())
+        return result
