@@ -80,7 +80,7 @@ OLD_NAMES = {
     "training.UnlearnTrainer": "trainer.UnlearnTrainer",
     "training.NPO": "objectives.NPO",
     "training.stages.CLUE": "trainer.stages.CLUE",
-    "localization.CRITERIA": "criteria.CRITERIA",
+    "localization.record_groups": "criteria.record_groups",
     "localization.circuit.discover": "criteria.circuit.discover",
     "patching.Patched": "recording.Patched",
     "workflow.load_model": "unlearning.load_model",
