@@ -157,7 +157,7 @@ def test_a_rewording_that_is_answered_counts_as_answered(
 ) -> None:
     says = {"Who?": "nothing", "Which one?": "the brass kite", "Where?": "nowhere", "What place?": "nothing"}
     monkeypatch.setattr(
-        "clue_fast.evaluation.answers.greedy_answers",
+        "clue_fast.trainer.update_scale.greedy_answers",
         lambda model, tokenizer, asked, **_: [says[r.prompt] for r in asked],
     )
     records = [
@@ -298,8 +298,8 @@ class TestBeforeTheFirstPass:
         def run_over_data(*_: object, **__: object) -> None:
             raise AssertionError("the model ran over data")
 
-        passes = {"localization.measure": "Batches", "localization.circuit.discovery": "edge_scores"}
-        for module, name in {**passes, "workflow.unlearning": "evaluate"}.items():
+        passes = {"criteria.measure": "Batches", "criteria.circuit.discovery": "edge_scores"}
+        for module, name in {**passes, "unlearning": "evaluate"}.items():
             monkeypatch.setattr(importlib.import_module(f"clue_fast.{module}"), name, run_over_data)
 
         def run(message: str, **changes: str) -> None:

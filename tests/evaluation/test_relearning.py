@@ -69,7 +69,7 @@ def test_equals_three_steps_by_hand(
 ) -> None:
     given = []
     monkeypatch.setattr(
-        "clue_fast.evaluation.answers.rouge_recall",
+        "clue_fast.evaluation.relearning.rouge_recall",
         lambda references, answers: given.append(answers) or rouge_recall(references, answers),
     )
     options = {"steps": 3, "learning_rate": 3e-3, "max_new_tokens": 12, "batch_size": batch_size}
