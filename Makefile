@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-PORTABLE := tests/ops tests/models tests/localization tests/training
+PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria tests/training
 
 .PHONY: demo test test-oldest test-portable families lint bench clean
 

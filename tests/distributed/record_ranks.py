@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from families import make_batch, make_model
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import clue_fast
 from clue_fast.errors import PatchError, SelectionError
+from tests.models.families import make_batch, make_model
 
 BATCHES = 6
 KINDS = ("mlp", "expert", "attention")

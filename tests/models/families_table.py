@@ -123,7 +123,7 @@ def cell(runs: list[Run], test: str, family: str) -> str:
 
 def page(runs: list[Run]) -> str:
     """The whole page in Markdown."""
-    from families import FAMILIES
+    from tests.models.families import FAMILIES
 
     versions = [run.transformers for run in runs]
     head = HEAD.format(
@@ -147,7 +147,7 @@ def main() -> int:
     if arguments.results is not None:
         return run_here(arguments.results)
     found = [run_with(folder) for folder in (*arguments.folders, None)]
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parents[2]))
     PAGE.write_text(page([run for run, _ in found]), encoding="utf-8")
     return max(code for _, code in found)
 

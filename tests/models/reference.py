@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from families import FAMILIES, MASKED, SEQ2SEQ
 from torch import Tensor, nn
+
+from tests.models.families import FAMILIES, MASKED, SEQ2SEQ
 
 
 @dataclass

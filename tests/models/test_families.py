@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,8 @@ from torch import Tensor, nn
 
 import clue_fast
 from clue_fast.sites import survey
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import FAMILIES, IMAGE, IMAGES, SEQ2SEQ, make_batch, make_model
-from reference import counts, statistics_of, watching
+from tests.models.families import FAMILIES, IMAGE, IMAGES, SEQ2SEQ, make_batch, make_model
+from tests.models.reference import counts, statistics_of, watching
 
 ALL = sorted(FAMILIES)
 COMPILED = ("bert", "gpt2", "llama", "mixtral", "opt", "phi3", "t5")  # one of each structure; the others are slow

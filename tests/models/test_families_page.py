@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from families import FAMILIES
+from tests.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 LACKS = "the stock model does not (compile|run in bfloat16)|not in this transformers"

@@ -6,8 +6,6 @@ that sites must end in.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +14,7 @@ from torch import Tensor, nn
 
 import clue_fast
 from clue_fast.sites import survey
-
-sys.path.insert(0, str(Path(__file__).parent))
-from zoo import KINDS, make_tiny
+from tests.models.zoo import KINDS, make_tiny
 
 pytestmark = pytest.mark.slow
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,8 @@ from torch import Tensor, nn
 import clue_fast
 from clue_fast.errors import NonFiniteError, PatchError, SiteError, UnknownNameError
 from clue_fast.sites import find_sites
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import make_batch, make_model
-from test_families import assert_same, record, trace
+from tests.models.families import make_batch, make_model
+from tests.models.test_families import assert_same, record, trace
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,8 @@ import clue_fast
 from clue_fast.errors import PatchError
 from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import find_sites, model_fingerprint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import SIZES, make_batch, make_model
-from test_families import assert_same, cast, compiled_batch, record, trace
+from tests.models.families import SIZES, make_batch, make_model
+from tests.models.test_families import assert_same, cast, compiled_batch, record, trace
 
 KINDS = ("mlp", "expert", "attention")
 SOME = ["llama", "phi3", "gpt2", "mixtral", "t5 gated"]

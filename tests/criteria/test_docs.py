@@ -1,6 +1,6 @@
 """The table of criteria in the documentation is that of the code.
 
-python tests/localization/test_docs.py     writes it anew
+python tests/criteria/test_docs.py     writes it anew
 """
 
 from __future__ import annotations

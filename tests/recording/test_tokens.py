@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +12,7 @@ from torch import Tensor, nn
 import clue_fast
 from clue_fast.errors import PatchError, UnknownNameError
 from clue_fast.recording.patched import CACHES
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import IMAGE, make_batch, make_model
+from tests.models.families import IMAGE, make_batch, make_model
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 MASK = torch.ones_like(IDS)
