@@ -1,4 +1,4 @@
-"""Writes the section on speed of the README from the samples in bench/results.
+"""Writes the tables of docs/performance.md from the samples in bench/results.
 
 python -m bench.speed
 """
@@ -14,7 +14,7 @@ from bench.interleaved import Result
 from bench.run import RESULTS, ROOT
 from bench.training import Measurement, Point
 
-PAGE = ROOT.parent / "README.md"
+PAGE = ROOT.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->"
 HEAD = "| what | ratio | target |\n| --- | ---: | ---: |\n"
 # File of results -> case, those it is held against, and another to show beside it.
