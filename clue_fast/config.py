@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from clue_fast.deprecated import MASTERS
 from clue_fast.errors import SettingError, UnknownNameError
 from clue_fast.objectives import UNDIAL, Objective, get_objective
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate
-from clue_fast.sparse.optimizer import MASTERS, layer_scale
+from clue_fast.sparse.optimizer import layer_scale
 from clue_fast.trainer.stages import Schedule, Stage
 
 if TYPE_CHECKING:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+from clue_fast.errors import UnknownNameError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MODULES: dict[str, tuple[str, ...]] = {
     "doctor": ("env",),
@@ -64,3 +71,60 @@ def keep_old_modules() -> None:
     """Makes the modules of the release before importable, but ``localization``, which still bears that name."""
     for name in MODULES.keys() - {"localization"}:
         sys.modules.setdefault(f"clue_fast.{name}", _OldModule(f"clue_fast.{name}", __doc__))
+
+
+Renamed: TypeAlias = "str | Callable[[Any], Mapping[str, Any]]"
+"""The new name of an argument, or what makes the new arguments of its value."""
+
+
+def renamed_arguments(**renamed: Renamed) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a function take keyword arguments by their old names, each with a warning that says the new one.
+
+    Args:
+        renamed: the new name, or a function from the old value to the new arguments, by the old name.
+
+    Raises:
+        TypeError: in the call, if an argument is given by both names.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in renamed.keys() & kwargs.keys():
+                kwargs.update(_renamed(function.__qualname__, old, renamed[old], kwargs))
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+def _renamed(function: str, old: str, new: Renamed, kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    value = kwargs.pop(old)
+    given = {new: value} if isinstance(new, str) else new(value)
+    if both := given.keys() & kwargs.keys():
+        raise TypeError(
+            f"{function.removesuffix('.__init__')} got {old} and {', '.join(sorted(both))}; leave out {old}"
+        )
+    written = ", ".join(given if isinstance(new, str) else (f"{name}={entry!r}" for name, entry in given.items()))
+    warnings.warn(
+        f"the argument {old} of {function.removesuffix('.__init__')} is {written} now; the old name goes with the next "
+        "release",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return given
+
+
+MASTERS = ("fp32", "stochastic")
+
+
+def precision(master: str) -> dict[str, bool]:
+    """Returns ``master_weights`` and ``stochastic_rounding`` for what ``master`` said of both.
+
+    Raises:
+        UnknownNameError: it was neither "fp32" nor "stochastic".
+    """
+    if master not in MASTERS:
+        raise UnknownNameError("master", master, MASTERS)
+    return {"master_weights": master == "fp32", "stochastic_rounding": master == "stochastic"}

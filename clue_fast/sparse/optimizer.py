@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast import ops
-from clue_fast.errors import SparseError, UnknownNameError
+from clue_fast.deprecated import precision, renamed_arguments
+from clue_fast.errors import SettingError, SparseError
 from clue_fast.sparse.slices import DDP, TrainedPart, trained_parts
 
 logger = logging.getLogger(__name__)
@@ -87,9 +88,6 @@ def _depth(layer: int, layers: int) -> float:
     return layer / max(1, layers - 1)
 
 
-MASTERS = ("fp32", "stochastic")
-
-
 class SparseOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that write into the selected slices of the weights, all layers in one launch.
 
@@ -104,14 +102,16 @@ class SparseOptimizer(torch.optim.Optimizer):
         defaults: of the groups; "lr" is the rate of the first layer of the model.
         layer_lr: learning rate of the last layer over that of the first, geometric in between, or another rate by
             layer, see ``LayerRate``.
-        master: where updates below the resolution of a 16-bit weight are kept: "fp32" in float32 master values,
-            which the weight takes over rounded to nearest even, or "stochastic" in the weight alone, by rounding up
-            with the probability of the part that is cut off; that saves 4 bytes for every selected weight.
         seed: of stochastic rounding.
+        master_weights: keeps updates below the resolution of a 16-bit weight in a float32 copy of the selected
+            weights, which the weights take over rounded to nearest even.
+        stochastic_rounding: keeps no copy, and rounds a 16-bit weight up with the probability of the part that is cut
+            off; that saves 4 bytes for every selected weight. Goes with ``master_weights=False``; weights in float32
+            need neither.
 
     Raises:
         SparseError: the model is not sparse.
-        UnknownNameError: no such master.
+        SettingError: both ways of keeping small updates, or none for 16-bit weights, see ``check_precision``.
         ValueError: an argument is out of range.
     """
 
@@ -119,14 +119,20 @@ class SparseOptimizer(torch.optim.Optimizer):
     """Names of the float32 tensors kept for each part, beside "step"."""
 
     def __init__(
-        self, model: nn.Module, defaults: dict[str, Any], layer_lr: LayerRate, master: str = "fp32", seed: int = 0
+        self,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        layer_lr: LayerRate,
+        seed: int = 0,
+        master_weights: bool = True,
+        stochastic_rounding: bool = False,
     ) -> None:
         check_not_below_zero(defaults, ("lr", "weight_decay"))
-        if master not in MASTERS:
-            raise UnknownNameError("master", master, MASTERS)
         by_layer = _parts_by_layer(model)
+        check_precision(trained_parts(model), master_weights, stochastic_rounding)
         self.skipped_steps = 0
-        self.master = master
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         groups = []
         for layer, parts in by_layer.items():
@@ -158,7 +164,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._part_of = {part.selected: part for parts in by_layer.values() for part in parts}
         for number, part in enumerate(self._part_of.values()):
             part.rounding_seed = (self.seed << 32) + number
-            part.keep_master(self.master == "fp32")
+            part.keep_master(self.master_weights)
 
     def _launch(self, entries: list[tuple[TrainedPart, dict[str, Any]]]) -> None:
         """Updates parts that share the settings of ``_settings``; their states have been advanced."""
@@ -249,9 +255,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         )
 
     def _masters(self, parts: list[TrainedPart]) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Master values, or the seeds of stochastic rounding in their place."""
-        if self.master == "fp32":
+        """Master values, or the seeds of stochastic rounding in their place, or neither."""
+        if self.master_weights:
             return matrices(part.selected.detach() for part in parts), None
+        if not self.stochastic_rounding:
+            return None, None
         return None, torch.tensor([part.rounding_seed for part in parts], dtype=torch.int64, device="cpu")
 
     def _moments(self, name: str, parts: list[TrainedPart]) -> list[Tensor]:
@@ -263,7 +271,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         state = {
             number: {
                 **saved["state"].get(number, {}),
-                "master": part.selected.detach() if self.master == "fp32" else part.read(),
+                "master": part.selected.detach() if self.master_weights else part.read(),
                 "index": part.index,
             }
             for number, part in enumerate(self._parts())
@@ -313,6 +321,23 @@ def _parts_by_layer(model: nn.Module) -> dict[int, list[TrainedPart]]:
     return dict(sorted(by_layer.items()))
 
 
+def check_precision(parts: Iterable[TrainedPart], master_weights: bool, stochastic_rounding: bool) -> None:
+    """Raises SettingError unless updates below the resolution of a 16-bit weight are kept, in one way."""
+    if master_weights and stochastic_rounding:
+        raise SettingError(
+            "master_weights and stochastic_rounding exclude each other: with a float32 copy of the selected weights no "
+            "update is lost; set master_weights=False to round stochastically"
+        )
+    if master_weights or stochastic_rounding:
+        return
+    for part in parts:
+        if part.weight.dtype != torch.float32:
+            raise SettingError(
+                f"{part.path} is {part.weight.dtype}, which drops small updates; set master_weights or "
+                "stochastic_rounding"
+            )
+
+
 def gradient(part: TrainedPart) -> Tensor:
     """Returns the gradient of a part, which has one."""
     assert part.selected.grad is not None
@@ -346,16 +371,17 @@ class SparseAdamW(SparseOptimizer):
         lr: learning rate of the first layer of the model.
         betas, eps: as in Adam.
         weight_decay: decoupled, applied to selected weights only.
-        layer_lr, master, seed: see ``SparseOptimizer``.
+        layer_lr, seed, master_weights, stochastic_rounding: see ``SparseOptimizer``.
 
     Raises:
         SparseError: the model is not sparse.
-        UnknownNameError: no such master.
+        SettingError: see ``check_precision``.
         ValueError: an argument is out of range.
     """
 
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
+    @renamed_arguments(master=precision)
     def __init__(
         self,
         model: nn.Module,
@@ -364,14 +390,16 @@ class SparseAdamW(SparseOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         layer_lr: LayerRate = 1.0,
-        master: str = "fp32",
+        *,
         seed: int = 0,
+        master_weights: bool = True,
+        stochastic_rounding: bool = False,
     ) -> None:
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas {betas} are outside [0, 1)")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_not_below_zero(defaults, ("eps",))
-        super().__init__(model, defaults, layer_lr, master, seed)
+        super().__init__(model, defaults, layer_lr, seed, master_weights, stochastic_rounding)
 
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(group["betas"]), group["eps"]
@@ -405,16 +433,17 @@ class SparseSGD(SparseOptimizer):
         lr: learning rate of the first layer of the model.
         momentum: how much of the last direction is kept; at 0 there is no state but the count of steps.
         weight_decay: added to the gradient, times the weight; selected weights only.
-        layer_lr, master, seed: see ``SparseOptimizer``.
+        layer_lr, seed, master_weights, stochastic_rounding: see ``SparseOptimizer``.
 
     Raises:
         SparseError: the model is not sparse.
-        UnknownNameError: no such master.
+        SettingError: see ``check_precision``.
         ValueError: an argument is out of range.
     """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
+    @renamed_arguments(master=precision)
     def __init__(
         self,
         model: nn.Module,
@@ -422,12 +451,14 @@ class SparseSGD(SparseOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         layer_lr: LayerRate = 1.0,
-        master: str = "fp32",
+        *,
         seed: int = 0,
+        master_weights: bool = True,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         check_not_below_zero(defaults, ("momentum",))
-        super().__init__(model, defaults, layer_lr, master, seed)
+        super().__init__(model, defaults, layer_lr, seed, master_weights, stochastic_rounding)
 
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.moments if group.get("momentum") else ()

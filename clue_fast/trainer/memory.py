@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clue_fast.data import answer_mask, head_of
+from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import SparseError
 from clue_fast.objectives import Batch
 from clue_fast.objectives.base import join, run
@@ -66,8 +67,9 @@ class MemoryEstimate:
         )
 
 
+@renamed_arguments(master=lambda value: {"master_weights": precision(value)["master_weights"]})
 def estimate_memory(
-    model: nn.Module, selection: Selection, batch: Batch | Mapping[str, Batch], *, master: str = "fp32"
+    model: nn.Module, selection: Selection, batch: Batch | Mapping[str, Batch], *, master_weights: bool = True
 ) -> MemoryEstimate:
     """Estimates what a step of an ``UnlearnTrainer`` takes, with AdamW and an objective of likelihoods.
 
@@ -79,7 +81,7 @@ def estimate_memory(
         selection: made for the model.
         batch: inputs with labels, as many records and tokens as a step will have, or ``{"forget": batch, "retain":
             batch}``, which are run in one pass.
-        master: "fp32" or "stochastic", see ``SparseAdamW``.
+        master_weights: see ``SparseAdamW``.
 
     Raises:
         SparseError: the model is sparse already, a selected layer cannot train in parts, or what is allocated
@@ -106,18 +108,18 @@ def estimate_memory(
             activations = allocations.live()
             loss.backward()
             del loss
-    return _estimate(shadow, parts, master, activations, allocations.peak)
+    return _estimate(shadow, parts, master_weights, activations, allocations.peak)
 
 
 def _estimate(
-    shadow: nn.Module, parts: list[TrainedPart], master: str, activations: int, transient: int
+    shadow: nn.Module, parts: list[TrainedPart], master_weights: bool, activations: int, transient: int
 ) -> MemoryEstimate:
     masters = {id(part.selected) for part in parts}
     tensors = [*(p for p in shadow.parameters() if id(p) not in masters), *shadow.buffers()]
     selected = sum(part.selected.numel() for part in parts)
     constant = {
         "weights": sum(size for _, size in {(_storage(t), t.untyped_storage().nbytes()) for t in tensors}),
-        "masters": 4 * selected if master == "fp32" else 4 * len(parts),
+        "masters": 4 * selected if master_weights else 4 * len(parts),
         "original": sum(part.original.nbytes for part in parts),
         "optimizer_state": 8 * selected,
     }

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import SiteError, SparseError
 from clue_fast.recording import Patched, patch, patched_of
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate, Sparse, SparseAdamW, SparseSGD, sparsify
-from clue_fast.sparse.optimizer import SparseOptimizer
+from clue_fast.sparse.optimizer import SparseOptimizer, check_precision
 from clue_fast.sparse.slices import DDP, trained_parts
 from clue_fast.trainer.checkpoints import WholeCheckpoints
 from clue_fast.trainer.stages import UNITS
@@ -56,7 +57,7 @@ class SparseTraining(WholeCheckpoints, _Base):
 
     Attributes:
         sparse: the ``Sparse`` of the model.
-        layer_lr, master: see ``SparseOptimizer``.
+        layer_lr, master_weights, stochastic_rounding: see ``SparseOptimizer``.
         memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
         patched: the model, whose MLPs are fused while it trains: they keep gate and up for the backward, and nothing
             else of their width. None outside of ``train``, or where there is nothing to fuse.
@@ -65,19 +66,23 @@ class SparseTraining(WholeCheckpoints, _Base):
 
     sparse: Sparse
     layer_lr: LayerRate
-    master: str
+    master_weights: bool
+    stochastic_rounding: bool
     memory: dict[str, int]
     patched: Patched | None
     further_logs: list[Callable[[], dict[str, float]]]
 
-    def host(self, sparse: Sparse, layer_lr: LayerRate, master: str) -> None:
+    def host(self, sparse: Sparse, layer_lr: LayerRate, master_weights: bool, stochastic_rounding: bool) -> None:
         """Takes charge of a sparse model.
 
         Raises:
             SparseError: the training is distributed in a way that shards the weights, or ``args.optim`` is an
                 optimizer that cannot train selected weights.
+            SettingError: see ``check_precision``.
         """
-        self.sparse, self.layer_lr, self.master, self.memory = sparse, layer_lr, master, {}
+        check_precision(sparse.parts, master_weights, stochastic_rounding)
+        self.sparse, self.layer_lr, self.memory = sparse, layer_lr, {}
+        self.master_weights, self.stochastic_rounding = master_weights, stochastic_rounding
         self.patched, self._fusing, self.further_logs = None, ExitStack(), []
         _check_distribution(self)
         _optimizer_name(self.args)
@@ -105,7 +110,8 @@ class SparseTraining(WholeCheckpoints, _Base):
                 "lr": self.args.learning_rate,
                 "weight_decay": self.args.weight_decay,
                 "layer_lr": self.layer_lr,
-                "master": self.master,
+                "master_weights": self.master_weights,
+                "stochastic_rounding": self.stochastic_rounding,
                 "seed": self.args.seed,
             }
             if _optimizer_name(self.args) == "sgd":
@@ -220,7 +226,15 @@ def _check_optimizer(trainer: SparseTraining) -> None:
         raise SparseError("the optimizer trains another model; make it on the model of this trainer, after sparsify")
 
 
-def attach(trainer: Trainer, selection: Selection, *, layer_lr: LayerRate = 0.2, master: str = "fp32") -> Sparse:
+@renamed_arguments(master=precision)
+def attach(
+    trainer: Trainer,
+    selection: Selection,
+    *,
+    layer_lr: LayerRate = 0.2,
+    master_weights: bool = True,
+    stochastic_rounding: bool = False,
+) -> Sparse:
     """Makes any ``transformers.Trainer`` train selected units only, its own loss and data unchanged.
 
     The trainer keeps its class, and becomes an instance of a subclass of it: with ``SparseAdamW`` made from its
@@ -231,13 +245,14 @@ def attach(trainer: Trainer, selection: Selection, *, layer_lr: LayerRate = 0.2,
     Args:
         trainer: any subclass, before ``train``.
         selection: the units to train, made for the trainer's model.
-        layer_lr, master: see ``SparseAdamW``.
+        layer_lr, master_weights, stochastic_rounding: see ``SparseAdamW``.
 
     Returns:
         The ``Sparse`` of the model; ``restore()`` turns the model back.
 
     Raises:
         SparseError: the trainer has an optimizer already, was attached to before, or shards the weights.
+        SettingError: see ``check_precision`` in ``clue_fast.sparse.optimizer``.
         SelectionError, NonFiniteError: see ``sparsify``.
     """
     if isinstance(trainer, SparseTraining):
@@ -253,7 +268,7 @@ def attach(trainer: Trainer, selection: Selection, *, layer_lr: LayerRate = 0.2,
     trainer.__class__ = type(before.__name__, (_Attached, before), {"__module__": before.__module__})
     try:
         attached: Any = trainer
-        attached.host(sparse, layer_lr, master)
+        attached.host(sparse, layer_lr, master_weights, stochastic_rounding)
         if any(part.category == "forget" for part in sparse.parts):
             attached.tell_sides_apart()
     except BaseException:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from clue_fast.data import Collator, Source, check_disjoint, head_of, padding_token, read_rows
 from clue_fast.data.collator import check_examples, longest
+from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import DataError
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.selection import Selection
@@ -62,7 +63,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
         objective: its name, or an ``Objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
             ``LayerRate``. Default 0.2, with a published schedule that one's.
-        master: "fp32" or "stochastic", see ``SparseAdamW``.
+        master_weights, stochastic_rounding: see ``SparseAdamW``.
         stages: which units train on which objective in which epochs, instead of all on one: "clue" for the
             published schedule and the settings that belong to it, see ``clue_fast.trainer.stages.CLUE``, or a
             sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the schedule of the learning rate
@@ -83,9 +84,11 @@ class UnlearnTrainer(SparseTraining, Trainer):
     Raises:
         DataError: a data set is empty or unreadable, both share records, or there is no tokenizer to encode it.
         SelectionError, SparseError, NonFiniteError: see ``sparsify``, ``SparseTraining.host`` and ``get_stages``.
+        SettingError: see ``check_precision`` in ``clue_fast.sparse.optimizer``.
         UnknownNameError: no objective or schedule has that name.
     """
 
+    @renamed_arguments(master=precision)
     def __init__(
         self,
         model: nn.Module,
@@ -99,7 +102,8 @@ class UnlearnTrainer(SparseTraining, Trainer):
         selection: Selection,
         objective: str | Objective = "npo",
         layer_lr: LayerRate | None = None,
-        master: str = "fp32",
+        master_weights: bool = True,
+        stochastic_rounding: bool = False,
         stages: str | Sequence[Stage] | None = None,
         max_length: int | None = None,
         **kwargs: Any,
@@ -156,7 +160,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
                     data_collator=PairCollator(collate or Collator(padding_token(processing_class, model))),
                     **kwargs,
                 )
-            self.host(sparse, layer_lr, master)
+            self.host(sparse, layer_lr, master_weights, stochastic_rounding)
         except BaseException:
             sparse.restore()
             raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clue_fast.data import Record
+from clue_fast.deprecated import precision
 from clue_fast.evaluation import evaluate
 from clue_fast.objectives import Objective
 from clue_fast.selection import Selection
@@ -67,7 +68,7 @@ def train_selected(
             selection=selection,
             objective=objective,
             layer_lr=settings["layer_lr"],
-            master=settings["master"],
+            **precision(settings["master"]),
             stages=stages,
             max_length=max_length,
         )

@@ -69,7 +69,8 @@ def main(folder: Path, kind: str) -> None:
         selection=random_selection(model, units=5, forget=4),
         objective="npo",
         stages="clue" if kind == "stages" else None,
-        master="stochastic" if kind == "stochastic" else "fp32",
+        master_weights=kind != "stochastic",
+        stochastic_rounding=kind == "stochastic",
         callbacks=[traffic],
     )
     traffic.trainer = trainer

@@ -92,7 +92,7 @@ def test_a_model_without_data_and_without_masters(make_model, make_selection, ma
     with torch.device("meta"):
         model = make_model(torch.bfloat16, layers=3, **sizes)
     selection = make_selection(model, units=410)
-    exact, rough = (estimate_memory(model, selection, make_batch(8), master=m) for m in ("fp32", "stochastic"))
+    exact, rough = (estimate_memory(model, selection, make_batch(8), master_weights=m) for m in (True, False))
     weights = sum(p.nbytes for p in model.parameters())
     assert weights <= exact.weights < weights + 2**20
     assert exact.masters == exact.gradients == 4 * 3 * 410 * 2048 * 3

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_fast.errors import SparseError, UnknownNameError
+from clue_fast.errors import SettingError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.sparse import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
 
 DTYPES = [torch.float32, torch.bfloat16]
+STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}
 
 
 def backward(model: Any, batch: dict[str, Tensor]) -> None:
@@ -51,7 +52,7 @@ def plant_delicate_bits(model: Any, selection: Selection, batch: dict[str, Tenso
     [
         pytest.param(torch.float32, SparseAdamW, {}, marks=pytest.mark.slow),
         (torch.bfloat16, SparseAdamW, {}),
-        pytest.param(torch.bfloat16, SparseAdamW, {"master": "stochastic"}, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, SparseAdamW, STOCHASTIC, marks=pytest.mark.slow),
         pytest.param(torch.float32, SparseSGD, {"momentum": 0.9, "lr": 1e-2}, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, SparseSGD, {"momentum": 0.9, "lr": 1e-2}, marks=pytest.mark.slow),
     ],
@@ -88,7 +89,7 @@ def test_every_bit_outside_stays_and_inside_moves(
     assert changed_outside(before, resumed, selection) == 0
     assert changed_inside(before, straight, selection) > 0.98 * trained
     assert torch.equal(masters(straight), masters(resumed))
-    assert bool(masters(straight).any()) == ("master" not in settings)
+    assert bool(masters(straight).any()) == ("master_weights" not in settings)
     assert changed_outside(snapshot(straight), resumed, selection) == 0
     assert changed_inside(snapshot(straight), resumed, selection) == 0
 
@@ -196,7 +197,7 @@ def test_stochastic_rounding_keeps_no_masters_and_follows_the_fp32_trajectory(ma
     sparse = sparsify(model, make_selection(model, units=24))
     start = [part.read().float() for part in sparse.parts]
     copies = [torch.nn.Parameter(values.clone()) for values in start]
-    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1, master="stochastic")
+    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1, **STOCHASTIC)
     assert {p.untyped_storage().nbytes() for p in sparse.trainable_parameters} == {4}
     assert sparse.bytes()["trainable"] == 0
     reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
@@ -218,14 +219,14 @@ def test_masters_can_be_given_up_and_made_again(make_model, make_selection, make
     model, batch = make_model(torch.bfloat16), make_batch()
     sparse = sparsify(model, make_selection(model))
     steps(model, SparseAdamW(model, lr=1e-3), batch, 3)
-    rough = SparseAdamW(model, lr=1e-3, master="stochastic")
+    rough = SparseAdamW(model, lr=1e-3, **STOCHASTIC)
     steps(model, rough, batch, 3)
     model.to(torch.float32)
     assert {p.untyped_storage().nbytes() for p in sparse.trainable_parameters} == {4}
     model.to(torch.bfloat16)
     twin = copy.deepcopy(model)
-    steps(twin, SparseAdamW(twin, lr=1e-3, master="stochastic"), batch, 1)
-    exact = SparseAdamW(model, lr=1e-3, master="fp32")
+    steps(twin, SparseAdamW(twin, lr=1e-3, **STOCHASTIC), batch, 1)
+    exact = SparseAdamW(model, lr=1e-3)
     for part in sparse.parts:
         assert torch.equal(part.selected, part.read().float())
     exact.load_state_dict(rough.state_dict())
@@ -233,15 +234,30 @@ def test_masters_can_be_given_up_and_made_again(make_model, make_selection, make
     sparse.revert()
     for part in sparse.parts:
         assert torch.equal(part.selected, part.original.float())
-    with pytest.raises(UnknownNameError, match="unknown master 'bf16'; choose one of: fp32, stochastic"):
-        SparseAdamW(model, master="bf16")
+
+
+def test_small_updates_are_kept_in_one_way(make_model, make_selection, make_batch):
+    model = make_model(torch.bfloat16)
+    sparse = sparsify(model, make_selection(model))
+    with pytest.raises(SettingError, match=r"exclude each other.*set master_weights=False"):
+        SparseAdamW(model, stochastic_rounding=True)
+    with pytest.raises(SettingError, match=r"gate_proj.weight is torch.bfloat16, which drops small updates"):
+        SparseAdamW(model, master_weights=False)
+    sparse.restore()
+    finals = []
+    for masters in (True, False):  # of float32 weights no update is lost either way
+        model = make_model()
+        sparsify(model, make_selection(model))
+        steps(model, SparseAdamW(model, lr=1e-3, master_weights=masters), make_batch(), 2)
+        finals.append(model.state_dict())
+    assert all(torch.equal(value, finals[1][name]) for name, value in finals[0].items())
 
 
 def test_every_seed_rounds_otherwise(make_model, make_selection, make_batch):
     def weights(seed: int) -> Tensor:
         model = make_model(torch.bfloat16)
         sparse = sparsify(model, make_selection(model))
-        steps(model, SparseAdamW(model, lr=1e-4, master="stochastic", seed=seed), make_batch(), 1)
+        steps(model, SparseAdamW(model, lr=1e-4, **STOCHASTIC, seed=seed), make_batch(), 1)
         return torch.cat([part.read().flatten() for part in sparse.parts])
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))

@@ -1,0 +1,66 @@
+"""Old names work for one release: each warns once and says the new one."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+
+import clue_fast
+from clue_fast.deprecated import precision, renamed_arguments
+from clue_fast.errors import UnknownNameError
+
+STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}
+
+
+@renamed_arguments(master=precision, lead="expert_index")
+def called(first: int, *, expert_index: int = 0, master_weights: bool = True, stochastic_rounding: bool = False) -> Any:
+    """Says what arrived."""
+    return first, expert_index, master_weights, stochastic_rounding
+
+
+@pytest.mark.parametrize(
+    ("given", "arrived", "said"),
+    [
+        ({"master": "fp32"}, (1, 0, True, False), "master_weights=True, stochastic_rounding=False"),
+        ({"master": "stochastic"}, (1, 0, False, True), "master_weights=False, stochastic_rounding=True"),
+        ({"lead": 3}, (1, 3, True, False), "expert_index"),
+    ],
+)
+def test_an_argument_by_its_old_name(given: dict[str, Any], arrived: tuple[Any, ...], said: str) -> None:
+    (old,) = given
+    with pytest.warns(FutureWarning, match=f"the argument {old} of called is {said} now") as caught:
+        assert called(1, **given) == arrived
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_new_names_say_nothing_and_both_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert called(1, expert_index=2) == (1, 2, True, False)
+    with pytest.raises(TypeError, match="called got lead and expert_index; leave out lead"):
+        called(1, lead=1, expert_index=1)
+    with pytest.raises(UnknownNameError, match="unknown master 'bf16'; choose one of: fp32, stochastic"):
+        called(1, master="bf16")
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        (clue_fast.SparseAdamW, {"master": "stochastic"}, STOCHASTIC),
+        (clue_fast.SparseSGD, {"master": "stochastic"}, STOCHASTIC),
+        (clue_fast.UnlearnTrainer, {"master": "stochastic"}, STOCHASTIC),
+        (clue_fast.attach, {"master": "stochastic"}, STOCHASTIC),
+        (clue_fast.estimate_memory, {"master": "stochastic"}, {"master_weights": False}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_public_functions_take_the_old_names(function: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """As far as the warning: what else they need is not given."""
+    assert set(new) <= set(inspect.signature(function).parameters)
+    with pytest.warns(FutureWarning) as caught, pytest.raises((TypeError, AttributeError)):
+        function(None, None, **old) if function is clue_fast.attach else function(**old)
+    for name in old:
+        assert any(f"the argument {name} of {function.__name__} is" in str(w.message) for w in caught)
