@@ -2,7 +2,7 @@
 #   make demo    learns invented people, forgets a tenth of them, and leaves the evidence in demo/
 #   make test    every test that needs no GPU
 #   make bench   every benchmark, some twenty minutes on a machine with nothing else to do; samples in bench/results
-#   make test-oldest   families, training and workflow with the oldest transformers that pyproject.toml allows
+#   make test-oldest   families, sparse training and workflow with the oldest transformers that pyproject.toml allows
 #   make test-portable the numeric tests with the instructions of lesser processors: SSE, AVX2, AVX-512; an hour
 #   make families      writes docs/families.md, from tests with the oldest transformers and the one installed
 # Each makes its own environment in .venv. Name another interpreter with PYTHON=python3.12.
@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria tests/training
+PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria tests/sparse tests/objectives tests/trainer
 
 .PHONY: demo test test-oldest test-portable families lint bench clean
 
@@ -28,8 +28,8 @@ test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-oldest: $(VENV)/oldest-$(OLDEST).installed
-	PYTHONPATH=$(abspath $(VENV)/oldest-$(OLDEST)) $(BIN)/python -m pytest tests/models/test_families.py tests/training \
-		tests/test_workflow.py tests/test_cli.py
+	PYTHONPATH=$(abspath $(VENV)/oldest-$(OLDEST)) $(BIN)/python -m pytest tests/models/test_families.py \
+		tests/sparse tests/objectives tests/trainer tests/test_workflow.py tests/test_cli.py
 
 # What a machine without AVX-512, without AVX and FMA, or with one thread only would compute: every library below has its
 # own switch. A machine that lacks AVX-512 itself skips that run.

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from clue_fast.trainer.trainer import UnlearnTrainer
-from tests.training.conftest import examples, llama, random_selection
+from tests.models.small_llama import examples, llama, random_selection
 
 RECORDS = 16
 

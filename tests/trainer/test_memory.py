@@ -19,7 +19,7 @@ from clue_fast.sparse.slices import trained_parts
 from clue_fast.trainer import estimate_memory
 from tests.models.families import make_batch as make_family_batch
 from tests.models.families import make_model as make_family
-from tests.training.test_families import some_units
+from tests.sparse.test_families import some_units
 
 
 def measure(run: Any) -> tuple[int, int]:

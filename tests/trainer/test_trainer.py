@@ -21,7 +21,7 @@ from clue_fast.sparse.slices import trained_parts
 from clue_fast.trainer import UnlearnTrainer
 from clue_fast.trainer.pairing import PairCollator, PairedRecords, PairSampler
 from tests.models.families import make_model as make_family
-from tests.training.test_families import some_units
+from tests.sparse.test_families import some_units
 
 
 class Gradients(TrainerCallback):

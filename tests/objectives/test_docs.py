@@ -1,6 +1,6 @@
 """The table of objectives in the documentation is that of the code.
 
-python tests/training/test_docs.py     writes it anew
+python tests/objectives/test_docs.py     writes it anew
 """
 
 from __future__ import annotations
