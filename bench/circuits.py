@@ -24,7 +24,7 @@ from bench import machine
 from bench.run import RESULTS, save
 from clue_fast.criteria.circuit import CorruptedExample, Graph, edge_scores, find_circuits, make_formula, solve
 from clue_fast.criteria.circuit.architecture import find_architecture
-from clue_fast.criteria.registry import record_target
+from clue_fast.criteria.passes import record_target
 from clue_fast.data.labels import IGNORED_LABEL
 
 SEED = 0

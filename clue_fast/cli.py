@@ -269,7 +269,10 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_localization(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--criterion", default="difference", help="formula of the score (default: difference)")
+    from clue_fast.criteria import CRITERIA
+
+    criteria = f"formula of the score: {', '.join(CRITERIA)} (default: difference)"
+    parser.add_argument("--criterion", default="difference", help=criteria)
     parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.1)")
     parser.add_argument("--categories", action="store_true", help="tell forget, retain and conflict units apart")
     parser.add_argument("--strict", action="store_true", help="stop at a layer that is not known or cannot be fused")

@@ -5,34 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.criteria import CRITERIA, importances, measure, score
-from clue_fast.criteria.blocks import PERMUTATIONS, check_permutations, reliability
-from clue_fast.criteria.circuit import CircuitSettings, Graph, discover, select_units
-from clue_fast.criteria.circuit.architecture import find_architecture
-from clue_fast.criteria.circuit.discovery import check_circuit_budget, check_units
-from clue_fast.criteria.measure import MEASURED_BY_BLOCKS, TOKENS_PER_BATCH, measure_blocks, measured_sites
-from clue_fast.criteria.registry import check_target, get_criterion, get_importance
-from clue_fast.data import Record, check_disjoint, load_records
+from clue_fast.criteria import CircuitSettings, Measured
+from clue_fast.criteria.measure import TOKENS_PER_BATCH, load_task, measure_blocks, measure_task
+from clue_fast.criteria.passes import check_target
+from clue_fast.criteria.registry import get_criterion
 from clue_fast.deprecated import moved
-from clue_fast.errors import SelectionError, SettingError
 from clue_fast.recording import check_strictly
-from clue_fast.reliability import Reliability
-from clue_fast.selection import RELIABILITY, Selection, categorize, check_budget, check_normalization, pools, select
-from clue_fast.sites import DEFAULT_KINDS, survey
+from clue_fast.reliability import PERMUTATIONS, Reliability, check_permutations, reliability
+from clue_fast.selection import RELIABILITY, Selection, check_budget, check_normalization
+from clue_fast.sites import survey
 from clue_fast.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-CIRCUIT = "circuit"
-UNIT_CRITERION = "attribution"
-"""Ranks the units inside a node of a circuit."""
 
 
 def localize(
@@ -66,7 +56,7 @@ def localize(
         forget, retain: data sets, see ``clue_fast.data.load_records``. For the criterion ``circuit``, ``retain`` may
             be a mapping of several, by name.
         tokenizer: of the model.
-        criterion: a key of ``CRITERIA``, or ``circuit`` for the logic of circuits.
+        criterion: a key of ``CRITERIA``; ``circuit`` is the logic of circuits.
         fraction, count, threshold, scope, normalize: the budget, see ``select``; default the top 10 % of every layer.
         categories: give every unit one of the four categories, from its importance to each set, instead of ranking
             units by one score; see ``categorize``. The criterion ``circuit`` always does.
@@ -96,143 +86,64 @@ def localize(
         NonFiniteError: weights or activations are NaN or infinite.
     """
     started = time.perf_counter()
-    check_criterion(criterion)
-    budgeted = check_budget(fraction, count=count, threshold=threshold, scope=scope)
+    chosen = get_criterion(criterion)
+    budget = {"fraction": fraction, "count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
+    check_budget(fraction, count=count, threshold=threshold, scope=scope)
     check_normalization(normalize)
     check_permutations(permutations)
     if target is not None:
         check_target(target)
-    if circuit is not None and criterion != CIRCUIT:
-        raise SettingError(f"settings of circuits need the criterion {CIRCUIT!r}; {criterion!r} has no use for them")
-    kinds = _kinds(criterion, kinds)
+    chosen.check(budget, retain, circuit, categories)
+    kinds = chosen.kinds if kinds is None else tuple(kinds)
+    found = survey(model, kinds)
     if strict:
-        check_strictly(model, kinds, backend)
+        check_strictly(model, kinds, backend, found)
+    for unmatched in found.unmatched:
+        logger.warning("localize leaves out what looks like a site but is none that is known: %s", unmatched)
+    found.check()
+    task = load_task(
+        model,
+        forget,
+        retain,
+        tokenizer=tokenizer,
+        found=found,
+        criterion=chosen,
+        target=target,
+        settings=circuit,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+        backend=backend,
+        progress=progress,
+    )
+    task.check()
+    chosen.check_sites(model, found.sites, budget)
+    evidence = chosen.find(task)
+
+    def chosen_from(statistics: Statistics, budget: Mapping[str, Any]) -> Selection:
+        return chosen.select(Measured(statistics, seed, backend, evidence), budget, categories)
+
+    if permutations and chosen.measurement.by_blocks:
+        blocks = measure_blocks(task, seed)
+        statistics = next(blocks.labelled(blocks.truth[None]))
+        selection = chosen_from(statistics, budget)
+        if threshold is not None:  # under other labels as many units, whatever their scores
+            budget = {"count": len(selection), "scope": "global", "normalize": normalize}
+        measured = reliability(blocks, partial(chosen_from, budget=budget), selection, permutations, seed)
     else:
-        for unmatched in survey(model, kinds).unmatched:
-            logger.warning("localize leaves out what looks like a site but is none that is known: %s", unmatched)
-    measuring: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "target": target,
-        "kinds": kinds,
-        "max_length": max_length,
-        "tokens_per_batch": tokens_per_batch,
-        "backend": backend,
-        "progress": progress,
-    }
-    if criterion == CIRCUIT:
-        check_circuit_budget(threshold, scope, normalize)
-        budget: dict[str, Any] = {"fraction": fraction, "count": count}
-        selection = _localize_by_circuits(model, forget, retain, circuit, budget, measuring)
-        if permutations:
-            selection.source[RELIABILITY] = Reliability(reason="circuits do not come from sums over records").as_dict()
-    else:
-        if isinstance(retain, Mapping):
-            raise SelectionError(f"several retain sets need the criterion {CIRCUIT!r}; {criterion!r} compares two sets")
-        if categories:
-            get_importance(criterion)
-        if count is not None or isinstance(fraction, Mapping):
-            pools(measured_sites(model, criterion, kinds=measuring["kinds"], backend=backend), *budgeted, scope)
-        budget = {"fraction": fraction, "count": count, "threshold": threshold, "scope": scope, "normalize": normalize}
-        ranking = _Ranking(criterion, categories, seed, backend)
-        selection = _localize_by_statistics(model, forget, retain, ranking, budget, permutations, measuring)
+        statistics = measure_task(task)
+        selection = chosen_from(statistics, budget)
+        measured = Reliability(reason=f"{chosen.subject} do not come from sums over records")
+    if permutations:
+        selection.source[RELIABILITY] = measured.as_dict()
     selection.source["seed"] = seed
     if target is not None:
         selection.source["target"] = target
+    selection.statistics = statistics
     units = sum(site.width for site in selection.sites)
     seconds = time.perf_counter() - started
     logger.info("localize: %d of %d units by %s in %.1f s", len(selection), units, criterion, seconds)
     if selection.reliability is not None:
         logger.info("localize: %s", selection.reliability.sentence)
-    return selection
-
-
-def check_criterion(name: str) -> str:
-    """Returns the name of a criterion that ``localize`` takes. Raises UnknownNameError."""
-    return name if name == CIRCUIT else get_criterion(name, (*CRITERIA, CIRCUIT)).name
-
-
-def _kinds(criterion: str, kinds: Iterable[str] | None) -> tuple[str, ...]:
-    if kinds is not None:
-        return tuple(kinds)
-    return (*DEFAULT_KINDS, "projection") if criterion == CIRCUIT else DEFAULT_KINDS
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """How units are ranked, see ``localize``."""
-
-    criterion: str
-    categories: bool
-    seed: int
-    backend: str | None
-
-    def select(self, statistics: Statistics, budget: Mapping[str, Any]) -> Selection:
-        """The selection from statistics."""
-        if self.categories:
-            return categorize(*importances(statistics, self.criterion), **budget)
-        return select(score(statistics, self.criterion, seed=self.seed, backend=self.backend), **budget)
-
-
-def _localize_by_statistics(
-    model: PreTrainedModel,
-    forget: Any,
-    retain: Any,
-    ranking: _Ranking,
-    budget: dict[str, Any],
-    permutations: int,
-    measuring: dict[str, Any],
-) -> Selection:
-    needs = get_criterion(ranking.criterion).needs
-    if permutations and needs in MEASURED_BY_BLOCKS:
-        blocks = measure_blocks(model, forget, retain, criterion=ranking.criterion, seed=ranking.seed, **measuring)
-        statistics = next(blocks.labelled(blocks.truth[None]))
-        selection = ranking.select(statistics, budget)
-        if budget["threshold"] is not None:  # under other labels as many units, whatever their scores
-            budget = {"count": len(selection), "scope": "global", "normalize": budget["normalize"]}
-        found = reliability(blocks, partial(ranking.select, budget=budget), selection, permutations, ranking.seed)
-    else:
-        statistics = measure(model, forget, retain, criterion=ranking.criterion, **measuring)
-        selection = ranking.select(statistics, budget)
-        found = Reliability(reason=f"{ranking.criterion} units do not come from sums over records")
-    if permutations:
-        selection.source[RELIABILITY] = found.as_dict()
-    selection.statistics = statistics
-    return selection
-
-
-def _localize_by_circuits(
-    model: PreTrainedModel,
-    forget: Any,
-    retain: Any,
-    settings: CircuitSettings | None,
-    budget: dict[str, Any],
-    measuring: dict[str, Any],
-) -> Selection:
-    settings = settings or CircuitSettings()
-    target = check_target(measuring["target"] or "log_odds")
-    forget_records = load_records(forget, "forget")
-    sources = retain if isinstance(retain, Mapping) else {"retain": retain}
-    sets: dict[str, list[Record]] = {name: load_records(source, name) for name, source in sources.items()}
-    for name, records in sets.items():
-        check_disjoint({"forget": forget_records, name: records})
-    sites = measured_sites(model, UNIT_CRITERION, kinds=measuring["kinds"], backend=measuring["backend"])
-    check_units(Graph(find_architecture(model)), sites, **budget)
-    discovery = discover(
-        model,
-        forget_records,
-        sets,
-        tokenizer=measuring["tokenizer"],
-        settings=settings,
-        target=target,
-        max_length=measuring["max_length"],
-        progress=measuring["progress"],
-    )
-    logger.info("%s", discovery.table())
-    retain_records = [record for records in sets.values() for record in records]
-    statistics = measure(model, forget_records, retain_records, criterion=UNIT_CRITERION, **measuring)
-    units = importances(statistics, UNIT_CRITERION)
-    selection = select_units(discovery, *units, **budget, granularity=settings.granularity)
-    selection.statistics = statistics
     return selection
 
 

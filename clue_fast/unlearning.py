@@ -25,16 +25,17 @@ from clue_fast.config import (
     default_learning_rate,
     described,
 )
-from clue_fast.criteria.blocks import PERMUTATIONS, check_permutations
 from clue_fast.criteria.circuit import CircuitSettings
+from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import Source, check_encoding, load_records, load_sets
 from clue_fast.errors import ModelError, NonFiniteError, SettingError
 from clue_fast.evaluation import Metrics, check_evaluation, evaluate
 from clue_fast.files import check_output, output_folder, save_json
-from clue_fast.localization import CIRCUIT, check_criterion, localize
+from clue_fast.localization import localize
 from clue_fast.objectives import Objective
 from clue_fast.ops import choose
 from clue_fast.recording import check_strictly
+from clue_fast.reliability import PERMUTATIONS, check_permutations
 from clue_fast.reporting import RESULTS, results_table, write_plots
 from clue_fast.selection import RELIABILITY, Selection, check_budget
 from clue_fast.sparse import LayerRate, audit
@@ -188,7 +189,7 @@ def unlearn(
         ClueFastError: bad input, see its children; nothing half-written stays behind.
     """
     check_output(output_dir)
-    check_criterion(criterion)
+    ranking = get_criterion(criterion)
     check_budget(fraction, scope=scope)
     check_permutations(permutations)
     schedule = get_schedule(stages)
@@ -234,7 +235,7 @@ def unlearn(
             check_strictly(model, {site.kind for site in selection.sites}, backend)
     kept: tuple[Stage, ...] | None = None
     if every is not None:
-        if not (categories or criterion == CIRCUIT if selection is None else selection.categorized):
+        if not (categories or ranking.always_categorizes if selection is None else selection.categorized):
             check_ranked(every)
         kept = None if selection is None else get_stages(every, chosen_objective, selection)
     seconds: dict[str, float] = {}

@@ -31,7 +31,7 @@ from clue_fast.criteria.circuit import (
 )
 from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.criteria.circuit.graph import ADDER, AND, EMBEDDING, GATES, OR, OUTPUT, count_gates, prune
-from clue_fast.criteria.measure import inference
+from clue_fast.criteria.passes import inference
 from clue_fast.demo import make_data
 from clue_fast.demo.pretraining import train_model, train_tokenizer
 

@@ -69,7 +69,7 @@ def main() -> None:
     drawn = draws(load_tofu(options.data), options.records)
     first: dict[str, Selection] = {}
     stability: dict[str, dict[str, list[float]]] = {}
-    for criterion in (*CRITERIA, "circuit"):
+    for criterion in CRITERIA:
         started = time.perf_counter()
 
         def select(sets: dict[str, list[Record]], seed: int, criterion: str = criterion) -> Selection:

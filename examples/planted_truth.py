@@ -27,7 +27,8 @@ from transformers import LlamaForCausalLM
 
 import clue_fast
 from clue_fast.criteria import CRITERIA, importances, score
-from clue_fast.criteria.measure import Batches, measure_batches
+from clue_fast.criteria.measure import measure_batches
+from clue_fast.criteria.passes import Batches
 from clue_fast.data import Example
 from clue_fast.data.labels import IGNORED_LABEL
 from clue_fast.selection import CONFLICT, Scores, Selection
@@ -85,11 +86,13 @@ def run(
     areas = {}
     truth = torch.cat([planted.categories[site] != 0 for site in planted.sites])
     own = torch.cat([torch.full((site.width,), site.layer in layers) for site in planted.sites])
-    for name in CRITERIA:
+    for name, criterion in CRITERIA.items():
+        if criterion.many_retain_sets:  # circuits are found from prompts, not from examples
+            continue
         batches = Batches([as_examples(forget), as_examples(retain)], 0, 4096, progress=False)
         statistics = measure_batches(model, batches, name)
         rankings = {name: flat(score(statistics, name, seed=seed))}
-        if CRITERIA[name].importance is not None:
+        if criterion.importance is not None:
             rankings[f"{name}, forget"] = flat(importances(statistics, name)[0])
         for ranking, values in rankings.items():
             areas[ranking] = area(values, truth), area(values[own], truth[own])

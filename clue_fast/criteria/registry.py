@@ -1,13 +1,10 @@
-"""All units of a model side by side, and what they did on the data of one group.
+"""The registry of criteria: formulas from what was measured of a unit to one score.
 
-Targets: the scalar function of an answer that is differentiated to see what a unit does for it.
+The higher the score, the sooner the unit is selected. A criterion is a function of ``Measured`` with its formula and
+source in the docstring; ``criterion`` registers it, and ``formulas`` holds those of the field. One of one's own, which
+``localize``, the command and the tables then know as well::
 
-Criteria: formulas from what was measured of a unit to one score. The higher, the sooner the unit is selected.
-
-A criterion is a function of ``Measured`` with its formula and source in the docstring; ``criterion`` registers it,
-and ``formulas`` holds those of the field. A criterion of one's own::
-
-    from clue_fast.localization import criterion
+    from clue_fast.criteria import criterion
 
     @criterion(needs="activations", importance=lambda units: units.max_abs)
     def peak(measured):
@@ -23,17 +20,22 @@ and ``formulas`` holds those of the field. A criterion of one's own::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clue_fast.data import answer_mask, shift_labels
-from clue_fast.errors import PatchError, SelectionError, UnknownNameError
+from clue_fast.criteria.measurements import MEASUREMENTS, Measurement
+from clue_fast.errors import PatchError, SelectionError, SettingError, UnknownNameError
 from clue_fast.ops import FIELDS, GRADIENT_FIELDS
-from clue_fast.selection import Scores
+from clue_fast.selection import Scores, Selection, categorize, check_budget, pools, select
+from clue_fast.sites import DEFAULT_KINDS, Site
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
+
+if TYPE_CHECKING:
+    from clue_fast.criteria.measure import Task
 
 
 class Units:
@@ -101,7 +103,7 @@ class Units:
         return self._gradient_mean("product_square_sum")
 
     def record_mean(self, name: str) -> Tensor:
-        """Mean over the records of a sum such as ``gradient_square``, see ``clue_fast.localization``."""
+        """Mean over the records of a sum such as ``gradient_square``, see ``clue_fast.criteria.weight_gradients``."""
         sums = self.statistics.record_sums.get(name)
         if sums is None:
             names = ", ".join(self.statistics.record_sums) or "none"
@@ -117,84 +119,6 @@ class Units:
         return self.statistics.gradient_values[self._row, GRADIENT_FIELDS.index(field)] / self.tokens
 
 
-def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    others = torch.logsumexp(logits.scatter(1, labels, float("-inf")), dim=1)
-    return logits.gather(1, labels).squeeze(1) - others
-
-
-def _logit(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels).squeeze(1)
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="none")
-
-
-def _probability(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.softmax(dim=1).gather(1, labels).squeeze(1)
-
-
-TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "log_odds": _log_odds,
-    "logit": _logit,
-    "loss": _loss,
-    "probability": _probability,
-}
-"""By name, from logits [tokens, vocabulary] float32 and labels [tokens, 1] to one value a token."""
-
-
-def check_target(name: str) -> str:
-    """Returns the name of a target. Raises UnknownNameError."""
-    if name not in TARGETS:
-        raise UnknownNameError("target", name, TARGETS)
-    return name
-
-
-def answer_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> tuple[Tensor, Tensor]:
-    """The target of every answer token, where it is predicted.
-
-    The gradients of ``loss`` and ``probability`` vanish where an answer is memorized; those of ``log_odds``,
-    log p - log(1 - p), and ``logit`` do not.
-
-    Args:
-        logits: [records, tokens, vocabulary].
-        labels: [records, tokens] int64, -100 where the token is no answer.
-        target: a key of ``TARGETS``.
-        head: of the model, see ``clue_fast.data.labels``.
-
-    Returns:
-        The values, [answer tokens] float32, and the record of each, int64.
-    """
-    chosen = TARGETS[check_target(target)]
-    answer = answer_mask(labels, head)
-    rows = torch.nonzero(answer)[:, 0]
-    # float64 stays, as a reference may want it
-    selected = logits[answer]
-    wide = selected if selected.dtype == torch.float64 else selected.float()
-    return chosen(wide, shift_labels(labels, head)[answer][:, None]), rows
-
-
-def record_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> Tensor:
-    """The mean of the target over the answer tokens of each record, [records] float32; arguments as above."""
-    values, rows = answer_target(logits, labels, target, head)
-    counts = torch.bincount(rows, minlength=labels.shape[0]).clamp_min(1)
-    return torch.zeros(labels.shape[0], dtype=values.dtype, device=values.device).index_add(0, rows, values) / counts
-
-
-PASSES = {
-    "nothing": (0, 0),
-    "activations": (1, 0),
-    "weight_inputs": (1, 0),
-    "gradients": (1, 1),
-    "squared_gradients": (1, 1),
-    "mean_gradients": (1, 1),
-    "integrated_gradients": (1, 1),
-}
-"""What a criterion can need, and the forward and backward passes over each data set that it costs; for
-``mean_gradients`` that many for every 8 GiB of gradients, 8 bytes a weight, for ``integrated_gradients`` for each step
-and layer."""
-
-
 @dataclass(frozen=True)
 class Measured:
     """What a criterion is a function of.
@@ -203,11 +127,13 @@ class Measured:
         statistics: of all units, on forget and retain data.
         seed: of what is random.
         backend: of operators, or None for the best.
+        found: what the criterion found in the records itself, see ``Criterion.find``.
     """
 
     statistics: Statistics
     seed: int = 0
     backend: str | None = None
+    found: Any = None
 
     @property
     def forget(self) -> Units:
@@ -231,10 +157,14 @@ class Criterion:
     Attributes:
         name: as given to ``score`` and ``localize``.
         function: from what was measured to one score a unit, [units].
-        needs: what has to be measured, a key of ``PASSES``.
-        target: what is differentiated unless another is asked for, a key of ``targets.TARGETS``, or None.
+        needs: what has to be measured, a key of ``MEASUREMENTS``.
+        target: what is differentiated unless another is asked for, a key of ``TARGETS``, or None.
         importance: from what was measured on one set to how much each unit matters to it, [units], or None where
             the criterion only compares; the four categories come from two of them.
+        kinds: of units that are ranked unless others are asked for, see ``find_sites``.
+        settings: class of the settings that ``localize`` takes for it, or None.
+        many_retain_sets: whether it tells several retain sets apart.
+        always_categorizes: whether it gives categories without being asked to.
     """
 
     name: str
@@ -242,6 +172,10 @@ class Criterion:
     needs: str
     target: str | None = None
     importance: Importance | None = None
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    settings: type | None = None
+    many_retain_sets: bool = False
+    always_categorizes: bool = False
 
     @property
     def formula(self) -> str:
@@ -253,42 +187,108 @@ class Criterion:
         """What the docstring gives as source."""
         return " ".join(inspect.getdoc(self.function).partition("Source:")[2].split())  # type: ignore[union-attr]
 
+    @property
+    def measurement(self) -> Measurement:
+        """What has to be measured."""
+        return MEASUREMENTS[self.needs]
+
+    @property
+    def subject(self) -> str:
+        """What it is about, for messages."""
+        return f"{self.name} units"
+
+    # What localize asks of a criterion, in this order.
+
+    def check(self, budget: Mapping[str, Any], retain: Any, settings: Any, categories: bool) -> None:
+        """Refuses what it has no use for, before anything is loaded.
+
+        Args:
+            budget: fraction, count, threshold, scope and normalize, as they were given.
+            retain, settings, categories: as they were given.
+
+        Raises:
+            SelectionError: there are several retain sets, or categories are wanted of what only compares.
+            SettingError: the settings are of another criterion.
+        """
+        if isinstance(retain, Mapping) and not self.many_retain_sets:
+            those = " or ".join(repr(each.name) for each in CRITERIA.values() if each.many_retain_sets)
+            raise SelectionError(f"several retain sets need the criterion {those}; {self.name!r} compares two sets")
+        if settings is not None and not isinstance(settings, self.settings or ()):
+            owner = next((each for each in CRITERIA.values() if isinstance(settings, each.settings or ())), None)
+            need = f"settings of {owner.subject} need the criterion {owner.name!r}" if owner else f"{settings!r}"
+            raise SettingError(f"{need}; {self.name!r} has no use for them")
+        if categories:
+            get_importance(self.name)
+
+    def check_sites(self, model: nn.Module, sites: Sequence[Site], budget: Mapping[str, Any]) -> None:
+        """Refuses sites and a budget that do not go together, before the model runs over any data.
+
+        Raises:
+            BudgetError: there are fewer units than are to be selected.
+        """
+        if budget["count"] is not None or isinstance(budget["fraction"], Mapping):
+            limits = {name: budget[name] for name in ("fraction", "count", "threshold", "scope")}
+            pools(tuple(sites), *check_budget(**limits), budget["scope"])
+
+    def find(self, task: Task) -> Any:
+        """Looks for something in the records itself, beside what is measured of units; None if it does not."""
+        return None
+
+    def select(self, measured: Measured, budget: Mapping[str, Any], categories: bool = False) -> Selection:
+        """The selection: the top units by score, or those of each category by importance."""
+        if categories:
+            return categorize(*importances(measured.statistics, self.name), **budget)
+        return select(scores_of(self, measured), **budget)
+
 
 CRITERIA: dict[str, Criterion] = {}
 """All registered criteria by name."""
 
 
 def criterion(
-    *, needs: str, target: str | None = None, importance: Importance | None = None
+    *, needs: str, target: str | None = None, importance: Importance | None = None, kind: type[Criterion] = Criterion
 ) -> Callable[[Formula], Formula]:
     """Registers a function as the criterion of its name; see the module for an example.
 
     Args:
-        needs: what has to be measured, a key of ``PASSES``.
-        target: what is differentiated, if anything is, a key of ``targets.TARGETS``.
+        needs: what has to be measured, a key of ``MEASUREMENTS``.
+        target: what is differentiated, if anything is, a key of ``TARGETS``.
         importance: see ``Criterion``.
+        kind: class of the criterion, which may select in another way than by ranking scores.
 
     Raises:
-        UnknownNameError: needs is no key of ``PASSES``.
+        UnknownNameError: needs is no key of ``MEASUREMENTS``.
         ValueError: the docstring lacks a formula or a line "Source:".
     """
-    if needs not in PASSES:
-        raise UnknownNameError("measurement", needs, PASSES)
+    if needs not in MEASUREMENTS:
+        raise UnknownNameError("measurement", needs, MEASUREMENTS)
 
     def register(function: Formula) -> Formula:
         if "Source:" not in (inspect.getdoc(function) or ""):
             raise ValueError(f"criterion {function.__name__}: its docstring needs the formula and a line 'Source: ...'")
-        CRITERIA[function.__name__] = Criterion(function.__name__, function, needs, target, importance)
+        CRITERIA[function.__name__] = kind(function.__name__, function, needs, target, importance)
         return function
 
     return register
 
 
-def get_criterion(name: str, choices: Iterable[str] = CRITERIA) -> Criterion:
+def get_criterion(name: str) -> Criterion:
     """Returns a criterion by its name. Raises UnknownNameError, which names the choices there are."""
     if name not in CRITERIA:
-        raise UnknownNameError("criterion", name, choices)
+        raise UnknownNameError("criterion", name, CRITERIA)
     return CRITERIA[name]
+
+
+def get_importance(name: str) -> Importance:
+    """Returns the importance that a criterion gives to a unit. Raises SelectionError if it only compares both sets."""
+    importance = get_criterion(name).importance
+    if importance is None:
+        having = ", ".join(sorted(other for other, each in CRITERIA.items() if each.importance is not None))
+        raise SelectionError(
+            f"criterion {name!r} compares both sets and gives no importance to either, so it has no categories; "
+            f"choose one of: {having}"
+        )
+    return importance
 
 
 def score(
@@ -307,14 +307,18 @@ def score(
 
     Raises:
         UnknownNameError: no such criterion.
+        SelectionError: the criterion scores more than statistics hold.
         PatchError: a group was not recorded, or without what the criterion needs.
         NonFiniteError: the statistics hold NaN or infinity.
     """
-    chosen = get_criterion(criterion)
-    if chosen.needs != "nothing":
-        _require(statistics, chosen)
-    values = chosen.function(Measured(statistics, seed, backend))
-    return _scores(statistics, values, criterion)
+    return scores_of(get_criterion(criterion), Measured(statistics, seed, backend))
+
+
+def scores_of(criterion: Criterion, measured: Measured) -> Scores:
+    """Scores from all that was measured; see ``score``."""
+    if criterion.measurement.passes != (0, 0):
+        _require(measured.statistics, criterion)
+    return _scores(measured.statistics, criterion.function(measured), criterion.name)
 
 
 def importances(statistics: Statistics, criterion: str = "attribution") -> tuple[Scores, Scores]:
@@ -324,23 +328,10 @@ def importances(statistics: Statistics, criterion: str = "attribution") -> tuple
         SelectionError: the criterion only compares the two sets.
         UnknownNameError, PatchError, NonFiniteError: see ``score``.
     """
-    chosen = get_criterion(criterion)
-    importance = get_importance(criterion)
+    chosen, importance = get_criterion(criterion), get_importance(criterion)
     _require(statistics, chosen)
     forget, retain = (_scores(statistics, importance(Units(statistics, g)), criterion) for g in DEFAULT_GROUPS)
     return forget, retain
-
-
-def get_importance(criterion: str) -> Importance:
-    """Returns the importance that a criterion gives to a unit. Raises SelectionError if it only compares both sets."""
-    importance = get_criterion(criterion).importance
-    if importance is None:
-        having = ", ".join(sorted(name for name, other in CRITERIA.items() if other.importance is not None))
-        raise SelectionError(
-            f"criterion {criterion!r} compares both sets and gives no importance to either, so it has no categories; "
-            f"choose one of: {having}"
-        )
-    return importance
 
 
 def _scores(statistics: Statistics, values: Tensor, criterion: str) -> Scores:
@@ -352,14 +343,15 @@ def _scores(statistics: Statistics, values: Tensor, criterion: str) -> Scores:
 
 
 def _require(statistics: Statistics, criterion: Criterion) -> None:
-    by_tokens = criterion.needs in ("activations", "gradients")
+    """Raises PatchError unless something was counted of both groups, with gradients where the criterion needs them."""
+    needed = criterion.measurement
     for row, name in enumerate(DEFAULT_GROUPS):
-        counted = statistics.count[row].min() if by_tokens else statistics.records[row]
+        counted = statistics.count[row].min() if needed.counts == "token" else statistics.records[row]
         if statistics.groups[row] != name or int(counted) == 0:
-            what = "token" if by_tokens else "record"
             raise PatchError(
-                f"criterion {criterion.name!r} compares forget and retain, and no {name} {what} was recorded for it"
+                f"criterion {criterion.name!r} compares forget and retain, and no {name} {needed.counts} was recorded "
+                "for it"
             )
-    if criterion.needs == "gradients" and statistics.gradient_values is None:
+    if needed.gradients and statistics.gradient_values is None:
         raise PatchError(f"criterion {criterion.name!r} needs gradients; record with gradients=True and run backward")
     statistics.check_finite()

@@ -37,7 +37,6 @@ from clue_fast.recording.tokens import (
 )
 from clue_fast.selection import Scores
 from clue_fast.sites import DEFAULT_KINDS, Survey, model_fingerprint, survey, unwrap
-from clue_fast.sites.find import no_sites
 from clue_fast.statistics import Statistics
 
 
@@ -422,7 +421,12 @@ class _Generate:
 
 
 def patch(
-    model: nn.Module, *, kinds: Iterable[str] = DEFAULT_KINDS, strict: bool = True, backend: str | None = None
+    model: nn.Module,
+    *,
+    kinds: Iterable[str] = DEFAULT_KINDS,
+    strict: bool = True,
+    backend: str | None = None,
+    found: Survey | None = None,
 ) -> Patched:
     """Makes this model record: fuses what can be fused, and watches the rest.
 
@@ -433,6 +437,7 @@ def patch(
         strict: raise where something looks like a site but is none that is known, or where a gated MLP cannot be
             fused. Otherwise the first is left out and the second recorded through a hook; ``report`` says so.
         backend: forces a backend, see ``clue_fast.ops.backend``; default is the best that runs here.
+        found: what ``survey`` found in this model, which is then not searched again; takes the place of kinds.
 
     Raises:
         PatchError: the model is patched already.
@@ -443,10 +448,8 @@ def patch(
     inner = entry(model)
     if patched_of(model) is not None:
         raise PatchError(f"this {type(model).__name__} is patched already; unpatch it first")
-    kinds = tuple(kinds)
-    found = survey(model, kinds)
-    if not found.sites:
-        raise SiteError(no_sites(model, kinds, found))
+    found = survey(model, kinds) if found is None else found
+    found.check()
     if strict and found.unmatched:
         named = "; ".join(str(unmatched) for unmatched in found.unmatched[:3])
         raise SiteError(
@@ -458,9 +461,14 @@ def patch(
     return patched
 
 
-def check_strictly(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS, backend: str | None = None) -> None:
+def check_strictly(
+    model: nn.Module,
+    kinds: Iterable[str] = DEFAULT_KINDS,
+    backend: str | None = None,
+    found: Survey | None = None,
+) -> None:
     """Raises what ``patch(model, strict=True)`` would; the model stays as it is."""
-    patch(model, kinds=kinds, backend=backend).unpatch()
+    patch(model, kinds=kinds, backend=backend, found=found).unpatch()
 
 
 def patched_of(model: nn.Module) -> Patched | None:

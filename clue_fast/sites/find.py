@@ -32,10 +32,28 @@ DEFAULT_KINDS = ("mlp", "expert")
 
 @dataclass(frozen=True)
 class Survey:
-    """What a search found: sites, in the order of the modules, and what looks like a site but is none that is known."""
+    """What a search found.
+
+    Attributes:
+        sites: in the order of the modules.
+        unmatched: what looks like a site but is none that is known.
+        model: class of the model.
+        kinds: that were looked for.
+    """
 
     sites: tuple[Site, ...]
     unmatched: tuple[Unmatched, ...]
+    model: str
+    kinds: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises SiteError if no site was found."""
+        if not self.sites:
+            near = "".join(f"; {unmatched}" for unmatched in self.unmatched[:3])
+            raise SiteError(
+                f"{self.model} has no site of kind {', '.join(self.kinds)}: no module whose units are channels between "
+                f"two projections (down(act(gate) · up), down(act(up)), stacked experts) or attention heads{near}"
+            )
 
 
 def find_sites(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> list[Site]:
@@ -51,8 +69,7 @@ def find_sites(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> list[S
         UnknownNameError: no such kind.
     """
     found = survey(model, kinds)
-    if not found.sites:
-        raise SiteError(no_sites(model, kinds, found))
+    found.check()
     return list(found.sites)
 
 
@@ -62,7 +79,7 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
     for kind in wanted:
         if kind not in KINDS:
             raise UnknownNameError("kind of site", kind, KINDS)
-    model = unwrap(model)
+    given, model = model, unwrap(model)
     sites: list[Site] = []
     unmatched: list[Unmatched] = []
     families = [family for family in HEAD_FAMILIES if any(kind.startswith(family) for kind in wanted)]
@@ -83,7 +100,7 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
         return any(found.kind == kind or found.kind.startswith(f"{kind}_") for kind in wanted)
 
     near = [found for found in unmatched if found.kind in wanted or found.kind not in DEFAULT_KINDS]
-    return Survey(tuple(filter(is_wanted, sites)), tuple(near))
+    return Survey(tuple(filter(is_wanted, sites)), tuple(near), type(given).__name__, wanted)
 
 
 def _layer(path: str) -> str:
@@ -105,15 +122,6 @@ def _search(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[
         mlp = find_mlp(module, path) or find_split_mlp(module, path)
         if isinstance(mlp, Unmatched) or (mlp is not None and (parent is None or is_added(parent, module, mlp))):
             yield mlp
-
-
-def no_sites(model: nn.Module, kinds: Iterable[str], found: Survey) -> str:
-    """Returns the message of the error that there is nothing to record."""
-    near = "".join(f"; {unmatched}" for unmatched in found.unmatched[:3])
-    return (
-        f"{type(model).__name__} has no site of kind {', '.join(kinds)}: no module whose units are channels between "
-        f"two projections (down(act(gate) · up), down(act(up)), stacked experts) or attention heads{near}"
-    )
 
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:

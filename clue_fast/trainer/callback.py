@@ -57,10 +57,10 @@ class ConflictCallback(TrainerCallback):
         relocalize_every: int | None = None,
         fraction: float | None = None,
     ) -> None:
-        needs = get_criterion(criterion).needs
-        if needs not in ("activations", "gradients"):
+        chosen = get_criterion(criterion)
+        if not chosen.measurement.live:
             raise SettingError(
-                f"criterion {criterion!r} needs {needs.replace('_', ' ')}, which training does not show; "
+                f"criterion {criterion!r} needs {chosen.needs.replace('_', ' ')}, which training does not show; "
                 "choose difference, ratio or attribution"
             )
         self.trainer = trainer
@@ -70,7 +70,7 @@ class ConflictCallback(TrainerCallback):
             raise SettingError(f"relocalize_every {relocalize_every} is not a number of steps; 1 is the least")
         if relocalize_every is not None and getattr(trainer, "stages", None) is not None:
             raise SettingError("stages train units of the categories that they begin with; leave out one of both")
-        self.criterion, self.gradients = criterion, needs == "gradients"
+        self.criterion, self.gradients = criterion, chosen.measurement.gradients
         self.relocalize_every, self.fraction = relocalize_every, fraction
         self.scores: Scores | None = None
         self.selections: list[Selection] = [self.trainer.sparse.selection]

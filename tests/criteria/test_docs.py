@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from clue_fast.criteria import CRITERIA
-from clue_fast.criteria.registry import PASSES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "localization.md"
 BEGIN, END = "<!-- criteria -->\n", "<!-- end of criteria -->"
@@ -17,14 +16,8 @@ BEGIN, END = "<!-- criteria -->\n", "<!-- end of criteria -->"
 def table() -> str:
     rows = ["| criterion | formula | passes | source |", "|---|---|---|---|"]
     for name, criterion in CRITERIA.items():
-        forward, backward = PASSES[criterion.needs]
-        passes = f"{forward} + {backward}"
-        if criterion.needs == "integrated_gradients":
-            passes += " for each of 20 steps and each layer"
-        if criterion.needs == "mean_gradients":
-            passes += " for every 8 GiB of gradients, 8 bytes a weight"
         formula = criterion.formula.replace("|", r"\|")
-        rows.append(f"| `{name}` | {formula} | {passes} | {criterion.source} |")
+        rows.append(f"| `{name}` | {formula} | {criterion.measurement.cost} | {criterion.source} |")
     return "\n".join(rows) + "\n"
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from clue_fast.criteria import CRITERIA, Measured, criterion, importances, score, weight_gradients
+from clue_fast.criteria import CRITERIA, MEASUREMENTS, Measured, criterion, importances, score, weight_gradients
 from clue_fast.criteria.integrated_gradients import STEPS
-from clue_fast.criteria.measure import Batches, measure_batches
-from clue_fast.criteria.registry import PASSES
+from clue_fast.criteria.measure import measure_batches
+from clue_fast.criteria.passes import Batches
 from clue_fast.errors import PatchError, SelectionError, UnknownNameError
 from clue_fast.statistics import Statistics
 
@@ -260,7 +260,11 @@ def test_scores_equal_a_slow_loop_from_the_paper(baby_llama: LlamaForCausalLM, s
         assert relative_error(list(score(measured(baby_llama, data, name), name).values()), expected) <= 2 * own
 
 
-@pytest.mark.parametrize("name", [name for name, each in CRITERIA.items() if "gradients" in each.needs])
+FORMULAS = [name for name, each in CRITERIA.items() if not each.many_retain_sets]
+"""All but circuits, which are of prompts and not of statistics; see ``circuit``."""
+
+
+@pytest.mark.parametrize("name", [name for name in FORMULAS if "gradients" in CRITERIA[name].needs])
 def test_answers_of_one_token_matter(baby_llama: LlamaForCausalLM, stories: Data, name: str) -> None:
     """The last token of the prompt predicts all there is: what units do there is seen, and is not nothing."""
     data = [
@@ -275,17 +279,18 @@ def test_answers_of_one_token_matter(baby_llama: LlamaForCausalLM, stories: Data
 
 
 def test_no_criterion_is_without_a_slow_loop() -> None:
-    assert set(SLOW) | {"random"} == set(CRITERIA)
+    assert set(SLOW) | {"random"} == set(FORMULAS) == set(CRITERIA) - {"circuit"}
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", FORMULAS)
 def test_cost_in_passes_over_the_data(baby_llama: LlamaForCausalLM, stories: Data, name: str) -> None:
     data = short(stories, name)
     records = sum(map(len, data))
     with counted_passes(baby_llama) as passes:
         measured(baby_llama, data, name)
     factor = STEPS * len(baby_llama.model.layers) if name == "integrated_gradients" else 1
-    assert (passes.forward, passes.backward) == tuple(records * factor * n for n in PASSES[CRITERIA[name].needs])
+    expected = MEASUREMENTS[CRITERIA[name].needs].passes
+    assert (passes.forward, passes.backward) == tuple(records * factor * n for n in expected)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -456,7 +461,7 @@ def test_a_criterion_without_a_source_is_refused() -> None:
 
 
 def test_importances_of_a_comparison(baby_llama: LlamaForCausalLM, stories: Data) -> None:
-    with pytest.raises(SelectionError, match="choose one of: attribution, fisher"):
+    with pytest.raises(SelectionError, match="choose one of: attribution, circuit, fisher"):
         importances(measured(baby_llama, stories, "difference"), "difference")
 
 

@@ -15,14 +15,22 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast.criteria import measure
-from clue_fast.criteria.blocks import SPLITS, Block, BlockStatistics, deal, reliability
-from clue_fast.criteria.measure import measure_blocks
+from clue_fast.criteria.measure import load_task, measure_blocks
+from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import Record
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import SettingError
-from clue_fast.reliability import Reliability, chance_overlap
+from clue_fast.reliability import (
+    SPLITS,
+    Block,
+    BlockStatistics,
+    Reliability,
+    chance_overlap,
+    deal,
+    reliability,
+)
 from clue_fast.selection import Selection, select
-from clue_fast.sites import find_sites, model_fingerprint
+from clue_fast.sites import find_sites, model_fingerprint, survey
 from clue_fast.statistics import Statistics
 
 WORDS = [first + last for first in "bdfgklmnprst" for last in ("a", "e", "i", "o", "u", "ay", "en", "or")]
@@ -155,7 +163,8 @@ def test_blocks_together_are_what_is_measured_without_them(model, tokenizer, cri
     options = {"tokenizer": tokenizer, "criterion": criterion, "progress": False}
     for own, tolerance in ((wide, 1e-12), (model, 1e-5)):
         whole = measure(own, forget, retain, **options)
-        blocks = measure_blocks(own, forget, retain, **options)
+        task = {**options, "criterion": get_criterion(criterion)}
+        blocks = measure_blocks(load_task(own, forget, retain, found=survey(own), **task))
         merged = next(blocks.labelled(blocks.truth[None]))
         assert merged.groups == whole.groups == ["forget", "retain"]
         for name in ("count", "records", "nonfinite", "skipped"):

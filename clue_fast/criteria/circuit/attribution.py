@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from clue_fast.criteria.circuit.architecture import Architecture, Layer, Norm, Projection
 from clue_fast.criteria.circuit.graph import EdgeScores, Graph
-from clue_fast.criteria.registry import record_target
+from clue_fast.criteria.passes import record_target
 from clue_fast.criteria.weight_gradients import matrix, output_bias
 from clue_fast.data import Collator, Example
 from clue_fast.errors import CircuitError, NonFiniteError
@@ -374,7 +374,7 @@ def edge_scores(
         graph: of the model.
         examples: clean and corrupted.
         pad_token_id: fills up shorter records.
-        target: a key of ``targets.TARGETS``; the mean over the answer tokens of each record counts.
+        target: a key of ``TARGETS``; the mean over the answer tokens of each record counts.
         steps: runs a direction between clean and corrupted embeddings; 0 takes the gradient at the run itself.
         tokens_per_batch: most tokens in one forward pass, padding included.
         chunk_bytes: most memory for the outputs of all writers.

@@ -29,7 +29,7 @@ from clue_fast.criteria.circuit.logic import (
     node_categories,
     solve,
 )
-from clue_fast.criteria.measure import inference
+from clue_fast.criteria.passes import inference
 from clue_fast.data import Record, check_encoding, padding_token
 from clue_fast.data.collator import check_examples, longest
 from clue_fast.errors import BudgetError, CircuitError, UnknownNameError
@@ -169,7 +169,7 @@ def discover(
         retain: records of each retain set, by name.
         tokenizer: of the model.
         settings: see ``CircuitSettings``.
-        target: what is differentiated, a key of ``targets.TARGETS``.
+        target: what is differentiated, a key of ``TARGETS``.
         max_length: longer records are cut, in tokens.
         progress: show a progress bar.
 

@@ -1,0 +1,156 @@
+"""Passes over encoded records: in batches by length, with a target of the answers that is differentiated.
+
+A target is the scalar function of an answer that is differentiated to see what a unit does for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from clue_fast.data import Collator, Example, answer_mask, shift_labels
+from clue_fast.errors import UnknownNameError
+from clue_fast.statistics import DEFAULT_GROUPS
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Encoded records of several groups, sorted by length, in padded batches.
+
+    Attributes:
+        data: encoded records of group 1, 2 and so on.
+        pad_token_id: fills up shorter records.
+        tokens_per_batch: most tokens in a batch, padding included.
+        progress: show a progress bar.
+        groups: their names.
+    """
+
+    data: Sequence[Sequence[Example]]
+    pad_token_id: int
+    tokens_per_batch: int
+    progress: bool
+    groups: Sequence[str] = DEFAULT_GROUPS
+
+    def on(self, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yields batches, and the group of each of their records, int64."""
+        items = sorted(
+            ((record, group) for group, records in enumerate(self.data, start=1) for record in records),
+            key=lambda item: len(item[0]["input_ids"]),
+            reverse=True,
+        )
+        collate = Collator(self.pad_token_id)
+        start = 0
+        with tqdm(total=len(items), desc="localize", unit="record", disable=not self.progress) as bar:
+            while start < len(items):
+                size = max(1, self.tokens_per_batch // len(items[start][0]["input_ids"]))
+                # Neighboring tokens of one group are summed together.
+                chosen = sorted(items[start : start + size], key=lambda item: item[1])
+                batch = collate([record for record, _ in chosen])
+                groups = torch.tensor([group for _, group in chosen], device=device)
+                yield {name: tensor.to(device) for name, tensor in batch.items()}, groups
+                bar.update(len(chosen))
+                start += size
+
+
+def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    others = torch.logsumexp(logits.scatter(1, labels, float("-inf")), dim=1)
+    return logits.gather(1, labels).squeeze(1) - others
+
+
+def _logit(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(1, labels).squeeze(1)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="none")
+
+
+def _probability(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.softmax(dim=1).gather(1, labels).squeeze(1)
+
+
+TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "log_odds": _log_odds,
+    "logit": _logit,
+    "loss": _loss,
+    "probability": _probability,
+}
+"""By name, from logits [tokens, vocabulary] float32 and labels [tokens, 1] to one value a token."""
+
+
+def check_target(name: str) -> str:
+    """Returns the name of a target. Raises UnknownNameError."""
+    if name not in TARGETS:
+        raise UnknownNameError("target", name, TARGETS)
+    return name
+
+
+def answer_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> tuple[Tensor, Tensor]:
+    """The target of every answer token, where it is predicted.
+
+    The gradients of ``loss`` and ``probability`` vanish where an answer is memorized; those of ``log_odds``,
+    log p - log(1 - p), and ``logit`` do not.
+
+    Args:
+        logits: [records, tokens, vocabulary].
+        labels: [records, tokens] int64, -100 where the token is no answer.
+        target: a key of ``TARGETS``.
+        head: of the model, see ``clue_fast.data.labels``.
+
+    Returns:
+        The values, [answer tokens] float32, and the record of each, int64.
+    """
+    chosen = TARGETS[check_target(target)]
+    answer = answer_mask(labels, head)
+    rows = torch.nonzero(answer)[:, 0]
+    # float64 stays, as a reference may want it
+    selected = logits[answer]
+    wide = selected if selected.dtype == torch.float64 else selected.float()
+    return chosen(wide, shift_labels(labels, head)[answer][:, None]), rows
+
+
+def record_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> Tensor:
+    """The mean of the target over the answer tokens of each record, [records] float32; arguments as above."""
+    values, rows = answer_target(logits, labels, target, head)
+    counts = torch.bincount(rows, minlength=labels.shape[0]).clamp_min(1)
+    return torch.zeros(labels.shape[0], dtype=values.dtype, device=values.device).index_add(0, rows, values) / counts
+
+
+def logits_of(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
+    """Logits that can be differentiated with respect to everything behind the embedding."""
+    embeddings = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
+    logits: Tensor = model(
+        inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False, **more
+    ).logits
+    return logits
+
+
+def token_groups(batch: dict[str, Tensor], groups: Tensor, head: str) -> Tensor:
+    """The group of each position that predicts an answer token, 0 elsewhere, [records, tokens] int8."""
+    return answer_mask(batch["labels"], head).to(torch.int8) * groups[:, None].to(torch.int8)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter, which batches go to."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no gradients of weights, for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
