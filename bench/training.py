@@ -185,7 +185,7 @@ def full_with_mask(model: LlamaForCausalLM, point: Point) -> Method:
     masks = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     selection = make_selection(model, point)
     for site in selection.sites:
-        for part in site.parts:
+        for part in site.slices:
             masks[part.parameter].index_fill_(part.dim, part.index(selection.units(site)), 1.0)
     pairs = [(parameter, masks[name]) for name, parameter in model.named_parameters()]
 

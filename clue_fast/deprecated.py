@@ -8,12 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from clue_fast.errors import UnknownNameError
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 MODULES: dict[str, tuple[str, ...]] = {
     "doctor": ("env",),
@@ -77,8 +76,8 @@ Renamed: TypeAlias = "str | Callable[[Any], Mapping[str, Any]]"
 """The new name of an argument, or what makes the new arguments of its value."""
 
 
-def renamed_arguments(**renamed: Renamed) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Lets a function take keyword arguments by their old names, each with a warning that says the new one.
+def renamed_arguments(**renamed: Renamed) -> Callable[[F], F]:
+    """Lets a function or class take keyword arguments by their old names, each with a warning that says the new one.
 
     Args:
         renamed: the new name, or a function from the old value to the new arguments, by the old name.
@@ -87,14 +86,18 @@ def renamed_arguments(**renamed: Renamed) -> Callable[[Callable[P, R]], Callable
         TypeError: in the call, if an argument is given by both names.
     """
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: F) -> F:
+        if isinstance(function, type):
+            setattr(function, "__init__", decorate(function.__init__))  # type: ignore[misc]  # noqa: B010
+            return function
+
         @functools.wraps(function)
-        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        def called(*args: Any, **kwargs: Any) -> Any:
             for old in renamed.keys() & kwargs.keys():
                 kwargs.update(_renamed(function.__qualname__, old, renamed[old], kwargs))
             return function(*args, **kwargs)
 
-        return called
+        return cast("F", called)
 
     return decorate
 
@@ -114,6 +117,47 @@ def _renamed(function: str, old: str, new: Renamed, kwargs: dict[str, Any]) -> M
         stacklevel=3,
     )
     return given
+
+
+class RenamedAttribute:
+    """An attribute or method by its old name: ``old = RenamedAttribute("new")`` in the body of the class."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        warnings.warn(
+            f"{owner.__name__}.{self.old} is {self.new} now; the old name goes with the next release",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(instance, self.new)
+
+
+def renamed_names(module: str, **renamed: str) -> Callable[[str], Any]:
+    """Returns a ``__getattr__`` for a module that finds what it holds by old names too, and says the new ones.
+
+    Args:
+        module: its name.
+        renamed: the new name by the old one.
+    """
+
+    def find(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is {module}.{renamed[name]} now; the old name goes with the next release",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(sys.modules[module], renamed[name])
+
+    return find
 
 
 MASTERS = ("fp32", "stochastic")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import clue_fast
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import UnknownNameError
+from clue_fast.sites import ParamSlice
 
 STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}
 
@@ -49,6 +51,8 @@ def test_new_names_say_nothing_and_both_are_refused() -> None:
 @pytest.mark.parametrize(
     ("function", "old", "new"),
     [
+        (ParamSlice, {"lead": 1}, {"expert_index": 1}),
+        (clue_fast.Site, {"parts": ()}, {"slices": ()}),
         (clue_fast.SparseAdamW, {"master": "stochastic"}, STOCHASTIC),
         (clue_fast.SparseSGD, {"master": "stochastic"}, STOCHASTIC),
         (clue_fast.UnlearnTrainer, {"master": "stochastic"}, STOCHASTIC),
@@ -64,3 +68,28 @@ def test_public_functions_take_the_old_names(function: Any, old: dict[str, Any],
         function(None, None, **old) if function is clue_fast.attach else function(**old)
     for name in old:
         assert any(f"the argument {name} of {function.__name__} is" in str(w.message) for w in caught)
+
+
+SLICE = ParamSlice("experts.down", 0, expert_index=2)
+SITE = clue_fast.Site("mlp", "mlp", 4, 0, slices=(SLICE,))
+
+
+@pytest.mark.parametrize(
+    ("holder", "old", "new"),
+    [
+        ("clue_fast.sites", "Part", "ParamSlice"),
+        (SLICE, "lead", "expert_index"),
+        (SITE, "parts", "slices"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_names_and_attributes_are_found_by_their_old_names(holder: Any, old: str, new: str) -> None:
+    holder = importlib.import_module(holder) if isinstance(holder, str) else holder
+    with pytest.warns(FutureWarning, match=f"{old} is .*{new} now") as caught:
+        assert getattr(holder, old) == getattr(holder, new)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_files_keep_the_names_that_they_have() -> None:
+    assert SITE.as_dict()["parts"][0]["lead"] == 2
+    assert clue_fast.Site.from_dict(SITE.as_dict()) == SITE

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, OutputError, SelectionError, UnknownNameError
 from clue_fast.selection import CONFLICT, FORGET, IRRELEVANT, RETAIN, Scores, Selection, categorize, select
-from clue_fast.sites import Part, Site
+from clue_fast.sites import ParamSlice, Site
 from clue_fast.sparse.slices import plan
 
 
@@ -269,15 +269,15 @@ def test_parts_of_stacked_and_interleaved_parameters_are_kept_apart(tmp_path: Pa
             "experts",
             "experts.down",
             (
-                Part("experts.gate_up", 1, 0, 2, lead=e),
-                Part("experts.gate_up", 1, 1, 2, lead=e),
-                Part("experts.down", 0, lead=e),
+                ParamSlice("experts.gate_up", 1, 0, 2, expert_index=e),
+                ParamSlice("experts.gate_up", 1, 1, 2, expert_index=e),
+                ParamSlice("experts.down", 0, expert_index=e),
             ),
             index=e,
         )
         for e in range(2)
     ]
-    heads = Site("attention", "attention_query", 4, 0, "heads", "o", (Part("qkv", 0, 0, 8, 8, block=2, gap=16),))
+    heads = Site("attention", "attention_query", 4, 0, "heads", "o", (ParamSlice("qkv", 0, 0, 8, 8, block=2, gap=16),))
     sites = (*experts, heads)
     categories = {
         experts[0]: torch.tensor([0, CONFLICT, 0]),
@@ -285,7 +285,7 @@ def test_parts_of_stacked_and_interleaved_parameters_are_kept_apart(tmp_path: Pa
         heads: torch.tensor([0, CONFLICT, CONFLICT, 0]),
     }
     selection = Selection(sites, categories, {site: torch.zeros(site.width) for site in sites}, {}, "f")
-    slices = {(s.part.parameter, s.part.dim, s.part.lead): s.index.tolist() for s in plan(selection)}
+    slices = {(s.part.parameter, s.part.dim, s.part.expert_index): s.index.tolist() for s in plan(selection)}
     assert slices == {
         ("experts.gate_up", 1, 0): [2, 3],
         ("experts.down", 0, 0): [1],

@@ -255,12 +255,12 @@ def test_the_published_method_from_the_command(
     }
     before, after = (LlamaForCausalLM.from_pretrained(f).state_dict() for f in (folder / "model", tmp_path / "out"))
     for site in selection.sites:
-        for part in site.parts:
+        for part in site.slices:
             changed = (before[part.parameter] != after[part.parameter]).any(1 - part.dim)
             allowed = {
                 int(slice_)
                 for other in selection.sites
-                for own in other.parts
+                for own in other.slices
                 if own.parameter == part.parameter
                 for slice_ in own.index(selection.units(other))
             }

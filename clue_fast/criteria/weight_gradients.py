@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import SiteError
-from clue_fast.sites import Part, Site
+from clue_fast.sites import ParamSlice, Site
 from clue_fast.statistics import Statistics
 
 ROWS, COLUMNS, BIAS = "rows", "columns", "bias"
@@ -67,7 +67,7 @@ def owned_parts(model: nn.Module, statistics: Statistics) -> list[Owned]:
     return [
         _bind(model, part, number, index, statistics.units(site), site)
         for index, site in enumerate(statistics.sites)
-        for number, part in enumerate(site.parts)
+        for number, part in enumerate(site.slices)
     ]
 
 
@@ -98,10 +98,10 @@ def _is_transposed(module: nn.Module) -> bool:
     return hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor)
 
 
-def _bind(model: nn.Module, part: Part, number: int, site_index: int, units: slice, site: Site) -> Owned:
+def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, units: slice, site: Site) -> Owned:
     path, _, kind = part.parameter.rpartition(".")
     module = model.get_submodule(path)
-    if not is_linear(module) or kind not in ("weight", "bias") or part.lead is not None:
+    if not is_linear(module) or kind not in ("weight", "bias") or part.expert_index is not None:
         raise SiteError(
             f"{part.parameter} of {site.name} belongs to no linear module; gradients of its weights cannot be reduced "
             "to units; choose a criterion that needs activations only, or attribution"
@@ -305,7 +305,7 @@ class SquaredGradientRecorder(_BackwardRecorder):
         """Collects |g|² of all parts of a unit; once they are there, adds it."""
         self._squares[owned.site] = self._squares.get(owned.site, 0.0) + square.double().clamp_min(0.0)
         self._arrived[owned.site] += 1
-        if self._arrived[owned.site] == len(self.statistics.sites[owned.site].parts):
+        if self._arrived[owned.site] == len(self.statistics.sites[owned.site].slices):
             total = self._squares.pop(owned.site)
             del self._arrived[owned.site]
             self.statistics.add_records(SQUARE, owned.units, total, groups)

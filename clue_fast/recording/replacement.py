@@ -23,7 +23,7 @@ from clue_fast.errors import NonFiniteError, PatchError, SiteError
 from clue_fast.ops import backend as backends
 from clue_fast.recording.fused import STATE, ExpertsState, FusedGatedMLP, GatedState, RecordedExperts
 from clue_fast.recording.recorder import Point, Recorder
-from clue_fast.sites import Part, Site
+from clue_fast.sites import ParamSlice, Site
 from clue_fast.sites.experts import find_stack
 from clue_fast.sites.projection import projection_of
 
@@ -387,13 +387,13 @@ def _while_swapped(swap: ForwardSwap, run: Callable[..., Tensor]) -> Callable[..
 
 
 def _slices(site: Site) -> tuple[slice, slice]:
-    """Where gate and up are among the outputs of a projection that packs both: the first two parts of its weight."""
-    gate, up = (part for part in site.parts if part.parameter == site.parts[0].parameter)
+    """Where gate and up are among the outputs of a projection that packs both: the first two slices of its weight."""
+    gate, up = (owned for owned in site.slices if owned.parameter == site.slices[0].parameter)
     return _slice(gate, site.width), _slice(up, site.width)
 
 
-def _slice(part: Part, width: int) -> slice:
-    return slice(part.offset, part.offset + (width - 1) * part.stride + 1, part.stride)
+def _slice(owned: ParamSlice, width: int) -> slice:
+    return slice(owned.offset, owned.offset + (width - 1) * owned.stride + 1, owned.stride)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -4,16 +4,17 @@ A site is recognized by what it is made of and what that computes (which project
 happens between them), never by the name of its class, so that a model that nobody has seen yet is found as well.
 """
 
+from clue_fast.deprecated import renamed_names
 from clue_fast.sites.find import DEFAULT_KINDS, KINDS, Survey, check_sites, find_sites, survey
 from clue_fast.sites.mlp import ACTIVATIONS, Unmatched
-from clue_fast.sites.site import HEAD_FAMILIES, Part, Site, model_fingerprint, unwrap
+from clue_fast.sites.site import HEAD_FAMILIES, ParamSlice, Site, model_fingerprint, unwrap
 
 __all__ = [
     "ACTIVATIONS",
     "DEFAULT_KINDS",
     "HEAD_FAMILIES",
     "KINDS",
-    "Part",
+    "ParamSlice",
     "Site",
     "Survey",
     "Unmatched",
@@ -23,3 +24,5 @@ __all__ = [
     "survey",
     "unwrap",
 ]
+
+__getattr__ = renamed_names(__name__, Part="ParamSlice")

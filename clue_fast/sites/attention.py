@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from clue_fast.sites.mlp import Unmatched
 from clue_fast.sites.projection import Projection, projection_of
-from clue_fast.sites.site import Part, Site, layer_index
+from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import required_arguments, sample
 
 ROWS = 128
@@ -76,10 +76,10 @@ class Measurement:
 
         Raises ValueError if what the heads own does not lie at regular places; NoHeadsError if they own nothing.
         """
-        query = (*self._parts(self.owners, self.queries), self.output.columns(self.size))
+        query = (*self._slices(self.owners, self.queries), self.output.columns(self.size))
         if self.sharing == 1:
             return [self._site("attention_head", query, self.width, self.size)]
-        key_value = self._parts(self.owners, self.groups)
+        key_value = self._slices(self.owners, self.groups)
         return [
             self._site("attention_query", query, self.width, self.size),
             self._site("attention_key_value", key_value, len(self.groups), self.sharing * self.size),
@@ -97,9 +97,9 @@ class Measurement:
                 path: [h if r == role else Heads() for h, r in zip(heads, roles[path], strict=True)]
                 for path, heads in self.owners.items()
             }
-            sites.append(self._rows_site(f"projection_{role}", self._parts(own, units), len(units)))
-        parts = (self.output.columns(self.size),)
-        return [*sites, self._site(f"projection_{OUTPUT}", parts, self.width, self.size)]
+            sites.append(self._rows_site(f"projection_{role}", self._slices(own, units), len(units)))
+        slices = (self.output.columns(self.size),)
+        return [*sites, self._site(f"projection_{OUTPUT}", slices, self.width, self.size)]
 
     @property
     def queries(self) -> list[Heads]:
@@ -141,7 +141,7 @@ class Measurement:
                 found.setdefault(projection.path, []).append(VALUE if is_value else KEY if is_key else QUERY)
         return found
 
-    def _site(self, kind: str, parts: tuple[Part, ...], width: int, channels: int) -> Site:
+    def _site(self, kind: str, slices: tuple[ParamSlice, ...], width: int, channels: int) -> Site:
         return Site(
             path=self.path,
             kind=kind,
@@ -149,20 +149,20 @@ class Measurement:
             layer=layer_index(self.path),
             structure="heads",
             output=self.output.path,
-            parts=parts,
-            inputs=tuple(p.path for p in self._owned(parts)),
+            slices=slices,
+            inputs=tuple(p.path for p in self._owned(slices)),
             channels=channels,
         )
 
-    def _rows_site(self, kind: str, parts: tuple[Part, ...], width: int) -> Site:
-        owned = self._owned(parts)
-        if len(owned) > 1:
-            raise ValueError(f"{kind} has rows in several projections: {', '.join(p.path for p in owned)}")
-        channels = sum(part.size for part in parts if part.parameter == owned[0].weight)
-        return replace(self._site(kind, parts, width, channels), structure="rows", output=owned[0].path)
+    def _rows_site(self, kind: str, slices: tuple[ParamSlice, ...], width: int) -> Site:
+        projections = self._owned(slices)
+        if len(projections) > 1:
+            raise ValueError(f"{kind} has rows in several projections: {', '.join(p.path for p in projections)}")
+        channels = sum(owned.size for owned in slices if owned.parameter == projections[0].weight)
+        return replace(self._site(kind, slices, width, channels), structure="rows", output=projections[0].path)
 
-    def _owned(self, parts: Sequence[Part]) -> list[Projection]:
-        return [p for p in self.inputs if any(part.parameter == p.weight for part in parts)]
+    def _owned(self, slices: Sequence[ParamSlice]) -> list[Projection]:
+        return [p for p in self.inputs if any(owned.parameter == p.weight for owned in slices)]
 
     def _per_head(self, projection: Projection) -> list[int]:
         return [projection.outputs // self.width] if projection.outputs % self.width == 0 else []
@@ -216,9 +216,9 @@ class Measurement:
                 handle.remove()
         return seen[0].float().reshape(rows, -1, self.width, self.size)
 
-    def _parts(self, owners: dict[str, list[Heads]], units: Sequence[Heads]) -> tuple[Part, ...]:
+    def _slices(self, owners: dict[str, list[Heads]], units: Sequence[Heads]) -> tuple[ParamSlice, ...]:
         """What units, each a set of heads, own of the projections."""
-        parts: list[Part] = []
+        slices: list[ParamSlice] = []
         for projection in self.inputs:
             stretches = owners.get(projection.path, [])
             runs: dict[Heads, list[tuple[int, int]]] = {unit: [] for unit in units}
@@ -228,15 +228,15 @@ class Measurement:
                 if heads in runs:
                     runs[heads].append((position, length))
                 position += length
-            parts += self._regular(projection, [runs[unit] for unit in units])
-        if not parts:
+            slices += self._regular(projection, [runs[unit] for unit in units])
+        if not slices:
             raise ValueError("no rows of its projections belong to single heads")
-        return tuple(parts)
+        return tuple(slices)
 
-    def _regular(self, projection: Projection, runs: Sequence[Sequence[tuple[int, int]]]) -> list[Part]:
-        """Parts for the places of every unit's stretches, which must be the same distance apart."""
+    def _regular(self, projection: Projection, runs: Sequence[Sequence[tuple[int, int]]]) -> list[ParamSlice]:
+        """Slices for the places of every unit's stretches, which must be the same distance apart."""
         size = self.stretch[projection.path]
-        parts: list[Part] = []
+        slices: list[ParamSlice] = []
         for places in zip(*runs, strict=True):
             starts, lengths = [start for start, _ in places], {length for _, length in places}
             strides = [after - before for before, after in pairwise(starts)] or [places[0][1]]
@@ -248,10 +248,10 @@ class Measurement:
             ]
             if starts != expected or len(lengths) > 1:
                 raise ValueError(f"what heads own of {projection.path} does not lie at regular places")
-            parts += projection.rows(
+            slices += projection.rows(
                 starts[0] * size, strides[0] * size, lengths.pop() * size, block=block, gap=gap * size
             )
-        return parts
+        return slices
 
 
 def _distances(rows: Tensor, row: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.sites.mlp import ACTIVATIONS, Rows, Unmatched
-from clue_fast.sites.site import Part, Site, layer_index
+from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import sample
 
 # A rehearsal has few channels; multiples of four, since grouped matrix products want strides of 16 bytes.
@@ -163,13 +163,13 @@ def _owns(gate: Callable[[Tensor], Tensor], z: Tensor, rows: tuple[Rows, Rows]) 
 def _site(path: str, stack: Stack, layout: tuple[Rows, Rows], activation: str | None, index: int) -> Site:
     prefix = f"{path}." if path else ""
     rows_dim, width = int(stack.transposed), stack.width
-    parts = []
+    slices = []
     for row in layout:
         offset = width if row.offset == WIDTH else row.offset
-        parts.append(Part(f"{prefix}{stack.gate_up}", rows_dim, offset, row.stride, lead=index))
+        slices.append(ParamSlice(f"{prefix}{stack.gate_up}", rows_dim, offset, row.stride, expert_index=index))
         if stack.gate_up_bias is not None:
-            parts.append(Part(f"{prefix}{stack.gate_up_bias}", 0, offset, row.stride, lead=index))
-    parts.append(Part(f"{prefix}{stack.down}", 1 - rows_dim, lead=index))
+            slices.append(ParamSlice(f"{prefix}{stack.gate_up_bias}", 0, offset, row.stride, expert_index=index))
+    slices.append(ParamSlice(f"{prefix}{stack.down}", 1 - rows_dim, expert_index=index))
     return Site(
         path=path,
         kind="expert",
@@ -177,7 +177,7 @@ def _site(path: str, stack: Stack, layout: tuple[Rows, Rows], activation: str | 
         layer=layer_index(path),
         structure="experts",
         output=f"{prefix}{stack.down}",
-        parts=tuple(parts),
+        slices=tuple(slices),
         activation=activation,
         index=index,
     )

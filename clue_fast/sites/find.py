@@ -125,19 +125,19 @@ def _search(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[
 
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raises SelectionError unless the parts of every site are parts of a model's parameters."""
+    """Raises SelectionError unless the slices of every site are slices of a model's parameters."""
     parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
     for site in sites:
-        for part in site.parts:
-            parameter = parameters.get(part.parameter)
+        for owned in site.slices:
+            parameter = parameters.get(owned.parameter)
             if parameter is None:
                 raise SelectionError(
-                    f"{site.name} is part of {part.parameter}, which {type(model).__name__} does not have"
+                    f"{site.name} is part of {owned.parameter}, which {type(model).__name__} does not have"
                 )
-            shape = parameter.shape if part.lead is None else parameter.shape[1:]
-            end = int(part.index(torch.tensor([site.width - 1], device="cpu")).max()) + 1
-            if part.dim >= len(shape) or end > shape[part.dim] or (part.lead or 0) >= parameter.shape[0]:
+            shape = parameter.shape if owned.expert_index is None else parameter.shape[1:]
+            end = int(owned.index(torch.tensor([site.width - 1], device="cpu")).max()) + 1
+            if owned.dim >= len(shape) or end > shape[owned.dim] or (owned.expert_index or 0) >= parameter.shape[0]:
                 raise SelectionError(
-                    f"{site.name} has {site.width} units, {part.parameter} is {list(parameter.shape)}; "
+                    f"{site.name} has {site.width} units, {owned.parameter} is {list(parameter.shape)}; "
                     "they belong to different models"
                 )

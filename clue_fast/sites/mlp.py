@@ -319,7 +319,7 @@ def _site(
     activation: str | None,
     multipliers: tuple[float, float] = (1.0, 1.0),
 ) -> Site:
-    parts = [part for projection, rows in inputs for part in projection.rows(rows.offset, rows.stride)]
+    slices = [owned for projection, rows in inputs for owned in projection.rows(rows.offset, rows.stride)]
     return Site(
         path=path,
         kind="mlp",
@@ -327,7 +327,7 @@ def _site(
         layer=layer_index(path),
         structure=structure,
         output=down.path,
-        parts=(*parts, down.columns()),
+        slices=(*slices, down.columns()),
         inputs=tuple(dict.fromkeys(projection.path for projection, _ in inputs)),
         activation=activation,
         multipliers=multipliers,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clue_fast.sites.site import Part
+from clue_fast.sites.site import ParamSlice
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Projection:
     output_dim: int
     bias: str | None
 
-    def rows(self, *place: int, **where: Any) -> tuple[Part, ...]:
+    def rows(self, *place: int, **where: Any) -> tuple[ParamSlice, ...]:
         """What a unit owns that this projection computes: rows of the weight, and their bias.
 
         Args:
-            place, where: offset, stride, size and so on, as in ``Part``.
+            place, where: offset, stride, size and so on, as in ``ParamSlice``.
         """
-        weight = Part(self.weight, self.output_dim, *place, **where)
-        return (weight,) if self.bias is None else (weight, Part(self.bias, 0, *place, **where))
+        weight = ParamSlice(self.weight, self.output_dim, *place, **where)
+        return (weight,) if self.bias is None else (weight, ParamSlice(self.bias, 0, *place, **where))
 
-    def columns(self, size: int = 1) -> Part:
+    def columns(self, size: int = 1) -> ParamSlice:
         """What a unit owns that this projection reads: columns of the weight."""
-        return Part(self.weight, 1 - self.output_dim, 0, size, size)
+        return ParamSlice(self.weight, 1 - self.output_dim, 0, size, size)
 
 
 def projection_of(module: nn.Module | None, path: str) -> Projection | None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clue_fast.deprecated import RenamedAttribute, renamed_arguments
+
 _WRAPPED = {"_orig_mod", "module"}  # torch.compile; DistributedDataParallel and DataParallel
 
 
@@ -26,21 +28,26 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+_IN_FILES = {"slices": "parts", "expert_index": "lead"}
+"""What files have other names for."""
+
 HEAD_FAMILIES = ("attention", "projection")
 """How the kinds of heads, and of their slices in single projections, begin."""
 
 
+@renamed_arguments(lead="expert_index")
 @dataclass(frozen=True)
-class Part:
-    """What the units of a site own of one parameter: unit u has ``size`` slices from ``offset + u * stride`` on.
+class ParamSlice:
+    """Where the units of a site lie in one parameter: unit u has ``size`` slices from ``offset + u * stride`` on.
 
     Attributes:
         parameter: path of the parameter in the model, such as ``model.layers.3.mlp.gate_proj.weight``.
-        dim: the dimension along which the units lie, of the parameter or, where it is stacked, of ``parameter[lead]``.
+        dim: the dimension along which the units lie, of the parameter or, where it is stacked, of
+            ``parameter[expert_index]``.
         offset: where the first unit begins along it.
         stride: from one unit to the next.
         size: slices of a unit.
-        lead: index into the first dimension of a parameter that stacks those of several sites, such as experts.
+        expert_index: index into the first dimension of a parameter that stacks those of several experts, or None.
         block, gap: after every ``block`` units, ``gap`` slices are left out.
     """
 
@@ -49,9 +56,10 @@ class Part:
     offset: int = 0
     stride: int = 1
     size: int = 1
-    lead: int | None = None
+    expert_index: int | None = None
     block: int | None = None
     gap: int = 0
+    lead = RenamedAttribute("expert_index")
 
     def index(self, units: Tensor) -> Tensor:
         """Returns the slices that belong to units, int64 [len(units) * size], in the order of the units."""
@@ -63,9 +71,10 @@ class Part:
 
     def of(self, parameter: Tensor) -> Tensor:
         """Returns what ``dim`` counts in: the parameter, or the matrix of it that belongs to this site, as a view."""
-        return parameter if self.lead is None else parameter[self.lead]
+        return parameter if self.expert_index is None else parameter[self.expert_index]
 
 
+@renamed_arguments(parts="slices")
 @dataclass(frozen=True)
 class Site:
     """One family of units, and where it lives.
@@ -84,7 +93,7 @@ class Site:
             activations are what the rows of a projection give).
         output: path of the projection that reads the units' activations; with ``rows``, of the one that gives them;
             for experts, of the parameter.
-        parts: what the units own of the parameters: all of it is trained together.
+        slices: what the units own of the parameters: all of it is trained together.
         inputs: paths of the projections that a unit has rows of; gate before up.
         activation: name of the activation in between, a key of ``ACTIVATIONS``, or None if it is another one.
         multipliers: what the gate, and what the module returns, is multiplied by (maximal update parametrization).
@@ -100,13 +109,14 @@ class Site:
     layer: int
     structure: str = "plain"
     output: str = ""
-    parts: tuple[Part, ...] = ()
+    slices: tuple[ParamSlice, ...] = ()
     inputs: tuple[str, ...] = ()
     activation: str | None = None
     channels: int = 1
     index: int | None = None
     reads_encoder: bool = False
     multipliers: tuple[float, float] = (1.0, 1.0)
+    parts = RenamedAttribute("slices")
 
     @property
     def name(self) -> str:
@@ -121,18 +131,22 @@ class Site:
         int64 [width * channels], unit by unit.
         """
         units = torch.arange(self.width, device="cpu")
-        weight = [part for part in self.parts if part.parameter == self.parts[0].parameter]
-        return torch.cat([part.index(units).reshape(self.width, -1) for part in weight], dim=1).flatten()
+        weight = [owned for owned in self.slices if owned.parameter == self.slices[0].parameter]
+        return torch.cat([owned.index(units).reshape(self.width, -1) for owned in weight], dim=1).flatten()
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields, as JSON holds them."""
-        return asdict(self)
+        fields = {_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
+        owned = [{_IN_FILES.get(name, name): value for name, value in one.items()} for one in fields["parts"]]
+        return {**fields, "parts": owned}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Site:
         """Returns the site that ``as_dict`` described. Raises TypeError or KeyError if the fields are not those."""
-        parts = tuple(Part(**part) for part in fields["parts"])
-        known = {**fields, "parts": parts, "inputs": tuple(fields["inputs"])}
+        now = {name: key for key, name in _IN_FILES.items()}
+        owned = tuple(ParamSlice(**{now.get(name, name): one[name] for name in one}) for one in fields["parts"])
+        known = {now.get(name, name): value for name, value in fields.items()}
+        known |= {"slices": owned, "inputs": tuple(fields["inputs"])}
         return cls(**known | {"multipliers": tuple(fields.get("multipliers", cls.multipliers))})
 
 

@@ -54,9 +54,9 @@ def _selected(selection: Selection, name: str, shape: torch.Size) -> Tensor:
     """Which numbers of a parameter belong to selected units, bool."""
     mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for site in selection.sites:
-        for part in site.parts:
+        for part in site.slices:
             if part.parameter == name:
-                weight = mask if part.lead is None else mask[part.lead]
+                weight = mask if part.expert_index is None else mask[part.expert_index]
                 weight.index_fill_(part.dim, part.index(selection.units(site)), True)
     return mask
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from clue_fast.errors import SparseError
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, Selection
-from clue_fast.sites import Part
+from clue_fast.sites import ParamSlice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRAINED = (FORGET, CONFLICT)
@@ -169,7 +169,7 @@ class Slices:
         layer, layers: index of the transformer layer, and how many layers there are.
     """
 
-    part: Part
+    part: ParamSlice
     index: Tensor
     category: str
     layer: int
@@ -184,12 +184,12 @@ def plan(selection: Selection) -> list[Slices]:
     Raises:
         SparseError: two units own the same slice of a parameter.
     """
-    found: dict[tuple[str, int | None, int, int], tuple[Part, int, list[Tensor]]] = {}
+    found: dict[tuple[str, int | None, int, int], tuple[ParamSlice, int, list[Tensor]]] = {}
     for site in selection.sites:
         for category in TRAINED:
             units = torch.nonzero(selection.categories[site] == category).flatten()
-            for part in site.parts if len(units) else ():
-                key = (part.parameter, part.lead, part.dim, category)
+            for part in site.slices if len(units) else ():
+                key = (part.parameter, part.expert_index, part.dim, category)
                 found.setdefault(key, (part, site.layer, []))[2].append(part.index(units))
     layers = 1 + max((site.layer for site in selection.sites), default=0)
     plans: list[Slices] = []
@@ -218,13 +218,13 @@ def _check_disjoint(plans: list[Slices]) -> None:
     seen: dict[tuple[str, int | None], tuple[int, Tensor]] = {}
     for slices in plans:
         part = slices.part
-        dim, before = seen.get((part.parameter, part.lead), (part.dim, slices.index[:0]))
+        dim, before = seen.get((part.parameter, part.expert_index), (part.dim, slices.index[:0]))
         if dim != part.dim:
             raise SparseError(f"units own both rows and columns of {part.parameter}; select in one of their sites only")
         joined = torch.cat([before, slices.index]).sort().values
         if bool((joined[1:] == joined[:-1]).any()):
             raise SparseError(f"two selected units own the same slice of {part.parameter}; select one of them")
-        seen[part.parameter, part.lead] = (dim, joined)
+        seen[part.parameter, part.expert_index] = (dim, joined)
 
 
 def graft(out: Tensor, x: Tensor, part: TrainedPart, rows: slice | Tensor | None = None) -> Tensor:

@@ -49,7 +49,7 @@ class Kept:
         """Raises SparseError if a parameter that trained by rows is to train by columns, or the other way round."""
         dims = {(part.path, part.lead): part.dim for part, _ in self.trained}
         for part in (slices.part for slices in plans):
-            dim = dims.get((part.parameter, part.lead), part.dim)
+            dim = dims.get((part.parameter, part.expert_index), part.dim)
             if dim != part.dim:
                 raise SparseError(f"{part.parameter} trained along dimension {dim}; keep to it")
 
@@ -332,7 +332,7 @@ def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]
         raise SparseError(f"{name} is not contiguous; set it to its contiguous()")
     if others := [other for other in shared[parameter.data_ptr()] if other != name]:
         raise SparseError(f"{name} is tied to {', '.join(others)}; untie it")
-    weight = parameter.detach() if slices.part.lead is None else parameter.detach()[slices.part.lead]
+    weight = parameter.detach() if slices.part.expert_index is None else parameter.detach()[slices.part.expert_index]
     index = slices.index.to(weight.device)
     if int(index[-1]) >= weight.shape[slices.part.dim] or int(index[0]) < 0:
         raise SparseError(
@@ -362,7 +362,7 @@ def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach, indices: dict[i
         module=module,
         name=name,
         path=slices.part.parameter,
-        lead=slices.part.lead,
+        lead=slices.part.expert_index,
         dim=slices.part.dim,
         output_dim=output_dim(module),
         index=indices.setdefault(id(slices.index), slices.index.to(getattr(module, name).device)),

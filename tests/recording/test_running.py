@@ -228,8 +228,8 @@ class TestPeft:
         _, adapted = self.wrapped("llama")
         names = dict(adapted.named_parameters())
         for site in find_sites(adapted, KINDS):
-            assert all(part.parameter in names for part in site.parts)
-        assert any("base_layer" in part.parameter for site in find_sites(adapted) for part in site.parts)
+            assert all(part.parameter in names for part in site.slices)
+        assert any("base_layer" in part.parameter for site in find_sites(adapted) for part in site.slices)
 
     def test_generation(self) -> None:
         _, adapted = self.wrapped("llama")

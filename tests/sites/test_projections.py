@@ -116,11 +116,11 @@ def test_every_projection_of_a_head_is_found_where_it_lies(name: str, dtype: tor
         assert site.width == (4 if role == "output" else len(slices[role][1]))
         for unit in range(site.width):
             expected = owned(model, name, role, [unit])
-            for part in site.parts:
+            for part in site.slices:
                 mask = torch.zeros_like(model.get_parameter(part.parameter), dtype=torch.bool)
                 mask.index_fill_(part.dim, part.index(torch.tensor([unit])), True)
                 assert torch.equal(mask, expected[part.parameter]), (site.name, unit)
-            assert {part.parameter for part in site.parts} == {p for p in expected if p.startswith(module_of(site))}
+            assert {part.parameter for part in site.slices} == {p for p in expected if p.startswith(module_of(site))}
 
 
 def module_of(site: Any) -> str:

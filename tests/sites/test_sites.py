@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clue_fast.errors import SiteError
-from clue_fast.sites import Part, Site, find_sites, model_fingerprint, survey
+from clue_fast.sites import ParamSlice, Site, find_sites, model_fingerprint, survey
 
 
 class Unheard(nn.Module):
@@ -58,8 +58,8 @@ class TestFindSites:
     def test_parts_name_weights_of_the_model_with_one_slice_a_unit(self) -> None:
         model = llama()
         for site in find_sites(model):
-            assert [part.parameter.split(".")[-2] for part in site.parts] == ["gate_proj", "up_proj", "down_proj"]
-            for part in site.parts:
+            assert [part.parameter.split(".")[-2] for part in site.slices] == ["gate_proj", "up_proj", "down_proj"]
+            for part in site.slices:
                 assert model.get_parameter(part.parameter).shape[part.dim] == site.width
 
     def test_a_class_nobody_has_seen(self) -> None:
@@ -246,21 +246,21 @@ class TestPart:
     @pytest.mark.parametrize(
         ("part", "units", "slices"),
         [
-            (Part("w", 0), [3, 1], [3, 1]),
-            (Part("w", 0, offset=10), [0, 2], [10, 12]),
-            (Part("w", 0, offset=1, stride=2), [0, 2], [1, 5]),
-            (Part("w", 1, offset=5, stride=4, size=4), [2, 0], [13, 14, 15, 16, 5, 6, 7, 8]),
-            (Part("w", 0, size=3), [], []),
+            (ParamSlice("w", 0), [3, 1], [3, 1]),
+            (ParamSlice("w", 0, offset=10), [0, 2], [10, 12]),
+            (ParamSlice("w", 0, offset=1, stride=2), [0, 2], [1, 5]),
+            (ParamSlice("w", 1, offset=5, stride=4, size=4), [2, 0], [13, 14, 15, 16, 5, 6, 7, 8]),
+            (ParamSlice("w", 0, size=3), [], []),
         ],
     )
-    def test_index(self, part: Part, units: list[int], slices: list[int]) -> None:
+    def test_index(self, part: ParamSlice, units: list[int], slices: list[int]) -> None:
         index = part.index(torch.tensor(units, dtype=torch.int32))
         assert index.dtype == torch.int64
         assert index.tolist() == slices
 
     def test_slices_of_all_units_cover_a_packed_weight_once(self) -> None:
-        def all_of(part: Part) -> Tensor:
+        def all_of(part: ParamSlice) -> Tensor:
             return part.index(torch.arange(7))
 
-        gate, up = Part("w", 0, offset=0, stride=2), Part("w", 0, offset=1, stride=2)
+        gate, up = ParamSlice("w", 0, offset=0, stride=2), ParamSlice("w", 0, offset=1, stride=2)
         assert torch.cat([all_of(gate), all_of(up)]).sort().values.tolist() == list(range(14))

@@ -96,7 +96,7 @@ def test_is_the_foreign_training(make_model, make_selection, make_foreign):
     for name, parameter in masked.named_parameters():
         mask = torch.zeros_like(parameter)
         for site in selection.sites:
-            for part in site.parts:
+            for part in site.slices:
                 if part.parameter == name:
                     mask.index_fill_(part.dim, part.index(selection.units(site)), 1.0)
         parameter.requires_grad_(bool(mask.any()))
