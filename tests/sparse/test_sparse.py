@@ -341,10 +341,6 @@ def test_refuses_units_that_overlap_or_do_not_exist(make_model, make_selection):
     cases = [
         (replace(other, slices=site.slices), SparseError, "two selected units own the same slice of model.layers.0"),
         (replace(other, slices=(replace(site.slices[0], dim=1), *other.slices[1:])), SparseError, "rows and columns"),
-            replace(other, slices=(replace(site.slices[0], dim=1), *other.slices[1:])),
-            SparseError,
-            "both rows and columns",
-        ),
         (replace(other, slices=(replace(other.slices[0], offset=30),)), SelectionError, "belong to different models"),
         (replace(other, slices=(replace(other.slices[0], parameter="no.weight"),)), SelectionError, "does not have"),
     ]
