@@ -65,7 +65,7 @@ $(VENV)/torch.installed: | $(BIN)/python
 SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f)
 
 $(VENV)/demo.installed: $(VENV)/torch.installed $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 
 $(VENV)/test.installed: $(VENV)/torch.installed $(SOURCES)

@@ -22,7 +22,7 @@ ROWS = {
     "forward": ("recording", ["stock"], "hooks"),
     "localize": ("localize", ["plain loop"], "loop with hooks"),
     "gated_activation": ("statistics", ["plain"], "eager"),
-    "sparse_adamw": ("selected", ["whole", "whole with masters"], None),
+    "sparse_optimizer": ("selected", ["whole", "whole with masters"], None),
     "sparse_linear": ("selected", ["dense"], None),
 }
 

@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.deprecated import keep_old_modules
-
-__version__ = "0.1.0"
+from clue_fast.version import __version__
 
 _EXPORTS = {
     "ClueFastError": "errors",

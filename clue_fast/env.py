@@ -1,4 +1,4 @@
-"""doctor: what clue_fast can use on this machine, and why not the rest."""
+"""What clue_fast can use on this machine, and why not the rest."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import platform
 
 import torch
 
-import clue_fast
 from clue_fast.ops import backend as backends
+from clue_fast.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safetensors", "peft")
 
 
 def diagnosis() -> str:
     """Returns versions, devices, backends (with the reason where one cannot run) and what each device would use."""
-    lines = [f"clue_fast {clue_fast.__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines = [f"clue_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"  {name:<14}{_version(name)}" for name in _PACKAGES]
     lines.append("devices")
     lines.append(f"  cpu           {torch.get_num_threads()} threads, {_cpu()}")
@@ -28,7 +28,7 @@ def diagnosis() -> str:
         lines.append(f"  {name:<14}{'ready' if reason is None else f'not used: {reason}'}")
     lines.append("operators")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for operator in backends.OPERATORS:
+    for operator in backends.operators():
         choices = ", ".join(f"{device}: {backends.choose(operator, torch.device(device)).name}" for device in devices)
         lines.append(f"  {operator:<20}{choices}")
     return "\n".join(lines)

@@ -4,7 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/dispatch.h"
+#include "common/dispatch.h"
 
 namespace py = pybind11;
 

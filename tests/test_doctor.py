@@ -45,7 +45,7 @@ def test_every_backend_is_ready_or_has_a_reason() -> None:
 
 def test_every_operator_has_its_backend() -> None:
     found = facts()
-    for operator in backends.OPERATORS:
+    for operator in backends.operators():
         assert found[operator].split(", ")[0] == f"cpu: {ops.choose(operator, 'cpu').name}"
 
 
@@ -75,4 +75,4 @@ def test_a_forced_backend_that_does_not_exist_is_one_line(
 def test_as_a_module() -> None:
     printed = subprocess.run([sys.executable, "-m", "clue_fast", "doctor"], capture_output=True, text=True, check=True)
     assert printed.stdout.startswith(f"clue_fast {clue_fast.__version__}")
-    assert all(operator in printed.stdout for operator in backends.OPERATORS)
+    assert all(operator in printed.stdout for operator in backends.operators())

@@ -4,9 +4,8 @@ from clue_fast.ops.backend import BACKENDS, Choice, available, choose
 from clue_fast.ops.channel_statistics import FIELDS, GRADIENT_FIELDS, channel_attribution, channel_statistics
 from clue_fast.ops.conflict_score import CRITERIA_OPS, conflict_score
 from clue_fast.ops.gated_activation import ACTIVATIONS, gated_activation
-from clue_fast.ops.sparse_adamw import sparse_adamw_
 from clue_fast.ops.sparse_linear import sparse_linear
-from clue_fast.ops.sparse_sgd import sparse_sgd_
+from clue_fast.ops.sparse_optimizer import sparse_adamw_, sparse_sgd_
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,10 +1,12 @@
-"""The operators in the dispatcher, for torch.compile and export: namespace `clue_fast`, on every device.
-
-Which backend runs an operator, and why not another.
+"""Which backend runs an operator, and why not another; and the operators in torch's dispatcher.
 
 `reference` is plain PyTorch and the definition of every operator; `cpp` is the C++ extension on CPU; `triton`
 runs on CUDA, ROCm and XPU, and on CPU tensors in its interpreter; `cuda` is the CUDA part of the extension.
-Every backend offers the same launch functions: they write into the tensors they are given and return None.
+
+An operator is a file of this folder with one or more launch functions, which write into the tensors they are given and
+return None. `IMPLEMENTATIONS` says for each operator and backend where its launch functions are; `choose` picks the
+backend, `launch` finds the function. `define` makes what is computed known to torch as `clue_fast::NAME`, for
+torch.compile and export; eager calls go past that (`run`).
 """
 
 from __future__ import annotations
@@ -14,69 +16,23 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from clue_fast.errors import BackendError, UnknownNameError
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "clue_fast"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator: what it computes on any device, and what it returns for tensors without data."""
-    name = schema.partition("(")[0]
-    _library.define(schema)  # type: ignore[no-untyped-call]
-    _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-
-
-def define_autograd(name: str, run: Callable[..., Any]) -> None:
-    """Give an operator its autograd by hand: `register_autograd` takes none that writes into an argument."""
-    _library.impl(name, run, "Autograd")  # type: ignore[no-untyped-call]
-
-
-BACKENDS = ("reference", "cpp", "triton", "cuda")
-ENVIRONMENT_VARIABLE = "CLUE_FAST_BACKEND"
-PREFERENCE = {
-    "cpu": ("cpp", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-    "xpu": ("triton", "reference"),
-}
-
 Launch = Callable[..., None]
 
 
-@dataclass(frozen=True)
-class Operator:
-    """One operator: its name, the backends that implement it, and its reference launch functions by name."""
-
-    name: str
-    backends: tuple[str, ...]
-    reference: Mapping[str, Launch]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The backend an operator runs on, and why that one."""
-
-    name: str
-    reason: str
-
-
-OPERATORS: dict[str, Operator] = {}
-_warned = False
-
-
-def register(name: str, backends: tuple[str, ...], reference: Mapping[str, Launch]) -> None:
-    """Make an operator known; each file of this folder does so once."""
-    OPERATORS[name] = Operator(name, backends, reference)
+# The backends: whether each can run in this process, and on which devices.
 
 
 @cache
@@ -100,41 +56,152 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def available() -> dict[str, str | None]:
-    """Every backend with None if it can run in this process, or else the reason why it cannot."""
-    return {name: _obstacle(name) for name in BACKENDS}
+def _cpp_unavailable() -> str | None:
+    return _load_extension()[1]
 
 
-def _obstacle(backend: str) -> str | None:
-    if backend == "reference":
+def _triton_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.is_available() or torch.xpu.is_available() or interpreting():
         return None
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if torch.cuda.is_available() or torch.xpu.is_available() or interpreting():
-            return None
-        return "no CUDA, ROCm or XPU device"
+    return "no CUDA, ROCm or XPU device"
+
+
+def _cuda_unavailable() -> str | None:
     module, reason = _load_extension()
-    if module is None or backend == "cpp":
+    if module is None:
         return reason
     if not module.build_info().get("cuda"):
-        return "the extension was built without CUDA"
+        return "the C++ extension was built without CUDA; reinstall clue_fast with nvcc on the PATH"
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def _misfit(backend: str, operator: Operator, device: str) -> str | None:
+@dataclass(frozen=True)
+class Backend:
+    """One way to run operators.
+
+    Attributes:
+        unavailable_reason: why it cannot run in this process, or None if it can.
+        devices: types of the devices on whose tensors it runs; None for all.
+        title: devices, as errors name them.
+    """
+
+    unavailable_reason: Callable[[], str | None]
+    devices: tuple[str, ...] | None
+    title: str
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it takes tensors on a type of device."""
+        return self.devices is None or device in self.devices
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(lambda: None, None, "any"),
+    "cpp": Backend(_cpp_unavailable, ("cpu",), "CPU"),
+    "triton": Backend(_triton_unavailable, ("cuda", "xpu"), "CUDA, ROCm and XPU"),
+    "cuda": Backend(_cuda_unavailable, ("cuda",), "CUDA"),
+}
+PREFERENCE = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
+ENVIRONMENT_VARIABLE = "CLUE_FAST_BACKEND"
+
+
+def available() -> dict[str, str | None]:
+    """Every backend with None if it can run in this process, or else the reason why it cannot."""
+    return {name: backend.unavailable_reason() for name, backend in BACKENDS.items()}
+
+
+# The operators: one entry per operator and backend.
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Where the launch functions of an operator are for one backend.
+
+    Attributes:
+        names: of the launch functions.
+        find: gives one by its name.
+        missing: names those that should be there and are not.
+    """
+
+    names: tuple[str, ...]
+    find: Callable[[str], Launch]
+    missing: Callable[[], list[str]] = list
+
+
+IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
+
+
+def register(operator: str, backends: tuple[str, ...], reference: Mapping[str, Launch]) -> None:
+    """Makes an operator known with its backends; each file of this folder that launches does so once.
+
+    Args:
+        operator: also the name of its file here, in kernels/ and in csrc/.
+        backends: those that implement it.
+        reference: its definition, launch functions by name; the other backends have functions of these names.
+    """
+    names = tuple(reference)
+    for backend in backends:
+        IMPLEMENTATIONS[operator, backend] = {
+            "reference": Implementation(names, reference.__getitem__),
+            "triton": Implementation(names, lambda name: _of_module(f"clue_fast.kernels.{operator}", name)),
+            "cpp": Implementation(names, _of_extension, lambda: _not_in_extension(names)),
+            "cuda": Implementation(names, _of_extension, lambda: _not_in_extension(names)),
+        }[backend]
+
+
+def _of_module(module: str, name: str) -> Launch:
+    function: Launch = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _of_extension(name: str) -> Launch:
+    function: Launch = getattr(torch.ops.clue_fast_cpp, name).default
+    return function
+
+
+def _not_in_extension(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not hasattr(torch.ops.clue_fast_cpp, name)]
+
+
+def operators() -> dict[str, tuple[str, ...]]:
+    """Every operator with the backends that implement it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for operator, backend in IMPLEMENTATIONS:
+        found[operator] = (*found.get(operator, ()), backend)
+    return found
+
+
+def _unsupported_reason(backend: str, operator: str, device: str) -> str | None:
     """Why a backend that can run here does not run this operator on tensors of a device type."""
-    if backend in ("cpp", "cuda"):
-        missing = [name for name in operator.reference if not hasattr(torch.ops.clue_fast_cpp, name)]
-        if missing:
-            return f"the C++ extension is from another version and lacks {missing[0]}; rebuild it"
-    if backend == "cpp" and device != "cpu":
-        return f"cpp runs on CPU tensors, not on {device}"
-    if backend == "cuda" and device != "cuda":
-        return f"cuda runs on CUDA tensors, not on {device}"
-    if backend == "triton" and device not in ("cuda", "xpu") and not (device == "cpu" and interpreting()):
+    implementation = IMPLEMENTATIONS.get((operator, backend))
+    if implementation is not None and (missing := implementation.missing()):
+        return f"the C++ extension is from another version and lacks {missing[0]}; rebuild it"
+    if BACKENDS[backend].runs_on(device):
+        return None
+    if backend == "triton":
+        if device == "cpu" and interpreting():
+            return None
         return f"triton does not run on {device} tensors (on CPU only in its interpreter, TRITON_INTERPRET=1)"
-    return None
+    return f"{backend} runs on {BACKENDS[backend].title} tensors, not on {device}"
+
+
+# The choice.
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend an operator runs on, and why that one."""
+
+    name: str
+    reason: str
+
+
+_warned = False
 
 
 def choose(op: str, device: torch.device | str, backend: str | None = None) -> Choice:
@@ -151,9 +218,8 @@ def choose(op: str, device: torch.device | str, backend: str | None = None) -> C
         BackendError: the forced backend cannot run here, or (`backend=` only) lacks this operator.
     """
     kind = torch.device(device).type
-    if op not in OPERATORS:
-        raise UnknownNameError("operator", op, OPERATORS)
-    operator = OPERATORS[op]
+    if (op, "reference") not in IMPLEMENTATIONS:
+        raise UnknownNameError("operator", op, operators())
     forced, source = backend, "backend="
     if forced is None:
         forced, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
@@ -161,21 +227,21 @@ def choose(op: str, device: torch.device | str, backend: str | None = None) -> C
         raise UnknownNameError("backend", forced, BACKENDS)
     skipped = []
     if forced is not None:
-        obstacle = _obstacle(forced) or _misfit(forced, operator, kind)
-        if obstacle is not None:
-            raise BackendError(f"backend {forced!r}, asked for by {source}, cannot run {op}: {obstacle}")
-        if forced in operator.backends:
+        reason = BACKENDS[forced].unavailable_reason() or _unsupported_reason(forced, op, kind)
+        if reason is not None:
+            raise BackendError(f"backend {forced!r}, asked for by {source}, cannot run {op}: {reason}")
+        if (op, forced) in IMPLEMENTATIONS:
             return Choice(forced, f"forced by {source}")
         if backend is not None:
-            raise BackendError(f"{op} has no {forced} backend; choose one of: {', '.join(operator.backends)}")
+            raise BackendError(f"{op} has no {forced} backend; choose one of: {', '.join(operators()[op])}")
         skipped.append(f"{forced} does not implement {op}")
     for name in PREFERENCE.get(kind, ("reference",)):
-        if name not in operator.backends:
+        if (op, name) not in IMPLEMENTATIONS:
             continue
-        obstacle = _obstacle(name) or _misfit(name, operator, kind)
-        if obstacle is None:
+        reason = BACKENDS[name].unavailable_reason() or _unsupported_reason(name, op, kind)
+        if reason is None:
             return Choice(name, "; ".join(skipped) or f"the fastest for {kind}")
-        skipped.append(f"{name}: {obstacle}")
+        skipped.append(f"{name}: {reason}")
     raise AssertionError(f"{op} lacks a reference")
 
 
@@ -188,15 +254,9 @@ def launch(op: str, name: str, device: torch.device, backend: str | None) -> Lau
 def _launch(op: str, name: str, device: str, forced: str | None, explicit: bool) -> Launch:
     # `forced` is in the key so that a change of the environment variable is seen.
     choice = choose(op, device, forced if explicit else None)
-    if choice.name == "reference":
-        if device == "cpu" and forced is None:
-            _warn_reference(choice.reason)
-        return OPERATORS[op].reference[name]
-    if choice.name == "triton":
-        function: Launch = getattr(importlib.import_module(f"clue_fast.kernels.{op}"), name)
-        return function
-    overload: Launch = getattr(torch.ops.clue_fast_cpp, name).default
-    return overload
+    if choice.name == "reference" and device == "cpu" and forced is None:
+        _warn_reference(choice.reason)
+    return IMPLEMENTATIONS[op, choice.name].find(name)
 
 
 def _warn_reference(reason: str) -> None:
@@ -205,3 +265,47 @@ def _warn_reference(reason: str) -> None:
     if not _warned:
         _warned = True
         logger.warning("clue_fast runs on its slower reference backend: %s", reason)
+
+
+# Torch's dispatcher: namespace `clue_fast`, on every device.
+
+NAMESPACE = "clue_fast"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+    """Define an operator: what it computes on any device, and what it returns for tensors without data, or nothing."""
+    name = schema.partition("(")[0]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake or _fake_nothing, lib=_library)
+
+
+def define_autograd(name: str, run: Callable[..., Any]) -> None:
+    """Give an operator its autograd by hand: `register_autograd` takes none that writes into an argument."""
+    _library.impl(name, run, "Autograd")  # type: ignore[no-untyped-call]
+
+
+def _fake_nothing(*_: Any) -> None:
+    return None
+
+
+def is_traced(x: Any) -> bool:
+    """Whether what is called now is traced: by torch.compile, or with a tensor that has no data."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
+def run(name: str, eager: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs the operator `clue_fast::NAME` where it is traced, and `eager` with the same arguments otherwise.
+
+    The dispatcher costs some 60 us a call, more than a small kernel. The first argument is a tensor or a list of them.
+    """
+    if is_traced(arguments[0]):
+        return getattr(torch.ops.clue_fast, name)(*arguments)
+    return eager(*arguments)
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """What is dispatched inside does not come back to the autograd of the operator that it is called from."""
+    guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return guard

@@ -1,9 +1,9 @@
 // Statistics of a tensor by channel and token group, and of its product with the gradient.
 #include <torch/csrc/stable/library.h>
 
-#include "arguments.h"
-#include "dispatch.h"
-#include "recording.h"
+#include "common/arguments.h"
+#include "common/dispatch.h"
+#include "common/recording.h"
 
 namespace clue {
 namespace {

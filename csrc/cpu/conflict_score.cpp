@@ -5,8 +5,8 @@
 #include <cmath>
 #include <optional>
 
-#include "arguments.h"
-#include "dispatch.h"
+#include "common/arguments.h"
+#include "common/dispatch.h"
 
 namespace clue {
 namespace {

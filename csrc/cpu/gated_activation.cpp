@@ -1,10 +1,10 @@
 // h = act(gate) * up and its gradients, alone or with the statistics of h, or of h * dL/dh, recorded on the way.
 #include <torch/csrc/stable/library.h>
 
-#include "activation.h"
-#include "arguments.h"
-#include "dispatch.h"
-#include "recording.h"
+#include "common/activation.h"
+#include "common/arguments.h"
+#include "common/dispatch.h"
+#include "common/recording.h"
 
 namespace clue {
 namespace {

@@ -16,9 +16,9 @@ LESSER_INSTRUCTION_SETS = ("baseline", "x86-64-v3")  # the best that the machine
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test module names its operator; a test that takes `backend` runs on each backend of that operator."""
     if "backend" in metafunc.fixturenames:
-        operator = backends.OPERATORS[metafunc.module.OPERATOR]
-        cases = [pytest.param((name, None), id=name) for name in operator.backends]
-        if "cpp" in operator.backends:
+        implemented = backends.operators()[metafunc.module.OPERATOR]
+        cases = [pytest.param((name, None), id=name) for name in implemented]
+        if "cpp" in implemented:
             slow = pytest.mark.slow
             cases += [pytest.param(("cpp", name), id=f"cpp-{name}", marks=slow) for name in LESSER_INSTRUCTION_SETS]
         metafunc.parametrize("backend", cases, indirect=True, scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,10 +45,10 @@ def with_extension() -> None:
 
 
 def test_every_operator_has_its_definition() -> None:
-    assert set(backends.OPERATORS) == {
-        "gated_activation", "channel_statistics", "conflict_score", "sparse_linear", "sparse_adamw", "sparse_sgd",
+    assert set(backends.operators()) == {
+        "gated_activation", "channel_statistics", "conflict_score", "sparse_linear", "sparse_optimizer",
     }  # fmt: skip
-    assert all("reference" in operator.backends for operator in backends.OPERATORS.values())
+    assert all("reference" in implemented for implemented in backends.operators().values())
 
 
 @pytest.mark.usefixtures("with_extension")
@@ -77,9 +78,8 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("with_extension")
 def test_an_extension_of_another_version_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    operator = backends.OPERATORS["gated_activation"]
-    newer = backends.Operator(operator.name, operator.backends, {**operator.reference, "not_yet_written": print})
-    monkeypatch.setitem(backends.OPERATORS, "gated_activation", newer)
+    monkeypatch.setattr(backends, "IMPLEMENTATIONS", dict(backends.IMPLEMENTATIONS))
+    backends.register("gated_activation", ("reference", "cpp"), {"not_yet_written": print})
     choice = ops.choose("gated_activation", "cpu")
     assert choice.name == "reference"
     assert "another version and lacks not_yet_written; rebuild it" in choice.reason
@@ -104,14 +104,15 @@ class TestForcing:
     @pytest.mark.usefixtures("with_extension")
     def test_a_changed_variable_is_seen_at_the_next_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
-        original = backends.OPERATORS["gated_activation"]
+        table = backends.IMPLEMENTATIONS
+        original = table["gated_activation", "reference"]
 
         def noted(*arguments: object) -> None:
             calls.append(arguments)
-            original.reference["gated_activation"](*arguments)
+            original.find("gated_activation")(*arguments)
 
-        watched = backends.Operator(original.name, original.backends, {**original.reference, "gated_activation": noted})
-        monkeypatch.setitem(backends.OPERATORS, "gated_activation", watched)
+        watched = replace(original, find={"gated_activation": noted}.__getitem__)
+        monkeypatch.setitem(table, ("gated_activation", "reference"), watched)
         first = ops.gated_activation(X, X)
         assert not calls
         monkeypatch.setenv(VARIABLE, "reference")
@@ -124,15 +125,15 @@ class TestForcing:
         pytest.importorskip("triton")
         monkeypatch.setenv(VARIABLE, "triton")
         assert ops.choose("gated_activation", "cpu").name == "triton"
-        choice = ops.choose("sparse_adamw", "cpu")
+        choice = ops.choose("sparse_optimizer", "cpu")
         assert choice.name in ("cpp", "reference")
-        assert "triton does not implement sparse_adamw" in choice.reason
+        assert "triton does not implement sparse_optimizer" in choice.reason
 
     def test_the_argument_is_refused_where_the_operator_lacks_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton")
-        with pytest.raises(BackendError, match=r"sparse_adamw has no triton backend; choose one of: reference, cpp"):
-            ops.choose("sparse_adamw", "cpu", "triton")
+        with pytest.raises(BackendError, match="sparse_optimizer has no triton backend; choose one of: reference"):
+            ops.choose("sparse_optimizer", "cpu", "triton")
 
     @pytest.mark.parametrize(
         ("forced", "device", "message"),

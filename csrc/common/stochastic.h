@@ -1,7 +1,7 @@
 // Stochastic rounding to 16 bits: up with the probability of the part that is cut off, so that the mean is exact.
 #pragma once
-#include "random_bits.h"
-#include "vector.h"
+#include "common/random_bits.h"
+#include "common/vector.h"
 
 namespace clue {
 
@@ -17,18 +17,18 @@ CLUE_INLINE Words<n> random_bits(RandomKey key, int64_t position) {
 }
 
 template <int n>
-CLUE_INLINE void narrow_at_random(float* target, Floats<n> x, Words<n>) {
+CLUE_INLINE void round_stochastic(float* target, Floats<n> x, Words<n>) {
   narrow<n>(target, x);
 }
 template <int n>
-CLUE_INLINE void narrow_at_random(BFloat16* target, Floats<n> x, Words<n> random) {
+CLUE_INLINE void round_stochastic(BFloat16* target, Floats<n> x, Words<n> random) {
   const Words<n> bits = ((Words<n>)x + (random >> 16)) >> 16;
   const Words<n> special = ((Words<n>)x >> 16) | choose<n>(x == x, Words<n>{}, Words<n>{} + 0x40u);
   const Ints<n> finite = ((Words<n>)x & 0x7fffffffu) < 0x7f800000u;
   write(target, __builtin_convertvector(choose<n>(finite, bits, special), Shorts<n>));
 }
 template <int n>
-CLUE_INLINE void narrow_at_random(Half* target, Floats<n> x, Words<n> random) {
+CLUE_INLINE void round_stochastic(Half* target, Floats<n> x, Words<n> random) {
   const Words<n> bits = (Words<n>)x & 0x7fffffffu;
   const Words<n> sign = ((Words<n>)x >> 16) & 0x8000u;
   const Words<n> normal = ((bits + (random >> 19)) >> 13) - (112u << 10);
@@ -44,10 +44,10 @@ CLUE_INLINE void narrow_at_random(Half* target, Floats<n> x, Words<n> random) {
 }
 
 template <int n, class T>
-CLUE_INLINE void narrow_at_random(T* target, Floats<n> x, Words<n> random, int64_t count) {
-  if (count >= n) return narrow_at_random<n>(target, x, random);
+CLUE_INLINE void round_stochastic(T* target, Floats<n> x, Words<n> random, int64_t count) {
+  if (count >= n) return round_stochastic<n>(target, x, random);
   alignas(64) T buffer[n];
-  narrow_at_random<n>(buffer, x, random);
+  round_stochastic<n>(buffer, x, random);
   std::memcpy(target, buffer, count * sizeof(T));
 }
 

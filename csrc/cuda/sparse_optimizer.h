@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "random_bits.h"
+#include "common/sparse_optimizer.h"
 
 namespace clue {
 
@@ -11,8 +11,8 @@ enum class Element : uint32_t { float32, bfloat16, float16 };
 
 // The selected part of one weight, or a range of its rows, as a matrix of `size` values in rows of `columns`.
 template <class Factors>
-struct SelectedPart {
-  float* value;  // the master values, or null: then the weight holds the values, rounded at random
+struct DeviceSlice {
+  float* value;  // the master values, or null: then the weight holds the values, rounded stochastically
   const float* grad;
   float* moments[2];
   void* weight;
@@ -39,3 +39,16 @@ struct DeviceNumbers {
 };
 
 }  // namespace clue
+
+// Update all slices on a stream of a device; null, or what went wrong. The slices are taken before they return.
+extern "C" {
+const char* clue_sparse_adamw(const clue::DeviceSlice<clue::AdamWFactors>* slices, int64_t count,
+                              const clue::AdamWSettings* settings, const clue::DeviceNumbers* numbers, int device,
+                              void* stream);
+const char* clue_sparse_sgd(const clue::DeviceSlice<clue::SgdFactors>* slices, int64_t count,
+                            const clue::SgdSettings<0>* settings, const clue::DeviceNumbers* numbers, int device,
+                            void* stream);
+const char* clue_sparse_sgd_momentum(const clue::DeviceSlice<clue::SgdFactors>* slices, int64_t count,
+                                     const clue::SgdSettings<1>* settings, const clue::DeviceNumbers* numbers,
+                                     int device, void* stream);
+}

@@ -1,9 +1,10 @@
+"""Both rules on selected rows and columns: the definition, the arguments, the bits that stay."""
+
 from __future__ import annotations
 
 import copy
 import math
 import random
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -13,108 +14,27 @@ from torch import Tensor
 
 from clue_fast.errors import BackendError, UnknownNameError
 from clue_fast.ops import backend as backends
-from clue_fast.ops import sparse_adamw_
+from clue_fast.ops import sparse_adamw_, sparse_sgd_
+from tests.ops.slices import (
+    BETAS,
+    DTYPES,
+    EPS,
+    Layer,
+    SgdLayers,
+    arguments,
+    bits,
+    gradients,
+    in_float64,
+    layer,
+    layers,
+    outside,
+    same,
+    step,
+    to,
+)
 
-OPERATOR = "sparse_adamw"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BETAS, EPS = (0.8, 0.95), 1e-6
-# A vector's worth and less, more than one block of 16384 values, and sizes that end inside a vector.
-SHAPES = [(1, 1), (5, 37), (431, 71), (64, 1030)]
-
-
-@dataclass
-class Layer:
-    """A weight with a selected part, as the optimizer sees it."""
-
-    weight: Tensor
-    index: Tensor
-    dim: int
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    step: int = 0
-    value: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.value = self.weight.index_select(self.dim, self.index).float()
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.value), torch.zeros_like(self.value)
-
-    def selected(self) -> Tensor:
-        return self.weight.index_select(self.dim, self.index)
-
-
-def layer(shape: tuple[int, int], dim: int, count: int, dtype: torch.dtype, **kwargs: float) -> Layer:
-    weight = torch.randn(shape).to(dtype)
-    return Layer(weight, torch.randperm(shape[dim])[:count].sort().values, dim, **kwargs)
-
-
-def layers(dtype: torch.dtype) -> list[Layer]:
-    """Of every shape, by rows and by columns: one, some and all; each with its own rate and decay."""
-    made = []
-    for shape in SHAPES:
-        for dim in (0, 1):
-            for count in sorted({1, (shape[dim] + 2) // 3, shape[dim]}):
-                number = len(made)
-                made.append(layer(shape, dim, count, dtype, lr=1e-3 * (1 + number), weight_decay=0.02 * number))
-    return made
-
-
-def to(layers: list[Layer], device: torch.device | str) -> list[Layer]:
-    for one in layers:
-        for name in ("weight", "index", "value", "exp_avg", "exp_avg_sq"):
-            setattr(one, name, getattr(one, name).to(device))
-    return layers
-
-
-def gradients(layers: list[Layer], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(one.value.shape, generator=generator).to(one.value.device) for one in layers]
-
-
-def arguments(layers: list[Layer], grads: list[Tensor]) -> tuple[list, ...]:
-    return (
-        [one.value for one in layers],
-        grads,
-        [one.exp_avg for one in layers],
-        [one.exp_avg_sq for one in layers],
-        [one.weight for one in layers],
-        [one.index for one in layers],
-        [one.dim for one in layers],
-        torch.tensor([one.lr for one in layers], dtype=torch.float64),
-        torch.tensor([one.weight_decay for one in layers], dtype=torch.float64),
-        torch.tensor([one.step for one in layers], dtype=torch.int64),
-    )
-
-
-def step(layers: list[Layer], backend: str | None, seed: int = 0, **kwargs: Tensor) -> None:
-    for one in layers:
-        one.step += 1
-    sparse_adamw_(*arguments(layers, gradients(layers, seed)), BETAS, EPS, **kwargs, backend=backend)
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.cpu().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
-
-
-def outside(one: Layer) -> Tensor:
-    """Bits of what is not selected."""
-    rest = torch.ones(one.weight.shape[one.dim], dtype=torch.bool)
-    rest[one.index.cpu()] = False
-    return bits(one.weight).index_select(one.dim, rest.nonzero().flatten())
-
-
-def in_float64(layers: list[Layer], steps: int) -> list[dict[str, Tensor]]:
-    """The same steps, from the paper (Loshchilov & Hutter 2019, algorithm 2), in float64."""
-    values = [one.value.double().cpu() for one in layers]
-    first, second = ([torch.zeros_like(x) for x in values] for _ in range(2))
-    for t in range(1, steps + 1):
-        for i, (one, grad) in enumerate(zip(layers, gradients(layers, t), strict=True)):
-            g = grad.double().cpu()
-            first[i] = BETAS[0] * first[i] + (1 - BETAS[0]) * g
-            second[i] = BETAS[1] * second[i] + (1 - BETAS[1]) * g**2
-            m_hat, v_hat = first[i] / (1 - BETAS[0] ** t), second[i] / (1 - BETAS[1] ** t)
-            values[i] = values[i] * (1 - one.lr * one.weight_decay) - one.lr * m_hat / (v_hat.sqrt() + EPS)
-    names = ("value", "exp_avg", "exp_avg_sq")
-    return [dict(zip(names, state, strict=True)) for state in zip(values, first, second, strict=True)]
+OPERATOR = "sparse_optimizer"
+MOMENTUM = pytest.mark.parametrize("momentum", [0.0, 0.9])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,39 +122,6 @@ def test_every_bit_outside_stays(backend: str, device: torch.device, dtype: torc
         assert not torch.equal(mine[0].selected().cpu(), torch.full_like(mine[0].selected().cpu(), 0.5))
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounds_to_nearest_even(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> None:
-    """Every pattern of the upper half, and lower halves below, at and above the middle between two neighbors."""
-    upper = torch.arange(2**16, dtype=torch.int64).repeat_interleave(8)
-    middle = 0x8000 if dtype == torch.bfloat16 else 0x1000
-    lower = torch.tensor([0, 1, middle - 1, middle, middle + 1, 0x2000, 0x3000, 0xFFFF]).repeat(2**16)
-    patterns = (upper << 16 | lower) - (upper >> 15 << 32)
-    values = patterns.to(torch.int32).view(torch.float32).view(-1, 256)
-    shape = (values.shape[0] * 2, 256) if dim == 0 else (values.shape[0], 512)
-    one = Layer(torch.zeros(shape, dtype=dtype), torch.arange(1, shape[dim], 2), dim, lr=0.0)
-    one.value = values.clone()
-    mine = to([one], device)
-    step(mine, backend)
-    expected = values.to(dtype)
-    actual = one.selected().cpu()
-    number = ~expected.isnan()
-    assert torch.equal(actual.isnan(), expected.isnan())
-    # A rate of zero leaves the value, but for the sign of zero.
-    assert torch.equal(actual[number], expected[number])
-    assert torch.equal(bits(one.value.to(dtype))[number], bits(one.selected())[number])
-
-
-def test_master_values_collect_what_bfloat16_would_lose(backend: str, device: torch.device) -> None:
-    one = Layer(torch.ones(4, 8, dtype=torch.bfloat16), torch.tensor([1, 3]), 0, lr=1e-4, weight_decay=0.0)
-    mine = to([one], device)
-    for _ in range(100):
-        one.step += 1
-        sparse_adamw_(*arguments(mine, [torch.ones_like(one.value)]), BETAS, EPS, backend=backend)
-    assert torch.allclose(one.value, torch.full_like(one.value, 0.99), rtol=1e-5)
-    assert torch.equal(one.selected(), torch.full_like(one.selected(), 0.99))
-
-
 def test_gradient_scale(backend: str, device: torch.device) -> None:
     plain = to(layers(torch.bfloat16), device)
     scaled = copy.deepcopy(plain)
@@ -267,115 +154,6 @@ def test_found_inf_changes_nothing(backend: str, device: torch.device, master: s
             assert unchanged == [found == 1.0] * 2
 
 
-def stochastic_step(layers: list[Layer], backend: str | None, grads: list[Tensor], seed: int = 0) -> None:
-    """One step without master values; weight i has seed + i."""
-    for one in layers:
-        one.step += 1
-    seeds = torch.arange(seed, seed + len(layers))
-    _, *others = arguments(layers, grads)
-    sparse_adamw_(None, *others, BETAS, EPS, seed=seeds, backend=backend)
-
-
-def random_word(seed: int, step: int, position: int) -> int:
-    """The random bits of one element, with Python's integers: splitmix64 for the keys, lowbias32 for the position."""
-    z = (seed + step * 0x9E3779B97F4A7C15) % 2**64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-    z ^= z >> 31
-    x = (position + z) % 2**32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
-    x = (((x ^ (x >> 15)) + z // 2**32) * 0x846CA68B) % 2**32
-    return x ^ (x >> 16)
-
-
-# From the middle of the normal numbers, and from those in which float16 is subnormal (its smallest is 6e-8).
-@pytest.mark.parametrize(
-    ("dtype", "start", "lr"),
-    [(torch.bfloat16, 1.0, 3e-3), (torch.float16, -1.0, 3e-4), (torch.float16, 1e-5, 2e-8), (torch.float32, 1.0, 1e-3)],
-)
-@pytest.mark.parametrize("dim", [0, 1])
-def test_stochastic_rounding_element_by_element(
-    backend: str, device: torch.device, dtype: torch.dtype, start: float, lr: float, dim: int
-) -> None:
-    """Up in magnitude where the part that is cut off and the random number reach one unit of the dtype."""
-    one = Layer(torch.full((23, 37), start).to(dtype), torch.tensor([0, 4, 5, 20]), dim, lr=lr, weight_decay=0.0)
-    one.step = 1  # so that the step counts
-    to([one], device)
-    before, at_start = outside(one), one.selected().double().cpu()
-    grads = gradients([one], 0)
-    stochastic_step([one], backend, grads, seed=-5)
-    g = grads[0].double().cpu()
-    m, v = (1 - BETAS[0]) * g, (1 - BETAS[1]) * g**2
-    exact = at_start - lr * m / (1 - BETAS[0] ** 2) / ((v / (1 - BETAS[1] ** 2)).sqrt() + EPS)
-    assert torch.equal(outside(one), before)
-    actual, borderline = one.selected().cpu(), 0
-    if dtype == torch.float32:
-        assert torch.allclose(actual.double(), exact, rtol=2e-7)
-        return
-    for row, column in torch.cartesian_prod(*(torch.arange(n) for n in exact.shape)).tolist():
-        value = exact[row, column].item()
-        mantissa = 7 if dtype == torch.bfloat16 else 10
-        lowest = -126 if dtype == torch.bfloat16 else -14
-        unit = 2.0 ** (max(math.frexp(value)[1] - 1, lowest) - mantissa)
-        threshold = abs(value) / unit % 1 + random_word(-5, 2, row * exact.shape[1] + column) / 2**32
-        if abs(threshold - 1) < 2.0**-12:  # float32 leaves 13 bits and more of the part that is cut off
-            borderline += 1
-            continue
-        expected = math.copysign((math.floor(abs(value) / unit) + (threshold > 1)) * unit, value)
-        assert actual[row, column].item() == expected
-    assert borderline < 5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_is_right_on_average(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """100 steps of a hundredth of a unit: to nearest, none of them would move anything."""
-    unit = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
-    lr = unit / 100
-    one = Layer(torch.full((64, 500), 1.5).to(dtype), torch.arange(0, 64, 2), 0, lr=lr, weight_decay=0.0)
-    to([one], device)
-    for _ in range(100):
-        stochastic_step([one], backend, [-torch.ones_like(one.value)])
-    moved = (one.selected().double() - 1.5) / unit
-    # The number of units moved is binomial: mean 1, variance 0.99.
-    count = moved.numel()
-    assert abs(moved.mean().item() - 1) < 5 * math.sqrt(0.99 / count)
-    assert abs(moved.var().item() - 0.99) < 5 * math.sqrt((2 * 0.99**2 + 1) / count)
-    # Neither rows nor columns move together.
-    centered = moved - moved.mean()
-    for shifted in (centered.roll(1, 0), centered.roll(1, 1), centered.roll(8, 1), centered.roll((1, 1), (0, 1))):
-        assert abs((centered * shifted).mean().item()) < 5 / math.sqrt(count)
-
-
-def test_stochastic_bfloat16_follows_float32(backend: str, device: torch.device) -> None:
-    """200 steps at a rate at which bfloat16 alone would lose nearly all: as far as in float32, within 2 %."""
-    weight = torch.randn(300, 200) * 0.02
-    rounded = Layer(weight.bfloat16(), torch.arange(300), 0, lr=1e-6, weight_decay=0.1)
-    exact = Layer(weight.bfloat16().float(), torch.arange(300), 0, lr=1e-6, weight_decay=0.1)
-    to([rounded, exact], device)
-    direction = torch.randn(300, 200).to(device)
-    for t in range(200):
-        grad = direction + 0.1 * gradients([exact], t)[0]
-        stochastic_step([rounded], backend, [grad.clone()])
-        exact.step += 1
-        sparse_adamw_(*arguments([exact], [grad]), BETAS, EPS, backend=backend)
-    path, truth = (one.selected().double() - weight.bfloat16().to(device).double() for one in (rounded, exact))
-    along = (path * truth).sum() / truth.square().sum()
-    assert abs(along.item() - 1) < 0.02
-
-
-def test_stochastic_rounding_is_the_same_for_every_number_of_threads(
-    backend: str, device: torch.device, two_threads: None
-) -> None:
-    first = to(layers(torch.bfloat16), device)
-    second, other_seed = copy.deepcopy(first), copy.deepcopy(first)
-    for threads, mine, seed in ((2, first, 0), (1, second, 0), (1, other_seed, 1000)):
-        torch.set_num_threads(threads)
-        for t in range(3):
-            stochastic_step(mine, backend, gradients(mine, t), seed)
-    assert all(torch.equal(bits(a.weight), bits(b.weight)) for a, b in zip(first, second, strict=True))
-    assert not all(torch.equal(bits(a.weight), bits(b.weight)) for a, b in zip(first, other_seed, strict=True))
-
-
 def test_float32_weights_are_their_own_masters(backend: str, device: torch.device) -> None:
     with_masters = to(layers(torch.float32), device)
     without = copy.deepcopy(with_masters)
@@ -387,15 +165,6 @@ def test_float32_weights_are_their_own_masters(backend: str, device: torch.devic
         sparse_adamw_(None, *others, BETAS, EPS, backend=backend)
     for a, b in zip(with_masters, without, strict=True):
         assert torch.equal(bits(a.weight), bits(b.weight))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_keeps_nan_and_infinity(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    weight = torch.tensor([[math.inf, -math.inf, math.nan, 1.0, -0.0]]).repeat(4, 1).to(dtype)
-    one = to([Layer(weight, torch.arange(4), 0, lr=0.0)], device)[0]
-    stochastic_step([one], backend, gradients([one], 0))
-    assert torch.equal(one.selected().cpu().isnan(), weight.isnan())
-    assert torch.equal(one.selected().cpu()[:, [0, 1, 3, 4]], weight[:, [0, 1, 3, 4]])
 
 
 def test_selected_parts_that_are_empty(backend: str, device: torch.device) -> None:
@@ -572,3 +341,74 @@ def test_a_cuda_graph_follows_its_numbers(master: str) -> None:
     for a, b in zip(eager, graphed, strict=True):
         for name in ("weight", "value", "exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@MOMENTUM
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_torch_sgd(backend: str, device: torch.device, dtype: torch.dtype, momentum: float) -> None:
+    layers = SgdLayers.make(dtype, device)
+    copies = [torch.nn.Parameter(value.clone()) for value in layers.values]
+    groups = [
+        {"params": [copied], "lr": lr, "weight_decay": decay}
+        for copied, lr, decay in zip(copies, *(rate.tolist() for rate in layers.rates()), strict=True)
+    ]
+    theirs = torch.optim.SGD(groups, momentum=momentum, foreach=False)
+    before = layers.outside()
+    for t in range(1, 21):
+        layers.step(momentum, backend)
+        for copied, grad in zip(copies, layers.grads, strict=True):
+            copied.grad = grad * t
+        theirs.step()
+    for value, copied in zip(layers.values, copies, strict=True):
+        assert (value - copied).double().norm() <= 1e-6 * copied.double().norm()
+    assert same(layers.outside(), before)
+    assert same(layers.selected(), [value.to(dtype) for value in layers.values])
+
+
+@MOMENTUM
+def test_sgd_float32_weights_scale_and_found_inf(backend: str, device: torch.device, momentum: float) -> None:
+    plain = SgdLayers.make(torch.float32, device)
+    other = copy.deepcopy(plain)
+    for t in range(3):
+        plain.step(momentum, backend)
+        other.grads = [8 * grad for grad in plain.grads]
+        other.step(momentum, backend, masters=False, grad_scale=torch.full((1,), 8.0, device=device))
+        if t == 0:
+            before = copy.deepcopy(other)
+            other.step(momentum, backend, masters=False, found_inf=torch.ones(1, device=device))
+            assert same(other.weights, before.weights) and same(other.momenta, before.momenta)
+            other.steps -= 1
+    assert same(plain.weights, other.weights)
+
+
+@MOMENTUM
+def test_sgd_same_bits_for_every_number_of_threads(
+    backend: str, device: torch.device, two_threads: None, momentum: float
+) -> None:
+    first = SgdLayers.make(torch.bfloat16, device)
+    second = copy.deepcopy(first)
+    for threads, mine in ((2, first), (1, second)):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            mine.step(momentum, backend)
+    assert same(first.weights, second.weights) and same(first.momenta, second.momenta)
+
+
+def test_sgd_opcheck(backend: str, device: torch.device) -> None:
+    layers = SgdLayers.make(torch.bfloat16, device)
+    numbers = (*layers.rates(), torch.full((len(layers.weights),), 1))
+    lists = (layers.values, layers.grads, layers.momenta, layers.weights, layers.indices, layers.dims)
+    operator = torch.ops.clue_fast.sparse_sgd_.default
+    torch.library.opcheck(operator, (*lists, *numbers, None, None, None, 0.9, backend))
+
+
+def test_sgd_bad_input() -> None:
+    layers = SgdLayers.make(torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(ValueError, match="give both or neither"):
+        numbers = (*layers.rates(), torch.full((len(layers.weights),), 1))
+        sparse_sgd_(layers.values, layers.grads, None, layers.weights, layers.indices, layers.dims, *numbers, 0.9)
+    with pytest.raises(ValueError, match="16-bit weights need"):
+        layers.step(0.9, "reference", masters=False)
+    layers.grads[2] = layers.grads[2].bfloat16()
+    with pytest.raises(ValueError, match=r"grads\[2\] must be contiguous"):
+        layers.step(0.9, "reference")

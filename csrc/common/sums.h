@@ -2,7 +2,7 @@
 //
 // Between tiles they rest in fp32 memory: `fields` times 2n floats side by side, in the order of FIELDS.
 #pragma once
-#include "vector.h"
+#include "common/vector.h"
 
 namespace clue {
 

@@ -7,7 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "recording.h"
+#include "common/recording.h"
 
 namespace clue {
 

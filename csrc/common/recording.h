@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "sums.h"
+#include "common/sums.h"
 
 namespace clue {
 

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "vector.h"
+#include "common/vector.h"
 
 namespace clue {
 

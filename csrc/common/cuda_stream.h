@@ -2,7 +2,7 @@
 #pragma once
 #include <dlfcn.h>
 
-#include "cpu/arguments.h"
+#include "common/arguments.h"
 
 namespace clue {
 
