@@ -11,7 +11,18 @@ import torch
 from clue_fast.ops import backend as backends
 from clue_fast.version import __version__
 
-_PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safetensors", "peft")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "peft",
+    "networkx",
+    "python-sat",
+    "matplotlib",
+)
 
 
 def diagnosis() -> str:

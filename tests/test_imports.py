@@ -85,6 +85,8 @@ OLD_NAMES = {
     "patching.Patched": "recording.Patched",
     "workflow.load_model": "unlearning.load_model",
     "doctor.diagnosis": "env.diagnosis",
+    "ops.sparse_adamw.sparse_adamw_": "ops.sparse_optimizer.sparse_adamw_",
+    "ops.sparse_sgd.sparse_sgd_": "ops.sparse_optimizer.sparse_sgd_",
 }
 
 

@@ -258,4 +258,4 @@ def test_bad_input() -> None:
 
 
 def test_launch_names() -> None:
-    assert set(backends.OPERATORS[OPERATOR].reference) == {"channel_statistics", "channel_attribution"}
+    assert set(backends.IMPLEMENTATIONS[OPERATOR, "reference"].names) == {"channel_statistics", "channel_attribution"}
