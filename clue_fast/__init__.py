@@ -14,7 +14,7 @@ from clue_fast.version import __version__
 _EXPORTS = {
     "ClueFastError": "errors",
     "ConflictCallback": "trainer.callback",
-    "Patched": "recording.patched",
+    "Patched": "criteria",
     "Scores": "selection",
     "Selection": "selection",
     "Site": "sites.site",
@@ -29,12 +29,12 @@ _EXPORTS = {
     "find_sites": "sites.find",
     "load_records": "data.records",
     "localize": "localization",
-    "patch": "recording.patched",
+    "patch": "criteria",
     "score": "criteria.registry",
     "select": "selection",
     "sparsify": "sparse.sparse",
     "unlearn": "unlearning",
-    "unpatch": "recording.patched",
+    "unpatch": "criteria",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.errors import ClueFastError
     from clue_fast.evaluation.metrics import evaluate
     from clue_fast.localization import localize
-    from clue_fast.recording.patched import Patched, patch, unpatch
+    from clue_fast.recording import Patched, patch, unpatch
     from clue_fast.selection import Scores, Selection, categorize, select
     from clue_fast.sites.find import find_sites
     from clue_fast.sites.site import Site

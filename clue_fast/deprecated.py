@@ -19,13 +19,13 @@ MODULES: dict[str, tuple[str, ...]] = {
     "labels": ("data",),
     "localization": ("criteria", "criteria.circuit"),
     "localization.circuit": ("criteria.circuit",),
-    "localization.criteria": ("criteria", "criteria.registry"),
+    "localization.criteria": ("criteria", "criteria.registry", "criteria.passes"),
     "localization.live": ("trainer",),
     "localization.plots": ("reporting",),
     "ops.selected_update": ("ops.sparse_optimizer",),
     "ops.sparse_adamw": ("ops.sparse_optimizer",),
     "ops.sparse_sgd": ("ops.sparse_optimizer",),
-    "patching": ("recording",),
+    "patching": ("recording", "criteria"),
     "people": ("demo.people",),
     "pretraining": ("demo.pretraining",),
     "report": ("reporting",),
@@ -57,8 +57,7 @@ def moved(module: str, name: str) -> Any:
         AttributeError: it held nothing of that name.
     """
     places = () if name.startswith("__") else MODULES[module.removeprefix("clue_fast.")]
-    for place in places:
-        new = importlib.import_module(f"clue_fast.{place}")
+    for new in [importlib.import_module(f"clue_fast.{place}") for place in places]:
         if hasattr(new, name):
             warnings.warn(
                 f"{module}.{name} is {new.__name__}.{name} now; the old name goes with the next release",

@@ -47,6 +47,21 @@ def test_the_extension_loads_although_torch_was_not_imported_before() -> None:
     assert run(script) == "None"
 
 
+@pytest.mark.parametrize("module", ["clue_fast", "clue_fast.patching"])
+def test_a_patched_model_knows_the_criteria(module: str) -> None:
+    script = (
+        "import torch, warnings; from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "warnings.simplefilter('ignore')\n"
+        f"from {module} import patch\n"
+        "sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)\n"
+        "patched = patch(LlamaForCausalLM(LlamaConfig(**sizes)))\n"
+        "for group in ('forget', 'retain'):\n"
+        "    with patched.record(group), torch.no_grad(): patched.model(torch.arange(9)[None])\n"
+        "print(len(patched.scores('welch')))"
+    )
+    assert run(script) == "1"
+
+
 def test_every_promised_name_is_there() -> None:
     assert sorted(clue_fast.__all__) == dir(clue_fast)
     for name in clue_fast.__all__:
@@ -81,6 +96,8 @@ OLD_NAMES = {
     "training.NPO": "objectives.NPO",
     "training.stages.CLUE": "trainer.stages.CLUE",
     "localization.record_groups": "criteria.record_groups",
+    "localization.CIRCUIT": "criteria.circuit.CIRCUIT",
+    "localization.check_criterion": "criteria.check_criterion",
     "localization.circuit.discover": "criteria.circuit.discover",
     "patching.Patched": "recording.Patched",
     "workflow.load_model": "unlearning.load_model",

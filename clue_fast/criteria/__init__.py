@@ -1,12 +1,26 @@
-"""Criteria: formulas from what was measured of a unit to one score, and the passes over the data that measure it."""
+"""Criteria: formulas from what was measured of a unit to one score, and the passes over the data that measure it.
+
+A patched model scores by them, so the package takes ``patch`` from here.
+"""
 
 from clue_fast.criteria import formulas  # noqa: F401  registers the criteria of the field
-from clue_fast.criteria.circuit import criterion as _circuit  # noqa: F401  and that of circuits
-from clue_fast.criteria.circuit.discovery import CircuitSettings
+from clue_fast.criteria.circuit import CircuitSettings
 from clue_fast.criteria.measure import measure, record_groups
 from clue_fast.criteria.measurements import MEASUREMENTS, Measurement
 from clue_fast.criteria.passes import TARGETS
-from clue_fast.criteria.registry import CRITERIA, Criterion, Measured, Units, criterion, importances, score
+from clue_fast.criteria.registry import (
+    CRITERIA,
+    Criterion,
+    Measured,
+    Units,
+    check_criterion,
+    criterion,
+    importances,
+    score,
+)
+from clue_fast.recording import Patched, patch, unpatch
+
+Patched.scorer = staticmethod(score)
 
 __all__ = [
     "CRITERIA",
@@ -16,10 +30,14 @@ __all__ = [
     "Criterion",
     "Measured",
     "Measurement",
+    "Patched",
     "Units",
+    "check_criterion",
     "criterion",
     "importances",
     "measure",
+    "patch",
     "record_groups",
     "score",
+    "unpatch",
 ]

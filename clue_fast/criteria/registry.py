@@ -279,6 +279,11 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
+def check_criterion(name: str) -> str:
+    """Returns the name of a criterion. Raises UnknownNameError."""
+    return get_criterion(name).name
+
+
 def get_importance(name: str) -> Importance:
     """Returns the importance that a criterion gives to a unit. Raises SelectionError if it only compares both sets."""
     importance = get_criterion(name).importance

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,9 @@ class Patched:
         unmatched: what looks like a site but is not recorded, with the reason.
     """
 
+    scorer: ClassVar[Callable[..., Scores] | None] = None
+    """From statistics and the name of a criterion to scores; ``clue_fast.criteria`` sets it, which knows them."""
+
     def __init__(self, model: nn.Module, found: Survey, backend: str | None, strict: bool) -> None:
         self.model = model
         self.sites = found.sites
@@ -267,9 +270,9 @@ class Patched:
             UnknownNameError: no such criterion.
             NonFiniteError: an activation or gradient was NaN or infinite, naming the site.
         """
-        from clue_fast.criteria import score
-
-        return score(self._recorder.so_far(), criterion, backend=self._recorder.backend)
+        if Patched.scorer is None:
+            raise PatchError("no criteria are loaded to score by; import clue_fast.criteria first")
+        return Patched.scorer(self._recorder.so_far(), criterion, backend=self._recorder.backend)
 
     def report(self) -> Report:
         """Returns what runs at every site, and how many tokens were counted."""

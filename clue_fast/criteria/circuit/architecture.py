@@ -1,14 +1,14 @@
-"""The norms around attention and MLP as what they are at one token: a scale, weights, and a derivative.
+"""What writes to the residual stream of a model and what reads it, found by running it once on three tokens.
 
-What writes to the residual stream of a model and what reads it, found by running it once on three tokens.
-
-Nothing is known of classes: a norm is the module whose output is what attention reads, attention and MLP are recognized
-by their projections, and the layer is only accepted if what was found adds up to its output.
+Nothing is known of classes or names: attention is what has heads, whose queries, keys, values and output are found as
+``clue_fast.sites`` finds them; a norm is the module whose output is what attention reads; and a layer is only accepted
+if what was found adds up to its output. A norm is then taken for what it is at one token: a scale, weights, and a
+derivative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.criteria.weight_gradients import is_linear, matrix
 from clue_fast.errors import CircuitError
+from clue_fast.sites import Site, Unmatched
+from clue_fast.sites.attention import find_heads
 
 PROBE = 100.0  # so large that the epsilon of the norm does not count
 
@@ -93,11 +94,6 @@ def _apply(module: nn.Module, x: Tensor) -> Tensor:
     return normed
 
 
-QKV = ("q_proj", "k_proj", "v_proj")
-PACKED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-
-
 @dataclass(frozen=True)
 class Projection:
     """A reading projection of attention: ``rows[h]`` are the output features of head h of the module at ``path``.
@@ -153,18 +149,25 @@ class Architecture:
 
 
 @torch.no_grad()
-def find_architecture(model: nn.Module) -> Architecture:
+def find_architecture(model: nn.Module, sites: Sequence[Site] = ()) -> Architecture:
     """Finds the writers and readers of a decoder.
+
+    Args:
+        model: runs a few times on a few tokens.
+        sites: of the model; where the projections of all heads are among them, they are not searched again.
 
     Raises:
         CircuitError: the model is no decoder, or the output of a layer is not its input plus what attention and MLP
             wrote, as in models that scale the stream.
     """
-    blocks = _blocks(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise CircuitError(f"{type(model).__name__} has an encoder and a decoder; circuits are of decoders alone")
+    heads = _heads(model, sites)
+    blocks = _blocks(model, heads)
     tokens = torch.arange(3, device=next(model.parameters()).device)[None]
     with _traced(model) as traced:
         model(tokens, use_cache=False)
-    layers = [_layer(model, path, traced) for path in blocks]
+    layers = [_layer(model, path, heads, traced) for path in blocks]
     for before, after in pairwise(blocks):
         if not _equal(traced[before].output, traced[after].input):
             raise CircuitError(f"something changes the residual stream between {before} and {after}")
@@ -177,6 +180,25 @@ def find_architecture(model: nn.Module) -> Architecture:
     if not readers:
         raise CircuitError(f"no module of {type(model).__name__} reads the output of its last layer {blocks[-1]}")
     return Architecture(tuple(layers), readers[0], last.shape[-1])
+
+
+Heads = Mapping[str, Mapping[str, Site] | Unmatched]
+"""By path of an attention module: its sites by kind, those of ``PROJECTIONS``, or why there are none."""
+
+PROJECTIONS = ("projection_query", "projection_key", "projection_value", "projection_output")
+
+
+def _heads(model: nn.Module, sites: Sequence[Site]) -> Heads:
+    known: dict[str, dict[str, Site]] = {}
+    for site in sites:
+        if site.kind in PROJECTIONS:
+            known.setdefault(site.path, {})[site.kind] = site
+    if known and all(own.keys() == set(PROJECTIONS) for own in known.values()):
+        return known
+    found = find_heads(model, ("projection",))
+    return {
+        path: {site.kind: site for site in own} if isinstance(own, list) else own for path, own in found.items() if own
+    }
 
 
 @dataclass
@@ -225,45 +247,38 @@ def _is_stream(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2
 
 
-def _blocks(model: nn.Module) -> list[str]:
+def _blocks(model: nn.Module, heads: Heads) -> list[str]:
     """Paths of the decoder layers: the longest list of modules that have an attention each."""
+    measured = [path for path, own in heads.items() if not isinstance(own, Unmatched)]
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _attention(module[0]) is not None
+        if isinstance(module, nn.ModuleList) and len(module) and any(own.startswith(f"{path}.0.") for own in measured)
     ]
     if not lists:
-        raise CircuitError(
-            f"{type(model).__name__} has no list of layers with attention made of {', '.join(QKV)} or "
-            f"{', '.join(PACKED)} and {', '.join(OUTPUTS)}"
-        )
+        why = "".join(f"; {own}" for own in list(heads.values())[:1] if isinstance(own, Unmatched))
+        raise CircuitError(f"{type(model).__name__} has no list of layers with attention whose heads are known{why}")
     path, module = max(lists, key=lambda item: len(item[1]))
     return [f"{path}.{index}" for index in range(len(module))]
 
 
-def _attention(layer: nn.Module) -> tuple[str, list[str], str] | None:
-    """Path within a layer of its attention, its reading projections and its output projection."""
-    for path, module in layer.named_modules():
-        children = {name for name, child in module.named_children() if is_linear(child)}
-        output = next((name for name in OUTPUTS if name in children), None)
-        packed = next((name for name in PACKED if name in children), None)
-        if output is not None and (packed is not None or set(QKV) <= children):
-            return path, [packed] if packed is not None else list(QKV), output
-    return None
-
-
-def _layer(model: nn.Module, path: str, traced: dict[str, _Trace]) -> Layer:
+def _layer(model: nn.Module, path: str, heads: Heads, traced: dict[str, _Trace]) -> Layer:
     block = model.get_submodule(path)
-    found = _attention(block)
-    assert found is not None
-    attention, names, output_name = found
-    output = f"{path}.{attention}.{output_name}"
+    inside = next((own for own in heads if own.startswith(f"{path}.")), None)
+    if inside is None:
+        raise CircuitError(f"{path} ({type(block).__name__}) has no attention whose heads are known")
+    found = heads[inside]
+    if isinstance(found, Unmatched):
+        raise CircuitError(f"{found.path} ({found.type}): {found.reason}")
+    q, k, v = (_projection(found[kind]) for kind in PROJECTIONS[:3])
+    if len(k.rows) != len(v.rows):
+        raise CircuitError(f"{inside} has {len(k.rows)} heads of keys and {len(v.rows)} of values")
+    output = found["projection_output"].output
     entered, left = traced[path].input, traced[path].output
-    inside = f"{path}.{attention}"
 
-    norm = _norm_before(path, inside, traced[f"{inside}.{names[0]}"].input, entered, traced)
+    norm = _norm_before(path, inside, traced[q.path].input, entered, traced)
     post, written = _post_norm(path, inside, traced[output].output, traced)
-    mlp_input, mlp_output = _mlp(block, path, attention, traced)
+    mlp_input, mlp_output = _mlp(block, path, inside, traced)
     mlp_read = traced[mlp_input].input
     mlp_post, mlp_written = _post_norm(path, mlp_output, traced[mlp_output].output, traced)
     middle = entered + written.reshape(entered.shape)
@@ -277,10 +292,9 @@ def _layer(model: nn.Module, path: str, traced: dict[str, _Trace]) -> Layer:
             f"the output of {path} ({type(block).__name__}) is not its input plus what {inside} and {mlp_output} "
             "write; its residual stream cannot be taken apart"
         )
-    q, k, v = _projections(model, inside, names, output)
-    heads, head_dim = q.rows.shape
+    number, size = q.rows.shape
     return Layer(
-        path, heads, len(k.rows), head_dim, q, k, v, output, norm, post, mlp_input, mlp_output, mlp_norm, mlp_post,
+        path, number, len(k.rows), size, q, k, v, output, norm, post, mlp_input, mlp_output, mlp_norm, mlp_post,
         parallel,
     )  # fmt: skip
 
@@ -318,7 +332,7 @@ def _mlp(block: nn.Module, path: str, attention: str, traced: dict[str, _Trace])
     children = [
         f"{path}.{name}"
         for name, child in block.named_children()
-        if not (attention == name or attention.startswith(f"{name}."))
+        if not f"{attention}.".startswith(f"{path}.{name}.")
         and any(parameter.dim() >= 2 for parameter in child.parameters())
         and f"{path}.{name}" in traced
     ]
@@ -330,40 +344,8 @@ def _mlp(block: nn.Module, path: str, attention: str, traced: dict[str, _Trace])
     return first[0], last[0]
 
 
-def _projections(model: nn.Module, inside: str, names: list[str], output: str) -> list[Projection]:
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = int(config.num_attention_heads)
-    head_dim = matrix(model.get_submodule(output)).shape[1] // heads
-    paths = [f"{inside}.{name}" for name in names]
-    if len(paths) == 3:
-        widths = [matrix(model.get_submodule(path)).shape[0] for path in paths]
-        if widths[0] != heads * head_dim or widths[1] != widths[2]:
-            raise CircuitError(f"the projections of {inside} have {widths} outputs for {heads} heads of {head_dim}")
-        rows = [torch.arange(width, device="cpu").view(-1, head_dim) for width in widths]
-        return [Projection(path, index) for path, index in zip(paths, rows, strict=True)]
-    packed = matrix(model.get_submodule(paths[0])).shape[0]
-    kv_heads = (packed // head_dim - heads) // 2
-    layout = _packed_rows(model, paths[0], output, heads, kv_heads, head_dim)
-    return [Projection(paths[0], index) for index in layout]
-
-
-def _packed_rows(
-    model: nn.Module, packed: str, output: str, heads: int, kv_heads: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which layout a packed projection has: of one token alone, what a head finds is its value vector."""
-    every = torch.arange((heads + 2 * kv_heads) * head_dim, device="cpu")
-    by_kind = torch.split(every.view(-1, head_dim), [heads, kv_heads, kv_heads])
-    grouped = every.view(kv_heads, heads // kv_heads + 2, head_dim)
-    by_group = grouped[:, :-2].reshape(heads, head_dim), grouped[:, -2], grouped[:, -1]
-    with _traced(model) as traced:
-        model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
-    features, found = traced[packed].output.flatten(), traced[output].input.flatten()
-    for layout in (by_kind, by_group):
-        values = features[layout[2].to(features.device)].repeat_interleave(heads // kv_heads, dim=0)
-        if _close(values.flatten(), found):
-            return layout[0], layout[1], layout[2]
-    raise CircuitError(f"the heads of {packed} lie in it in an unknown order")
+def _projection(site: Site) -> Projection:
+    return Projection(site.output, site.given_channels().reshape(site.width, site.channels))
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CIRCUIT = "circuit"
+
 MEASUREMENTS["circuits"] = replace(
     MEASUREMENTS["gradients"], each=", and 2 + 2 for the circuits", by_blocks=False, live=False
 )
@@ -58,7 +60,7 @@ class CircuitCriterion(Criterion):
 
     def check_sites(self, model: nn.Module, sites: Sequence[Site], budget: Mapping[str, Any]) -> None:
         """Raises BudgetError or CircuitError where units belong to no node, or are fewer than are to be selected."""
-        check_units(Graph(find_architecture(model)), sites, budget["fraction"], count=budget["count"])
+        check_units(Graph(find_architecture(model, sites)), sites, budget["fraction"], count=budget["count"])
 
     def find(self, task: Task) -> tuple[Discovery, CircuitSettings]:
         """Finds the circuits, and the category of every node. Raises what ``discover`` raises."""
@@ -72,6 +74,7 @@ class CircuitCriterion(Criterion):
             target=task.differentiated,
             max_length=task.max_length,
             progress=task.progress,
+            sites=task.found.sites,
         )
         logger.info("%s", discovery.table())
         return discovery, settings
@@ -105,5 +108,5 @@ def circuit(measured: Measured) -> Tensor:
 
     Source: CLUE, arXiv 2509.20977.
     """
-    selection = CRITERIA["circuit"].select(measured, {"fraction": None, "count": None})
+    selection = CRITERIA[CIRCUIT].select(measured, {"fraction": None, "count": None})
     return torch.cat([selection.scores[site] for site in selection.sites]).to(measured.statistics.values.device)

@@ -160,6 +160,7 @@ def discover(
     target: str = "log_odds",
     max_length: int | None = 512,
     progress: bool = True,
+    sites: Sequence[Site] = (),
 ) -> Discovery:
     """Finds the circuits of a forget set and of one or more retain sets, and the category of every node.
 
@@ -172,6 +173,7 @@ def discover(
         target: what is differentiated, a key of ``TARGETS``.
         max_length: longer records are cut, in tokens.
         progress: show a progress bar.
+        sites: of the model, as far as they are known; see ``find_architecture``.
 
     Raises:
         DataError: no record of a data set can be corrupted.
@@ -180,7 +182,7 @@ def discover(
     """
     settings = settings or CircuitSettings()
     check_solver()
-    graph = Graph(find_architecture(model))
+    graph = Graph(find_architecture(model, sites))
     count = settings.edge_count(graph)
     sets = {FORGET: forget, **retain}
     limit = longest(model, max_length)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.criteria.circuit.attribution import Capture, Run, Streams
@@ -131,6 +131,43 @@ def test_the_mlp_of_a_parallel_block_does_not_read_its_attention(family: Callabl
         names = [writer.name for writer in graph.writers]
         assert not bool(graph.valid[names.index("a0.h0"), graph.reader_index["m0"]])
         assert bool(graph.valid[names.index("a0.h0"), graph.reader_index["m1"]])
+
+
+class OtherNames(nn.Module):
+    """Attention without positions, whose projections have names that no library gives them."""
+
+    head_dim = 8
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.ask, self.offer, self.tell, self.say = inner.q_proj, inner.k_proj, inner.v_proj, inner.o_proj
+
+    def forward(self, hidden_states: Tensor, **unused: object) -> tuple[Tensor, None]:
+        q, k, v = (
+            p(hidden_states).unflatten(-1, (-1, 8)).transpose(1, 2).repeat_interleave(4 // (p.out_features // 8), 1)
+            for p in (self.ask, self.offer, self.tell)
+        )
+        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.say(z.transpose(1, 2).flatten(2)), None
+
+
+def test_names_of_projections_do_not_matter(family: Callable[[str], PreTrainedModel]) -> None:
+    model = family("grouped")
+    expected = find_architecture(model).layers
+    for layer in model.model.layers:
+        layer.self_attn = OtherNames(layer.self_attn)
+    found = find_architecture(model).layers
+    for own, other in zip(found, expected, strict=True):
+        assert [own.q.path, own.k.path, own.v.path, own.output] == [
+            f"{own.path}.self_attn.{name}" for name in ("ask", "offer", "tell", "say")
+        ]
+        assert all(torch.equal(getattr(own, p).rows, getattr(other, p).rows) for p in ("q", "k", "v"))
+
+
+def test_a_model_with_an_encoder_is_refused() -> None:
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(CircuitError, match="an encoder and a decoder"):
+        find_architecture(T5ForConditionalGeneration(T5Config(**sizes)))
 
 
 def test_a_model_that_scales_its_stream_is_refused(family: Callable[[str], PreTrainedModel]) -> None:
