@@ -39,31 +39,34 @@ SAMPLES, RELEARNED = 20, 6
 
 BASE: dict[str, Any] = {
     "objective": "undial",
-    "parameters": {"strength": 20.0, "retain_weight": 5.0},
+    "parameters": {"strength": 20.0, "retain_weight": 10.0},
     "rate": 1.2,  # over the width of the model
     "steps": 200,
     "retain_ratio": 4,
-    "fraction": 0.1,
+    "fraction": 0.3,
     "layer_lr": 0.2,
     "criterion": "difference",
 }
-BEFORE = {"objective": "simnpo", "parameters": {"gamma": 1.0, "retain_weight": 1.0}, "steps": 100}
+FORMER = BASE | {"parameters": {"strength": 20.0, "retain_weight": 5.0}, "fraction": 0.1}
+SIMNPO = {"objective": "simnpo", "parameters": {"gamma": 1.0, "retain_weight": 1.0}, "steps": 100}
 SETTINGS: list[dict[str, Any]] = [
     BASE,
-    BASE | BEFORE,
+    FORMER | SIMNPO,
+    FORMER,
     *(
         BASE | {"parameters": {"strength": 20.0, "retain_weight": weight}, "fraction": fraction}
-        for weight, fraction in ((10.0, 0.3), (10.0, 0.2), (5.0, 0.3), (5.0, 0.2), (1.0, 0.1), (1.0, 0.3), (10.0, 0.1))
+        for weight, fraction in ((5.0, 0.3), (1.0, 0.3), (10.0, 0.2), (5.0, 0.2), (10.0, 0.1), (1.0, 0.1))
     ),
     *(
         BASE | {"parameters": {"strength": 10.0, "retain_weight": weight}, "fraction": fraction}
         for weight, fraction in ((5.0, 0.3), (10.0, 0.3), (5.0, 0.1))
     ),
+    FORMER | {"layer_lr": 1.0},
+    FORMER | {"steps": 400},
     BASE | {"objective": "npo", "parameters": {"beta": 0.1}},
     BASE | {"objective": "npo", "parameters": {"beta": 0.5}},
     BASE | {"objective": "wga", "parameters": {}},
     BASE | {"steps": 100},
-    BASE | {"fraction": 0.03},
     *(BASE | {"rate": rate} for rate in (0.6, 2.4)),
     BASE | {"layer_lr": 1.0},
     BASE | {"criterion": "forget_attribution"},

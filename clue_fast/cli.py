@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(unlearn)
     unlearn.add_argument("--output", required=True, metavar="DIR", help="folder for checkpoint, results and plots")
     unlearn.add_argument("--selection", metavar="FILE", help="a selection made by localize, instead of a new one")
-    unlearn.add_argument("--objective", help="loss to minimize (default: undial, strength 20, retain weight 5)")
+    unlearn.add_argument("--objective", help="loss to minimize (default: undial, strength 20, retain weight 10)")
     unlearn.add_argument("--learning-rate", type=float, metavar="LR", help="of the first layer (default: 1.2 / width)")
     unlearn.add_argument(
         "--layer-lr",
@@ -273,7 +273,7 @@ def _add_localization(parser: argparse.ArgumentParser) -> None:
 
     criteria = f"formula of the score: {', '.join(CRITERIA)} (default: difference)"
     parser.add_argument("--criterion", default="difference", help=criteria)
-    parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.1)")
+    parser.add_argument("--fraction", type=float, help="share of the units to select (default: 0.3)")
     parser.add_argument("--categories", action="store_true", help="tell forget, retain and conflict units apart")
     parser.add_argument("--strict", action="store_true", help="stop at a layer that is not known or cannot be fused")
     parser.add_argument(

@@ -18,7 +18,7 @@ from clue_fast.trainer.stages import Schedule, Stage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEFAULT_OBJECTIVE = UNDIAL(strength=20.0, retain_weight=5.0)
+DEFAULT_OBJECTIVE = UNDIAL(strength=20.0, retain_weight=10.0)
 """Has a fixed target, what the model would say if it did not know the answer, so that nothing runs away. With the rate
 and the steps below it was chosen on data that no reported table is made of, see ``bench/defaults.py``."""
 

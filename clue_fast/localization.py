@@ -57,7 +57,7 @@ def localize(
             be a mapping of several, by name.
         tokenizer: of the model.
         criterion: a key of ``CRITERIA``; ``circuit`` is the logic of circuits.
-        fraction, count, threshold, scope, normalize: the budget, see ``select``; default the top 10 % of every layer.
+        fraction, count, threshold, scope, normalize: the budget, see ``select``; default the top 30 % of every layer.
         categories: give every unit one of the four categories, from its importance to each set, instead of ranking
             units by one score; see ``categorize``. The criterion ``circuit`` always does.
         circuit: of the criterion ``circuit``.

@@ -158,7 +158,7 @@ def unlearn(
         criterion, fraction, scope, categories, permutations, circuit: see ``localize``.
         strict: see ``localize``; with a selection, of the kinds of units that it has.
         objective: see ``clue_fast.objectives.OBJECTIVES``; default UNDIAL with a strength of 20 and a
-            retain weight of 5 (that of the schedule, if stages name one).
+            retain weight of 10 (that of the schedule, if stages name one).
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
             ``refusal``; default refusals such as "I don't know".
         stages: "clue" for the published schedule and the settings that belong to it, unless they are given here (see
