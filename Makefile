@@ -17,6 +17,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
+# What depends on transformers: its models, its Trainer, its files and its generation. Losses, optimizers and statistics
+# are arithmetic on tensors, and the same with every release.
+OF_TRANSFORMERS := tests/models/test_families.py tests/sparse/test_families.py tests/objectives/test_heads.py \
+	$(addprefix tests/trainer/test_,attach.py callback.py checkpoints.py precision.py stages.py trainer.py) \
+	tests/test_workflow.py tests/test_cli.py
+
 PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria tests/sparse tests/objectives tests/trainer
 
 .PHONY: demo test test-oldest test-portable families lint bench clean
@@ -28,8 +34,7 @@ test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-oldest: $(VENV)/oldest-$(OLDEST).installed
-	PYTHONPATH=$(abspath $(VENV)/oldest-$(OLDEST)) $(BIN)/python -m pytest tests/models/test_families.py \
-		tests/sparse tests/objectives tests/trainer tests/test_workflow.py tests/test_cli.py
+	PYTHONPATH=$(abspath $(VENV)/oldest-$(OLDEST)) $(BIN)/python -m pytest $(OF_TRANSFORMERS)
 
 # What a machine without AVX-512, without AVX and FMA, or with one thread only would compute: every library below has its
 # own switch. A machine that lacks AVX-512 itself skips that run.

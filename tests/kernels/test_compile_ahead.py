@@ -47,10 +47,16 @@ def loading_value_by_value(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in walking if row["narrow_loads"] > row["wide_loads"] + 1]
 
 
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    """Every kernel for every target, compiled in one process."""
+    return compiled(*TARGETS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_spills_and_wide_loads(target: str) -> None:
-    rows = compiled(target)
+def test_no_spills_and_wide_loads(target: str, kernels: list[dict[str, Any]]) -> None:
+    rows = [row for row in kernels if row["target"] == target]
     assert {row["kernel"] for row in rows} == KERNELS
     assert not spilling(rows)
     assert not loading_value_by_value(rows)

@@ -60,7 +60,7 @@ def plant_delicate_bits(model: Any, selection: Selection, batch: dict[str, Tenso
 def test_every_bit_outside_stays_and_inside_moves(
     dtype, make, settings, make_model, make_selection, make_batch, tmp_path
 ):
-    """200 steps with weight decay and momentum, interrupted in the middle and resumed from files."""
+    """100 steps with weight decay and momentum, interrupted in the middle and resumed from files."""
     model, batch = make_model(dtype), make_batch()
     plant_delicate_bits(model, make_selection(model), batch)
     selection = make_selection(model)
@@ -70,11 +70,11 @@ def test_every_bit_outside_stays_and_inside_moves(
     sparsify(straight, selection)
     settings = {"lr": 1e-3, "weight_decay": 0.1, "layer_lr": 0.3, **settings}
     optimizer = make(straight, **settings, seed=3)
-    steps(straight, optimizer, batch, 200)
+    steps(straight, optimizer, batch, 100)
 
     sparsify(broken, selection)
     first = make(broken, **settings, seed=3)
-    steps(broken, first, batch, 100)
+    steps(broken, first, batch, 50)
     torch.save(broken.state_dict(), tmp_path / "model.pt")
     torch.save(first.state_dict(), tmp_path / "optimizer.pt")
     resumed = copy.deepcopy(model)
@@ -82,7 +82,7 @@ def test_every_bit_outside_stays_and_inside_moves(
     resumed.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     second = make(resumed, **settings | {"lr": 1.0, "weight_decay": 0.0})  # these and the seed come from the file
     second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    steps(resumed, second, batch, 100)
+    steps(resumed, second, batch, 50)
 
     trained = masters(straight).numel()
     assert changed_outside(before, straight, selection) == 0

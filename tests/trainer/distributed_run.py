@@ -1,6 +1,6 @@
-"""Trains on however many processes it is launched with: ``distributed_run.py FOLDER KIND``.
+"""Trains on however many processes it is launched with: ``distributed_run.py FOLDER KIND ...``, one after another.
 
-Every rank writes its weights, masters and what it sent to ``FOLDER/rank-N.pt``.
+Every rank writes its weights, masters and what it sent to ``FOLDER/KIND/rank-N.pt``. ``resume`` goes on with ``plain``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Traffic(TrainerCallback):
         self.trainer.model_wrapped.register_comm_hook(None, hook)
 
 
-def main(folder: Path, kind: str) -> None:
+def main(root: Path, kind: str) -> None:
+    folder = root / kind
+    folder.mkdir(exist_ok=True)
+    checkpoint = root / "plain" / "run" / "checkpoint-2" if kind == "resume" else None
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     model = llama()
     traffic = Traffic()
@@ -74,7 +77,7 @@ def main(folder: Path, kind: str) -> None:
         callbacks=[traffic],
     )
     traffic.trainer = trainer
-    trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if kind == "resume" else None)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     rank = trainer.args.process_index
     masters = {p.master_name + p.path: p.selected.detach() for p in trainer.sparse.parts if p.has_master}
     own = {id(p): p.nbytes for p in trainer.sparse.trainable_parameters}
@@ -93,7 +96,8 @@ def main(folder: Path, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    for kind in sys.argv[2:]:
+        main(Path(sys.argv[1]), kind)
     # Done: a thread of gloo that asks for the interpreter while it ends would abort the process.
     sys.stdout.flush()
     os._exit(0)

@@ -21,8 +21,11 @@ from clue_fast.sparse import SparseAdamW, sparsify
 pytestmark = pytest.mark.distributed
 
 
-def launch(folder: Path, kind: str, ranks: int) -> list[dict[str, Any]]:
-    """What every rank left."""
+KINDS = ("plain", "checkpointing", "stages", "stochastic")
+
+
+def launch(folder: Path, ranks: int, *kinds: str) -> dict[str, list[dict[str, Any]]]:
+    """What every rank left of each kind of training, all in one launch."""
     command = [sys.executable]
     if ranks > 1:
         with socket.socket() as free:
@@ -31,28 +34,45 @@ def launch(folder: Path, kind: str, ranks: int) -> list[dict[str, Any]]:
         # The only launcher of accelerate that starts several processes without MPI; the script keeps to the CPU.
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes"]
         command += [str(ranks), "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(Path(__file__).with_name("distributed_run.py")), str(folder), kind]
+    command += [str(Path(__file__).with_name("distributed_run.py")), str(folder), *kinds]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    folder.mkdir(exist_ok=True)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
-    found = [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank-*.pt"))]
-    assert len(found) == ranks and all(entry["ranks"] == ranks for entry in found)
+    found = {
+        kind: [torch.load(path, weights_only=True) for path in sorted((folder / kind).glob("rank-*.pt"))]
+        for kind in kinds
+    }
+    for entries in found.values():
+        assert len(entries) == ranks and all(entry["ranks"] == ranks for entry in entries)
     return found
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return launch(tmp_path_factory.mktemp("one"), 1, *KINDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return launch(folder, 2, *KINDS)
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointing", "stages", "stochastic"])
-def test_two_train_as_one(kind, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_train_as_one(kind, one, two, folder):
     """To the rounding of float32 sums that are taken in another order, after Adam, which divides by small numbers.
 
     Where there are no masters, the weights are in float32, so that nothing is rounded at random.
     """
-    (alone,) = launch(tmp_path / "one", kind, 1)
-    first, second = launch(tmp_path / "two", kind, 2)
+    (alone,), (first, second) = one[kind], two[kind]
     assert alone["steps"] == first["steps"] == (12 if kind == "stages" else 4)
     assert same(first, second)
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
@@ -62,7 +82,7 @@ def test_two_train_as_one(kind, tmp_path):
     if kind != "stages":
         assert first["sent"] == first["steps"] * first["selected"]
     assert 0 < first["sent"] <= first["steps"] * first["selected"]
-    checkpoints = {path.name for path in (tmp_path / "two" / "run").iterdir()}
+    checkpoints = {path.name for path in (folder / kind / "run").iterdir()}
     assert checkpoints == {f"checkpoint-{step}" for step in range(2, first["steps"] + 1, 2)}
 
 
@@ -70,10 +90,9 @@ def test_two_train_as_one(kind, tmp_path):
     Version(version("transformers")) < Version("5.18"),
     reason="before transformers 5.18 a Trainer cannot resume in several processes on the CPU",
 )
-def test_two_resume_to_the_same_bits(tmp_path):
-    straight = launch(tmp_path / "two", "plain", 2)
-    resumed = launch(tmp_path / "two", "resume", 2)
-    assert all(same(one, other) for one, other in zip(straight, resumed, strict=True))
+def test_two_resume_to_the_same_bits(two, folder):
+    resumed = launch(folder, 2, "resume")["resume"]
+    assert all(same(one, other) for one, other in zip(two["plain"], resumed, strict=True))
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ class PatchedLlama:
         self.model = model.double()
         self.graph = Graph(find_architecture(model))
         self.edges = [tuple(edge) for edge in self.graph.valid.nonzero().tolist()]
+        self.edges_into: dict[int, list[tuple[int, int]]] = {}
+        for row, (writer, reader) in enumerate(self.edges):
+            self.edges_into.setdefault(reader, []).append((row, writer))
         config = model.config
         self.heads, self.kv_heads, self.eps = (
             config.num_attention_heads,
@@ -41,9 +44,8 @@ class PatchedLlama:
         def read(name: str, norm: Tensor) -> Tensor:
             stream = sum(written).clone()
             reader = self.graph.reader_index[name]
-            for row, (writer, target) in enumerate(self.edges if donor is not None else ()):
-                if target == reader:
-                    stream[row] += donor[writer][0] - written[writer][row]
+            for row, writer in self.edges_into.get(reader, ()) if donor is not None else ():
+                stream[row] += donor[writer][0] - written[writer][row]
             return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + self.eps) * norm
 
         for index, layer in enumerate(self.model.model.layers):
