@@ -2,7 +2,7 @@
 #   make demo    learns invented people, forgets a tenth of them, and leaves the evidence in demo/
 #   make test    every test that needs no GPU
 #   make bench   every benchmark, some twenty minutes on a machine with nothing else to do; samples in bench/results
-#   make test-oldest   families, sparse training and workflow with the oldest transformers that pyproject.toml allows
+#   make test-oldest   families, sparse training and the command with the oldest transformers that pyproject.toml allows
 #   make test-portable the numeric tests with the instructions of lesser processors: SSE, AVX2, AVX-512; an hour
 #   make families      writes docs/families.md, from tests with the oldest transformers and the one installed
 # Each makes its own environment in .venv. Name another interpreter with PYTHON=python3.12.
@@ -21,7 +21,7 @@ OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml
 # are arithmetic on tensors, and the same with every release.
 OF_TRANSFORMERS := tests/models/test_families.py tests/sparse/test_families.py tests/objectives/test_heads.py \
 	$(addprefix tests/trainer/test_,attach.py callback.py checkpoints.py precision.py stages.py trainer.py) \
-	tests/test_workflow.py tests/test_cli.py
+	tests/test_unlearning.py tests/test_cli.py
 
 PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria tests/sparse tests/objectives tests/trainer
 

@@ -26,9 +26,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from bench import machine
+from clue_fast.config import UnlearnConfig
 from clue_fast.data import Record
 from clue_fast.demo import make_data
-from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
 from clue_fast.evaluation import Metrics, evaluate
 from clue_fast.objectives import get_objective
 from clue_fast.trainer.training import train_selected
@@ -91,12 +92,12 @@ def load_models(
     everything = [record for records in sets.values() for record in records]
     tokenizer = train_tokenizer(everything, vocab_size=2048 if kind == "demo" else 4096)
     shape = Shape() if kind == "demo" else Shape(layers=5, width=128, units=384)
-    recipe = Recipe() if kind == "demo" else Recipe(epochs=40, batch_size=16, lr=3e-3)
+    config = TrainConfig() if kind == "demo" else TrainConfig(epochs=40, batch_size=16, lr=3e-3)
     models = []
     for name, records in (("everything", everything), ("retrained", sets["retain"] + sets["held_out"])):
         path = folder / f"{kind}{seed}" / name
         if not path.is_dir():
-            train_model(records, tokenizer, shape=shape, recipe=recipe, seed=seed).save_pretrained(path)
+            train_model(records, tokenizer, shape=shape, config=config, seed=seed).save_pretrained(path)
         models.append(LlamaForCausalLM.from_pretrained(path))
     return models[0], models[1], tokenizer
 
@@ -122,29 +123,17 @@ def unlearn(
         seed=seed,
         progress=False,
     )
-    settings = {
-        "learning_rate": setting["rate"] / model.config.hidden_size,
-        "epochs": max(1, round(setting["steps"] / -(-len(forget) // batch))),
-        "batch_size": batch,
-        "retain_ratio": setting["retain_ratio"],
-        "layer_lr": setting["layer_lr"],
-        "master": "fp32",
-        "seed": seed,
-    }
-    objective = get_objective(setting["objective"], **setting["parameters"])
-    sparse, _ = train_selected(
-        model,
-        tokenizer,
-        sets,
-        selection,
-        objective,
-        settings,
-        alternate=None,
-        stages=None,
-        max_length=512,
-        evaluate_every=0,
+    config = UnlearnConfig(
+        learning_rate=setting["rate"] / model.config.hidden_size,
+        epochs=max(1, round(setting["steps"] / -(-len(forget) // batch))),
+        batch_size=batch,
+        retain_ratio=setting["retain_ratio"],
+        layer_lr=setting["layer_lr"],
+        seed=seed,
         progress=False,
     )
+    objective = get_objective(setting["objective"], **setting["parameters"])
+    sparse, _ = train_selected(model, tokenizer, sets, selection, objective, config)
     sparse.restore()
     return model
 

@@ -41,7 +41,7 @@ def seeds(folders: Sequence[Path]) -> str:
     runs = [load_results(folder) for folder in folders]
     names = [str(run["settings"]["seed"]) for run in runs]
     columns: dict[str, list[dict[str, Any]]] = {
-        name: [run["evaluation"][name] for run in runs] for name in ("before", "after", "reference")
+        name: [run["evaluation"][name] for run in runs] for name in ("before", "after", "retrained")
     }
     kept = {
         name: listed(
@@ -52,7 +52,7 @@ def seeds(folders: Sequence[Path]) -> str:
         )
         for name in ("retain", "held_out")
     }
-    after, retrained = ([sets["forget"] for sets in columns[name]] for name in ("after", "reference"))
+    after, retrained = ([sets["forget"] for sets in columns[name]] for name in ("after", "retrained"))
     return (
         f"With seeds {' and '.join(names)} (`clue-fast demo --seed 1`, on one thread), "
         f"{listed([1 - one['answered'] for one in after])} are no longer answered, the best of 20 samples answers "

@@ -1,32 +1,47 @@
-"""Settings of a run: defaults, checks, and how results.json has them."""
+"""Settings: every default once, with its help, its choices and its check.
+
+``localize`` takes what stands in ``LocalizeConfig``, ``evaluate_model`` what stands in ``EvalConfig``, and ``unlearn``
+all of it and what stands in ``UnlearnConfig``, as keyword arguments; the command makes its flags of the same fields,
+and a configuration file has their names. A value out of range is refused with the name of its field.
+
+Nothing here imports what it is a setting of: the choices of a field are looked up where they are registered when
+somebody asks, so that a criterion or an objective of one's own is among them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from clue_fast.deprecated import MASTERS
-from clue_fast.errors import SettingError, UnknownNameError
-from clue_fast.objectives import UNDIAL, Objective, get_objective
-from clue_fast.selection import Selection
-from clue_fast.sparse import LayerRate
-from clue_fast.sparse.optimizer import layer_scale
-from clue_fast.trainer.stages import Schedule, Stage
+from clue_fast.errors import BudgetError, SettingError, UnknownNameError
+from clue_fast.selection import NORMALIZATIONS, SCOPES, check_budget, check_normalization, is_number
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
-DEFAULT_OBJECTIVE = UNDIAL(strength=20.0, retain_weight=10.0)
-"""Has a fixed target, what the model would say if it did not know the answer, so that nothing runs away. With the rate
-and the steps below it was chosen on data that no reported table is made of, see ``bench/defaults.py``."""
+Config = TypeVar("Config", bound="RunConfig")
+
+OBJECTIVE = "undial"
+OBJECTIVE_SETTINGS: Mapping[str, float] = {"strength": 20.0, "retain_weight": 10.0}
+"""The default objective has a fixed target, what the model would say if it did not know the answer, so that nothing
+runs away. With the rate and the steps below it was chosen on data that no reported table is made of, see
+``bench/defaults.py``."""
 
 LAYER_LR = 0.2
 RETAIN_RATIO = 4
+BATCH_SIZE = 8
 WIDTH_RATE = 1.2
 EPOCHS = 10.0
 STEPS = 200
+WARMUP = 0.1
+PERMUTATIONS = 30
+MAX_LENGTH = 512
+TOKENS_PER_BATCH = 4096
+TIME_LIMIT = 60.0
 
 
 def default_learning_rate(model: PreTrainedModel) -> float:
@@ -44,65 +59,458 @@ def default_epochs(records: int, batch_size: int) -> float:
     return max(EPOCHS, float(math.ceil(STEPS / math.ceil(records / max(1, batch_size)))))
 
 
-def check_training(settings: Mapping[str, Any]) -> None:
-    """Raises SettingError or UnknownNameError naming the first setting of a training that is out of range."""
-    numbers = ["learning_rate", "epochs"]
-    if isinstance(settings["layer_lr"], int | float):
-        numbers.append("layer_lr")
-    for name in numbers:
-        if not 0.0 < settings[name] < math.inf:
-            raise SettingError(f"{name} {settings[name]} is not a number above 0")
-    for name in ("batch_size", "retain_ratio"):
-        if not (settings[name] >= 1 and settings[name] == int(settings[name])):
-            raise SettingError(f"{name} {settings[name]} is not a whole number above 0")
-    target = settings["forget_target"]
-    if target is not None and not 0.0 < target <= 1.0:
-        raise SettingError(f"forget_target {target} is not a share above 0 and up to 1")
-    if settings["master"] not in MASTERS:
-        raise UnknownNameError("master", settings["master"], MASTERS)
-
-
-def check_rates(layer_lr: LayerRate, selection: Selection) -> None:
-    """Raises SettingError unless every layer with units to train has a rate."""
-    layers = 1 + max(site.layer for site in selection.sites)
-    try:
-        for site in selection.sites:
-            if len(selection.units(site)):
-                layer_scale(layer_lr, site.layer, layers)
-    except ValueError as error:
-        raise SettingError(str(error)) from error
-
-
-def described(
-    every: Sequence[Stage],
-    kept: Sequence[Stage],
-    schedule: Schedule | None,
-    settings: Mapping[str, Any],
-    objective: Objective,
-) -> dict[str, Any]:
-    """The stages of a training as settings, in place of its epochs.
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | Callable[[], Sequence[str]] = (),
+    read: Callable[[str], Any] = str,
+    check: Callable[[str, Any], None] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field of a configuration.
 
     Args:
-        every: all stages that were asked for.
-        kept: those that had units to train.
-        schedule: the published one that they are of, or None.
-        settings, objective: of the run; what the schedule has otherwise is listed as changed.
+        default: its value unless it is given.
+        help: for the command, without the default and the choices.
+        choices: the names it can have, or what looks them up.
+        read: makes its value of text; ValueError for what it cannot read.
+        check: called with its name and value, unless that is None; raises a ClueFastError.
+        metavar: what the help calls its value.
     """
-    stages = [
-        {"units": list(stage.units), "objective": get_objective(stage.objective).name, "epochs": stage.epochs}
-        for stage in kept
-    ]
-    found: dict[str, Any] = {
-        "stages": stages,
-        "skipped_stages": [list(stage.units) for stage in every if stage not in kept],
-        "epochs": sum(stage.epochs for stage in kept),
-    }
-    if schedule is not None:
-        values = {**settings, **asdict(objective)}
-        found["published"] = {
-            "schedule": schedule.name,
-            "source": schedule.source,
-            "settings": {**schedule.settings, "epochs": [stage.epochs for stage in every]},
-            "changed": [name for name, value in schedule.settings.items() if values[name] != value],
-        }
-    return found
+    metadata = {"help": help, "choices": choices, "read": read, "check": check, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+def registered(place: str) -> Callable[[], Sequence[str]]:
+    """Looks up the names of a registry, such as ``criteria.CRITERIA``, when it is asked for them."""
+
+    def names() -> Sequence[str]:
+        module, _, name = place.rpartition(".")
+        return tuple(getattr(importlib.import_module(f"clue_fast.{module}"), name))
+
+    return names
+
+
+def choices_of(setting: Field[Any]) -> Sequence[str]:
+    """Returns the names that a field can have; none where it holds anything else."""
+    choices = setting.metadata.get("choices", ())
+    return tuple(choices() if callable(choices) else choices)
+
+
+def positive(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is a finite number above 0."""
+    if not (is_number(value) and 0.0 < value < math.inf):
+        raise SettingError(f"{name} {value} is not a number above 0")
+
+
+def positive_integer(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is a whole number above 0."""
+    if not (is_number(value) and 1 <= value < math.inf and value == int(value)):
+        raise SettingError(f"{name} {value} is not a positive integer")
+
+
+def whole_number(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is a whole number from 0 on."""
+    if not (is_number(value) and 0 <= value < math.inf and value == int(value)):
+        raise SettingError(f"{name} {value} is not a whole number from 0 on")
+
+
+def integer(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is a whole number."""
+    if not (is_number(value) and math.isfinite(value) and value == int(value)):
+        raise SettingError(f"{name} {value} is not a whole number")
+
+
+def share(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is in (0, 1]."""
+    if not (is_number(value) and 0.0 < value <= 1.0):
+        raise SettingError(f"{name} {value} is not a share above 0 and up to 1")
+
+
+def switch(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise SettingError(f"{name} {value!r} is neither true nor false")
+
+
+def check_rule(layer_lr: str) -> float:
+    """Returns the number of ``linear:NUMBER``. Raises SettingError for any other text."""
+    kind, _, number = layer_lr.partition(":")
+    try:
+        if kind == "linear" and 0.0 <= float(number) < math.inf:
+            return float(number)
+    except ValueError:
+        pass
+    raise SettingError(f"layer_lr {layer_lr!r} is neither a number nor linear:NUMBER")
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """Reads a number, or one for each kind of unit: ``mlp=0.05,attention=0.1``."""
+
+    read: Callable[[str], float]
+
+    def __call__(self, text: str) -> float | dict[str, float]:
+        """Raises ValueError for what is neither."""
+        if "=" not in text:
+            return self.read(text)
+        pairs = (pair.partition("=") for pair in text.split(","))
+        return {kind.strip(): self.read(value) for kind, _, value in pairs}
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """Reads names with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def ratio(text: str) -> float | str:
+    """Reads a number, or a rule by its name and number, such as ``linear:0.2``."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def share_or_none(text: str) -> float | None:
+    """Reads a share, or ``none``."""
+    return None if text == "none" else float(text)
+
+
+@dataclass(frozen=True)
+class CircuitConfig:
+    """How circuits are found, for the criterion ``circuit``.
+
+    Attributes:
+        edges: of each circuit in each direction: a number, or a share of the edges of the model.
+        steps: runs a direction that the gradient is averaged over; 0 for the gradient at the run itself.
+        corruption: how corrupted prompts are made, see ``clue_fast.criteria.circuit.corrupt``.
+        logic: how gates are read: "published" as in the paper, or "cut", by which a node may go off although its inputs
+            stay on; see ``make_formula``.
+        time_limit: of the solver, in seconds.
+        granularity: "neuron" gives the category of an MLP to the units inside it that matter most; "node" to all.
+        tokens_per_batch: most tokens in one forward pass, padding included.
+    """
+
+    edges: float = setting(0.05, "edges of each circuit, a number or a share", read=float, metavar="N")
+    steps: int = setting(0, "runs that gradients are averaged over", read=int, metavar="N")
+    corruption: str = setting(
+        "auto",
+        "what is replaced in corrupted prompts",
+        choices=registered("criteria.circuit.corruption.CORRUPTIONS"),
+        metavar="HOW",
+    )
+    logic: str = setting(
+        "published",
+        "how gates are read; cut decides more",
+        choices=registered("criteria.circuit.logic.LOGICS"),
+        metavar="LOGIC",
+    )
+    time_limit: float = setting(TIME_LIMIT, "of the solver, in seconds", read=float, metavar="S")
+    granularity: str = setting(
+        "neuron", "node: all units of an MLP are one", choices=("neuron", "node"), metavar="UNITS"
+    )
+    tokens_per_batch: int = setting(512, "in one forward pass for circuits", read=int, metavar="N")
+
+    def __post_init__(self) -> None:
+        edges = self.edges
+        if not (is_number(edges) and (0.0 < edges <= 1.0 or (1.0 < edges < math.inf and edges == int(edges)))):
+            raise BudgetError(f"edges {edges} is neither a share in (0, 1] nor a whole number above 1")
+        for name, least in (("steps", 0), ("tokens_per_batch", 1)):
+            value = getattr(self, name)
+            if not (is_number(value) and least <= value < math.inf and value == int(value)):
+                raise BudgetError(f"{name} {value} is not a whole number from {least} on")
+        if not (is_number(self.time_limit) and self.time_limit > 0.0):
+            raise BudgetError(f"time_limit {self.time_limit} is not a number of seconds above 0")
+        _check_choices(self)
+
+    def edge_count(self, available: int) -> int:
+        """The number of edges of each circuit in each direction. Raises BudgetError if there are not as many."""
+        count = round(self.edges * available) if self.edges <= 1 else int(self.edges)
+        if count > available:
+            raise BudgetError(f"edges {count} is more than the {available} edges of the model")
+        return max(1, count)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What all runs share.
+
+    Attributes:
+        seed: random seed.
+        max_length: longer records are cut, in tokens.
+        progress: show progress bars.
+    """
+
+    seed: int = setting(0, "random seed", read=int, check=integer)
+    max_length: int = setting(MAX_LENGTH, "longer records are cut, in tokens", read=int, check=positive_integer)
+    progress: bool = setting(True, "", check=switch)
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, check = getattr(self, one.name), one.metadata["check"]
+            if value is not None and check is not None:
+                check(one.name, value)
+
+    @classmethod
+    def of(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The configuration with those of the values that it has fields for.
+
+        Raises:
+            ClueFastError: one is out of range, or two exclude each other.
+        """
+        return cls(**{one.name: values[one.name] for one in fields(cls) if one.name in values})
+
+    @classmethod
+    def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+        """Reads a configuration file, YAML or JSON.
+
+        Raises:
+            ClueFastError: see ``clue_fast.config_file``.
+        """
+        from clue_fast.config_file import read_settings
+
+        made: Config = read_settings(path, cls).make(cls)
+        return made
+
+    def part(self, kind: type[Config]) -> dict[str, Any]:
+        """Those of the settings that another configuration has too."""
+        return {one.name: getattr(self, one.name) for one in fields(kind)}
+
+
+@dataclass(frozen=True)
+class LocalizeConfig(RunConfig):
+    """How ``localize`` finds the units where forget and retain data conflict.
+
+    Attributes:
+        criterion: a key of ``clue_fast.criteria.CRITERIA``; ``circuit`` is the logic of circuits.
+        fraction, count, threshold, scope, normalize: the budget, see ``clue_fast.select``; default the top 30 % of
+            every layer.
+        categories: give every unit one of the four categories, from its importance to each set, instead of ranking
+            units by one score; see ``clue_fast.categorize``. The criterion ``circuit`` always does.
+        circuit: of the criterion ``circuit``.
+        target: what is differentiated, a key of ``clue_fast.criteria.TARGETS``; default is the criterion's own.
+        kinds: of units, see ``clue_fast.find_sites``; default the channels of MLPs and experts, with ``circuit`` also
+            the projections of heads.
+        strict: raise where something looks like a site but is none that is known, or where a gated MLP cannot be
+            fused, see ``clue_fast.patch``. Otherwise the log warns of the first, which is left out, and the second is
+            recorded through a hook.
+        permutations: how often the labels forget and retain of records are exchanged, to say in
+            ``Selection.reliability`` whether other labels do as well and whether two halves of the data agree; no
+            further pass over the data. 0 says nothing.
+        tokens_per_batch: most tokens in one forward pass, padding included.
+        backend: forces a backend.
+    """
+
+    criterion: str = setting(
+        "difference", "formula of the score", choices=registered("criteria.CRITERIA"), metavar="NAME"
+    )
+    fraction: float | Mapping[str, float] | None = setting(
+        None, "share of the units to select, or by kind: mlp=0.1,attention=0.2 (0.3)", read=ByKind(float), metavar="F"
+    )
+    count: int | Mapping[str, int] | None = setting(
+        None, "number of units to select in place of a share, also by kind", read=ByKind(int), metavar="N"
+    )
+    threshold: float | None = setting(None, "select the units with this score or more", read=float, metavar="SCORE")
+    scope: str = setting("layer", "what is ranked together", choices=SCOPES, metavar="SCOPE")
+    normalize: str | None = setting(
+        None, "make scores comparable between layers", choices=lambda: tuple(NORMALIZATIONS), metavar="HOW"
+    )
+    categories: bool = setting(False, "tell forget, retain and conflict units apart", check=switch)
+    target: str | None = setting(
+        None, "what is differentiated (the criterion's own)", choices=registered("criteria.TARGETS"), metavar="TARGET"
+    )
+    kinds: Iterable[str] | None = setting(
+        None,
+        "units to look at (mlp,expert)",
+        read=name_list,
+        choices=registered("sites.KINDS"),
+        metavar="K",
+    )
+    strict: bool = setting(False, "stop at a layer that is not known or cannot be fused", check=switch)
+    permutations: int = setting(
+        PERMUTATIONS, "exchanges of labels that the selection is compared with, 0 for none", read=int, metavar="N"
+    )
+    circuit: CircuitConfig | None = setting(None, "")
+    tokens_per_batch: int = setting(
+        TOKENS_PER_BATCH, "in one forward pass while localizing", read=int, check=positive_integer, metavar="N"
+    )
+    backend: str | None = setting(
+        None, "force a backend (the best there is)", choices=registered("ops.backend.BACKENDS"), metavar="NAME"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.fraction, count=self.count, threshold=self.threshold, scope=self.scope)
+        check_normalization(self.normalize)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The budget as ``select`` takes it."""
+        return {name: getattr(self, name) for name in ("fraction", "count", "threshold", "scope", "normalize")}
+
+
+@dataclass(frozen=True)
+class EvalConfig(RunConfig):
+    """How deeply something is forgotten, asked of the forget set alone; see ``clue_fast.evaluate``.
+
+    Attributes:
+        samples: answers to sample to each forget question.
+        relearn: forget records that a copy of the model learns again before it is asked the others.
+    """
+
+    samples: int = setting(0, "also sample K answers to each forget question", read=int, check=integer, metavar="K")
+    relearn: int = setting(
+        0, "also let a copy of the model learn N forget records again", read=int, check=integer, metavar="N"
+    )
+
+
+@dataclass(frozen=True)
+class UnlearnConfig(LocalizeConfig, EvalConfig):
+    """How ``unlearn`` localizes, trains and evaluates.
+
+    It is no ``transformers.TrainingArguments`` and makes one (``training_arguments``): to import those takes seconds
+    that ``clue-fast --help`` has not, and most of their hundred fields, such as those of mixed precision, checkpoints
+    and distribution, have no meaning for a run that localizes and evaluates too. Whoever wants them takes
+    ``UnlearnTrainer``.
+
+    Attributes:
+        objective: see ``clue_fast.objectives.OBJECTIVES``, or an ``Objective``; default UNDIAL with a strength of 20
+            and a retain weight of 10 (that of the schedule, if stages name one).
+        stages: "clue" for the published schedule and the settings that belong to it, unless they are given here (see
+            ``clue_fast.trainer.stages.CLUE``), or a sequence of ``Stage``. The selection then needs categories; a
+            stage of which it has no units is skipped.
+        learning_rate: of the first layer; default see ``default_learning_rate``.
+        layer_lr: rate of the last layer over that of the first, geometric in between, "linear:RATIO" in equal steps,
+            or another rate by layer, see ``clue_fast.sparse.LayerRate``. Default 0.2, or that of the published
+            schedule.
+        master_weights: keep small updates in float32 copies of the selected weights, see ``SparseAdamW``.
+        stochastic_rounding: keep no copies, and round at random.
+        epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
+        batch_size: forget records a step.
+        retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
+        forget_target: share of the forget questions that shall no longer be answered (ROUGE-L recall below 0.5). Once
+            trained, the update is then scaled down to the smallest share of itself that reaches the target on a random
+            half of the forget questions and on their rewordings (``paraphrased_question``), see
+            ``clue_fast.trainer.scale_update``. The other half was not looked at and is reported as a set of its own,
+            "forget_reported", with a column before and one after. It makes up for what was damaged, and for that
+            forgets less deeply. None, the default, keeps the whole update.
+        evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
+    """
+
+    objective: Any = setting(
+        None,
+        "loss to minimize (undial, strength 20, retain weight 10)",
+        choices=registered("objectives.OBJECTIVES"),
+        metavar="NAME",
+    )
+    stages: Any = setting(
+        None,
+        "a published schedule: forget units for one epoch, then conflict units for five, and what goes with it",
+        choices=registered("trainer.stages.SCHEDULES"),
+        metavar="NAME",
+    )
+    learning_rate: float | None = setting(
+        None, "of the first layer (1.2 / width)", read=float, check=positive, metavar="LR"
+    )
+    layer_lr: Any = setting(
+        None,
+        f"rate of the last layer over the first ({LAYER_LR}), geometric between; linear:RATIO in equal steps",
+        read=ratio,
+        metavar="RATIO",
+    )
+    master_weights: bool = setting(True, "keep small updates in float32 copies of the selected weights", check=switch)
+    stochastic_rounding: bool = setting(
+        False, "round small updates at random instead; with --no-master-weights", check=switch
+    )
+    epochs: float | None = setting(
+        None, f"passes over the forget set ({EPOCHS:.0f}, or {STEPS} steps)", read=float, check=positive, metavar="N"
+    )
+    batch_size: int = setting(BATCH_SIZE, "forget records a step", read=int, check=positive_integer, metavar="N")
+    retain_ratio: int | None = setting(
+        None,
+        f"retain records to each forget record ({RETAIN_RATIO})",
+        read=int,
+        check=positive_integer,
+        metavar="N",
+    )
+    forget_target: float | None = setting(
+        None,
+        "scale the update down until just this share of one half of the forget questions is unanswered (none)",
+        read=share_or_none,
+        check=share,
+        metavar="SHARE",
+    )
+    evaluate_every: int = setting(
+        0,
+        "steps between evaluations of the recall while training",
+        read=int,
+        check=whole_number,
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer_lr, str):
+            check_rule(self.layer_lr)
+        elif isinstance(self.layer_lr, int | float):
+            positive("layer_lr", self.layer_lr)
+        if self.stages is not None and self.epochs is not None:
+            raise SettingError("stages have epochs of their own; leave epochs out")
+        if self.master_weights and self.stochastic_rounding:
+            raise SettingError(
+                "master_weights and stochastic_rounding exclude each other; set master_weights to False to round "
+                "stochastically"
+            )
+
+    def training_arguments(self, output_dir: str | os.PathLike[str]) -> TrainingArguments:
+        """The arguments of the ``UnlearnTrainer`` of a run: nothing is saved on the way, nothing is reported.
+
+        Learning rate and epochs must be known.
+        """
+        import torch
+        from transformers import TrainingArguments
+
+        assert self.learning_rate is not None and self.epochs is not None
+        return TrainingArguments(
+            output_dir=os.fspath(output_dir),
+            learning_rate=self.learning_rate,
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=self.batch_size,
+            seed=self.seed,
+            weight_decay=0.0,
+            warmup_steps=WARMUP,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=not self.progress,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How a model is loaded by its name, see ``clue_fast.unlearning.load_model``.
+
+    Attributes:
+        device: such as "cuda:1"; default the GPU if there is one.
+        dtype: of the weights; "auto" is that of the checkpoint.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    device: str | None = setting(None, "where the model runs, such as cuda:1 (the GPU if there is one)")
+    dtype: str = setting(
+        "auto", "of the weights; auto: the checkpoint's", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    trust_remote_code: bool = setting(False, "run code that comes with the model", check=switch)
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "dtype")
+
+
+def _check_choices(config: Any, *only: str) -> None:
+    """Raises UnknownNameError for the first field that has none of its choices; None is always one."""
+    for one in fields(config):
+        value, choices = getattr(config, one.name), choices_of(one) if not only or one.name in only else ()
+        if choices and value is not None and value not in choices:
+            raise UnknownNameError(one.name, value, choices)

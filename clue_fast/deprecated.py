@@ -17,8 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 MODULES: dict[str, tuple[str, ...]] = {
     "doctor": ("env",),
     "labels": ("data",),
-    "localization": ("criteria", "criteria.circuit"),
-    "localization.circuit": ("criteria.circuit",),
+    "localization": ("criteria", "criteria.circuit", "config"),
+    "localization.circuit": ("criteria.circuit", "config"),
     "localization.criteria": ("criteria", "criteria.registry", "criteria.passes"),
     "localization.live": ("trainer",),
     "localization.plots": ("reporting",),
@@ -37,12 +37,16 @@ MODULES: dict[str, tuple[str, ...]] = {
     "training.memory": ("trainer",),
     "training.objectives": ("objectives",),
     "training.sgd": ("sparse",),
+    "training.shrinking": ("trainer.update_scale",),
     "training.sparse": ("sparse",),
     "training.stages": ("trainer.stages",),
     "training.trainer": ("trainer",),
     "workflow": ("unlearning", "data", "config"),
 }
 """Where the names of a module of the release before are now, all below ``clue_fast``."""
+
+NAMES = {"CircuitSettings": "CircuitConfig", "Recipe": "TrainConfig", "shrink": "scale_update"}
+"""What is called otherwise now, by its name in the release before."""
 
 
 class _OldModule(ModuleType):
@@ -56,15 +60,16 @@ def moved(module: str, name: str) -> Any:
     Raises:
         AttributeError: it held nothing of that name.
     """
+    now = NAMES.get(name, name)
     places = () if name.startswith("__") else MODULES[module.removeprefix("clue_fast.")]
     for new in [importlib.import_module(f"clue_fast.{place}") for place in places]:
-        if hasattr(new, name):
+        if hasattr(new, now):
             warnings.warn(
-                f"{module}.{name} is {new.__name__}.{name} now; the old name goes with the next release",
+                f"{module}.{name} is {new.__name__}.{now} now; the old name goes with the next release",
                 FutureWarning,
                 stacklevel=3,
             )
-            return getattr(new, name)
+            return getattr(new, now)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 

@@ -65,6 +65,22 @@ class OutputError(ClueFastError, OSError):
     """An output folder is not empty or cannot be written."""
 
 
+class ExtraError(ClueFastError, ImportError):
+    """A package is missing that only some installations have.
+
+    Args:
+        purpose: what needs it, such as "plots need matplotlib".
+        extra: the extra of this package that brings it.
+    """
+
+    def __init__(self, purpose: str, extra: str) -> None:
+        super().__init__(f'{purpose}; install it with: pip install "clue-fast[{extra}]"')
+
+
+class HubError(ClueFastError, RuntimeError):
+    """Something cannot be pushed to the hub or read from it."""
+
+
 class UnknownNameError(ClueFastError, ValueError):
     """A name that is not registered, such as a criterion, objective or backend.
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 BLOCKS = 8
 """Of the smaller set, and of the larger one so many as make twice that number in all: 12,870 ways to label them."""
 
-PERMUTATIONS = 30
 SPLITS = 5
 """Ways to halve the data, over which the overlap is averaged."""
 

@@ -1,7 +1,4 @@
-"""The report of an unlearning run: the table that is printed, and the plots that lie beside the checkpoint.
-
-Looking at a localization: figures of matplotlib, to be saved or shown.
-"""
+"""Tables and figures: what an unlearning run prints and leaves beside its checkpoint, and a localization to look at."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ import torch
 
 from clue_fast.criteria.circuit import Discovery
 from clue_fast.criteria.circuit.graph import ADDER, AND, EMBEDDING, OR, OUTPUT
-from clue_fast.errors import FileFormatError, SelectionError
-from clue_fast.evaluation import COMPARED, Comparison, Metrics, compare, metric_title
+from clue_fast.errors import ExtraError, FileFormatError, SelectionError
+from clue_fast.evaluation import METRICS, Comparison, Metrics, compare, metric_title
 from clue_fast.reliability import Reliability
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, IRRELEVANT, RELIABILITY, RETAIN, Scores, Selection
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
@@ -31,18 +28,19 @@ _COLORS = {"forget": "#c0392b", "retain": "#2471a3", "held_out": "#7d8c99", "sel
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """Returns the table of a run: every set and metric before and after unlearning, and for the reference.
+    """Returns the table of a run: every set and metric before and after unlearning, and of the retrained model.
 
     Questions answered is the share whose greedy answer has a ROUGE-L recall of at least 0.5; next-token accuracy is
     teacher-forced.
     """
+    results = renewed(results)
     evaluation = {stage: read_metrics(metrics) for stage, metrics in results["evaluation"].items()}
     comparison = compare(
-        evaluation["before"], evaluation["after"], evaluation.get("reference"), evaluation.get("trained")
+        evaluation["before"], evaluation["after"], evaluation.get("retrained"), evaluation.get("trained")
     )
     selection, weights = results["selection"], results["weights"]
     lines = [comparison.table(), ""]
-    lines += _forgotten(comparison, results.get("shrinking"))
+    lines += _forgotten(comparison, results.get("scaling"))
     for name in evaluation["before"]:
         if not name.startswith("forget"):
             kept = comparison.row(name, "rouge_recall").kept
@@ -75,35 +73,47 @@ def _schedule_lines(settings: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _forgotten(comparison: Comparison, shrinking: Mapping[str, Any] | None) -> list[str]:
+def _forgotten(comparison: Comparison, scaling: Mapping[str, Any] | None) -> list[str]:
     """What was forgotten; where a target decided, of the questions that it was not decided on, and of all."""
     whole = comparison.row("forget", "answered")
-    if shrinking is None:
+    if scaling is None:
         return [f"forget questions no longer answered: {1.0 - whole.after:.1%}"]
     row = comparison.row("forget_reported", "answered")
-    number = {part: len(shrinking[part]) for part in ("reported", "validation")}
-    reworded = f" and {shrinking['rewordings']} rewordings" if shrinking["rewordings"] else ""
+    number = {part: len(scaling[part]) for part in ("reported", "validation")}
+    reworded = f" and {scaling['rewordings']} rewordings" if scaling["rewordings"] else ""
     lines = [
-        f"forget questions no longer answered, {when}: {1.0 - reported:.1%} of the {number['reported']} that shrinking "
+        f"forget questions no longer answered, {when}: {1.0 - reported:.1%} of the {number['reported']} that scaling "
         f"did not look at, {1.0 - every:.1%} of all {sum(number.values())}"
         for when, reported, every in (
             ("after training", row.trained or 0.0, whole.trained or 0.0),
-            ("after shrinking", row.after, whole.after),
+            ("after scaling", row.after, whole.after),
         )
     ]
     return [
         *lines,
-        f"update kept: {shrinking['update_kept']:.1%}; of the {number['validation']} questions{reworded} that decided, "
-        f"{shrinking['unanswered']:.1%} are not answered, {shrinking['forget_target']:.1%} were asked for",
+        f"update scale: {scaling['update_scale']:.1%}; of the {number['validation']} questions{reworded} that decided, "
+        f"{scaling['unanswered']:.1%} are not answered, {scaling['forget_target']:.1%} were asked for",
     ]
 
 
+def renewed(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Results with the names of today for those of an earlier release."""
+    evaluation = dict(results["evaluation"])
+    if "reference" in evaluation:
+        evaluation["retrained"] = evaluation.pop("reference")
+    if "shrinking" not in results:
+        return {**results, "evaluation": evaluation}
+    scaling = {"update_scale" if name == "update_kept" else name: own for name, own in results["shrinking"].items()}
+    rest = {name: value for name, value in results.items() if name != "shrinking"}
+    return {**rest, "evaluation": evaluation, "scaling": scaling}
+
+
 def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the table of ``workflow.evaluate_model``: a row a set and metric, a column a model."""
+    """Returns the table of ``evaluate_model``: a row a set and metric, a column a model."""
     columns = list(evaluation)
     body = []
     for name, figures in evaluation[columns[0]].items():
-        for metric in COMPARED:
+        for metric in METRICS:
             # Figures of an earlier version may lack a metric.
             values = [evaluation[column][name].get(metric) for column in columns]
             if None not in values:
@@ -117,7 +127,7 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
 
 def read_metrics(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Metrics]:
     """Turns the figures of one evaluation, as they stand in the results, back into Metrics by set."""
-    return {name: Metrics(**figures) for name, figures in evaluation.items()}
+    return {name: Metrics.from_dict(figures) for name, figures in evaluation.items()}
 
 
 def load_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -131,7 +141,94 @@ def load_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileFormatError(f"{path} cannot be read: {error}") from error
     if not isinstance(results, dict) or not {"evaluation", "selection", "weights", "seconds"} <= results.keys():
         raise FileFormatError(f"{path} holds no results of an unlearning run; name the output folder of one")
-    return results
+    return dict(renewed(results))
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- unlearning
+- clue-fast
+{base}---
+
+# {title}
+
+This model was made to forget a data set by clue-fast {version}: {trained} of its {total} weights were trained, those of
+{units} of {of} units, and no other weight has changed its bits{outside}.
+
+| data | records | hash |
+|---|---:|---|
+{data}
+
+The hash is of what the records say; the records themselves are not in this folder.
+
+## Measured
+
+{table}
+
+"Retrained" is a model that was trained without the forget set, where one was given. That a question is no longer
+answered does not prove that the answer is gone: relearning can bring it back.
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+`clue_fast.Selection.from_pretrained("{folder}")` has the units that were trained, `results.json` everything measured.
+
+## Settings
+
+```json
+{settings}
+```
+
+The license is that of the base model.
+"""
+"""The card of a model that has unlearned."""
+
+
+def model_card(results: Mapping[str, Any], base: str = "", folder: str = "unlearned") -> str:
+    """Returns the card of a run: what was forgotten, by its hash, the settings, the table, and how to load it.
+
+    Args:
+        results: of the run.
+        base: name of the model that it began with; a path of this machine is left out.
+        folder: what the card calls the folder that it stands in.
+    """
+    weights, selection = results["weights"], results["selection"]
+    of_hub = bool(base) and not Path(base).is_absolute() and base.count("/") <= 1 and not Path(base).exists()
+    changed = weights["changed_outside"]
+    rows = (
+        f"| {name.replace('_', ' ')} | {own['records']} | `{own['hash']}` |" for name, own in results["data"].items()
+    )
+    evaluation = {stage: read_metrics(figures) for stage, figures in results["evaluation"].items()}
+    compared = compare(
+        evaluation["before"], evaluation["after"], evaluation.get("retrained"), evaluation.get("trained")
+    )
+    return CARD.format(
+        base=f"base_model: {base}\n" if of_hub else "",
+        title=f"{base.rsplit('/', 1)[-1]}, unlearned" if of_hub else "Unlearned model",
+        version=results["clue_fast"],
+        trained=weights["trained"],
+        total=weights["total"],
+        units=selection["units"],
+        of=selection["of"],
+        outside="" if not changed else f" but {changed}",
+        data="\n".join(rows),
+        table=compared.table(),
+        folder=folder,
+        settings=json.dumps(results["settings"], indent=2, default=str),
+    )
+
+
+def write_model_card(folder: Path, results: Mapping[str, Any], base: str, name: str) -> None:
+    """Writes ``README.md``, the card of a run, into the folder of its checkpoint."""
+    (folder / "README.md").write_text(model_card(results, base, name), encoding="utf-8")
 
 
 def write_plots(
@@ -151,9 +248,7 @@ def write_plots(
 
 
 def _figure(draw: Any, *data: Any) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    figure = _new_figure(6.0, 4.0)
     draw(figure.subplots(), *data)
     return figure
 
@@ -191,9 +286,7 @@ def _draw_scores(axes: Axes, selection: Selection, statistics: Statistics) -> No
 
 
 def _training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    figure = _new_figure(10.0, 4.0)
     losses, recalls = figure.subplots(1, 2)
     for axes, suffix, title in ((losses, "loss", "Training loss"), (recalls, "recall", "ROUGE-L recall")):
         for name, color in _COLORS.items():
@@ -243,10 +336,8 @@ def importance_figure(forget: Scores, retain: Scores, selection: Selection) -> F
 
 def category_figure(selection: Selection) -> Figure:
     """How many units of each layer are forget, conflict and retain units; a panel a kind of unit."""
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(site.kind for site in selection.sites))
-    figure = Figure(figsize=(6.0, 1.0 + 2.6 * len(kinds)), layout="constrained")
+    figure = _new_figure(6.0, 1.0 + 2.6 * len(kinds))
     panels = np.atleast_1d(figure.subplots(len(kinds), 1))
     for axes, kind in zip(panels, kinds, strict=True):
         layers = sorted({site.layer for site in selection.sites if site.kind == kind})
@@ -296,10 +387,8 @@ def overlap_figure(selections: Mapping[str, Selection]) -> Figure:
     """The Jaccard index of every two selections, such as those of all criteria, or of one at several seeds."""
     names = list(selections)
     matrix = np.array([[selections[a].overlap(selections[b]) for b in names] for a in names])
-    from matplotlib.figure import Figure
-
     size = 1.8 + 0.55 * len(names)
-    figure = Figure(figsize=(size + 1.0, size), layout="constrained")
+    figure = _new_figure(size + 1.0, size)
     axes = figure.subplots()
     image = axes.imshow(matrix, vmin=0.0, vmax=1.0, cmap="viridis")
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
@@ -319,15 +408,18 @@ def circuit_figure(discovery: Discovery, name: str) -> Figure:
         discovery: see ``discover``.
         name: of the data set, such as "forget".
     """
-    import networkx
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+    try:
+        import networkx
+    except ImportError as error:
+        raise ExtraError("figures of circuits need networkx", "circuits") from error
 
     circuit = discovery.circuits[name]
     positions = _positions(discovery, circuit.nodes)
     rows = len({y for _, y in positions.values()})
     columns = max(x for x, _ in positions.values()) - min(x for x, _ in positions.values())
-    figure = Figure(figsize=(max(6.0, 2.0 + 0.9 * columns), max(4.0, 1.0 + 0.6 * rows)), layout="constrained")
+    figure = _new_figure(max(6.0, 2.0 + 0.9 * columns), max(4.0, 1.0 + 0.6 * rows))
+    from matplotlib.lines import Line2D
+
     axes = figure.subplots()
     graph = networkx.DiGraph(list(circuit.edges))
     colors = [COLORS[discovery.categories.get(node, "irrelevant")] for node in graph.nodes]
@@ -365,7 +457,14 @@ def _positions(discovery: Discovery, nodes: list[str]) -> dict[str, tuple[float,
 
 
 def _canvas() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    figure = _new_figure(6.0, 4.0)
     return figure, figure.subplots()
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. Raises ExtraError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ExtraError("plots need matplotlib", "plots") from error
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,8 +1,7 @@
-"""Budgets: how many units of which pool may be selected, and scores made comparable between sites.
+"""Which units of which site are in which category, with their scores and where they came from.
 
-Selection: which units of which site are in which category, with their scores and where they came from.
-
-A category is two answers in one number: bit 0 says that a unit matters to the forget set, bit 1 that it matters to
+A selection is made of scores by a budget: how many units of which pool, with scores made comparable between sites. A
+category is two answers in one number: bit 0 says that a unit matters to the forget set, bit 1 that it matters to
 the retain set. A selection is therefore two sets of units, and set operations act on both.
 """
 
@@ -12,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
+from clue_fast.hub import find_file, push_folder
 from clue_fast.reliability import Reliability
 from clue_fast.sites import Site, check_sites, model_fingerprint
 
@@ -50,11 +51,18 @@ def check_budget(
     if isinstance(value, Mapping) and scope == "global":
         raise BudgetError("a budget by kind needs the scope 'layer' or 'kind', since 'global' ranks all kinds together")
     for number in value.values() if isinstance(value, Mapping) else [value]:
+        if not is_number(number):
+            raise BudgetError(f"{budget} {number!r} is not a number")
         if budget == "fraction" and not 0.0 < number <= 1.0:
             raise BudgetError(f"fraction {number} is outside (0, 1]")
         if budget == "count" and not (number >= 1 and number == int(number)):
-            raise BudgetError(f"count {number} is not a whole number above 0")
+            raise BudgetError(f"count {number} is not a positive integer")
     return budget, value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and not True or False."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_normalization(normalize: str | None) -> None:
@@ -116,6 +124,8 @@ NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {"rank": _ranks, "standa
 CATEGORIES = ("irrelevant", "forget", "retain", "conflict")
 IRRELEVANT, FORGET, RETAIN, CONFLICT = range(4)
 
+SELECTION_FILE = "selection.safetensors"
+
 RELIABILITY = "reliability"
 """Where the source of a selection has it."""
 
@@ -127,6 +137,9 @@ class Scores(dict[Site, Tensor]):
         super().__init__(scores)
         self.criterion = criterion
         self.fingerprint = fingerprint
+
+    def __repr__(self) -> str:
+        return f"Scores({self.criterion}, {sum(map(len, self.values()))} units in {len(self)} sites)"
 
 
 class Selection:
@@ -309,7 +322,59 @@ class Selection:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"Selection({len(self)} units of {len(self.sites)} sites, {self.source}, {self.hash})"
+        units = sum(site.width for site in self.sites)
+        criterion = self.source.get("criterion", self.source.get("operation", "given"))
+        return f"Selection({len(self)} of {units} units in {len(self.sites)} sites, {criterion}, {self.hash})"
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+    ) -> None:
+        """Writes the selection into a folder, which is made, under the name that ``from_pretrained`` looks for.
+
+        Args:
+            folder: may hold a checkpoint as well.
+            push_to_hub: push it too, to ``repo_id`` or the name of the folder.
+            repo_id, options: see ``push_to_hub``.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save(Path(folder) / SELECTION_FILE)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(folder).name, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], model: nn.Module | None = None, **options: Any) -> Selection:
+        """Reads the selection of a folder, such as that of ``unlearn``, or of a repository of the hub.
+
+        Args:
+            name: of the folder, or "owner/name".
+            model: see ``load``.
+            options: of ``huggingface_hub.hf_hub_download``, such as ``revision`` and ``token``.
+
+        Raises:
+            HubError, FileFormatError: there is none.
+            SelectionError: see ``load``.
+        """
+        return cls.load(find_file(name, SELECTION_FILE, **options), model)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Selection",
+        revision: str | None = None,
+    ) -> str:
+        """Pushes the selection to a repository of the hub, beside what is there; returns the address of the commit.
+
+        Raises:
+            HubError: there is no login, or the hub refuses.
+        """
+
+        def write(folder: Path) -> None:
+            self.save(folder / SELECTION_FILE)
+
+        return push_folder(repo_id, write, private=private, token=token, message=commit_message, revision=revision)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the selection to a safetensors file, atomically."""

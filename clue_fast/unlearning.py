@@ -5,42 +5,43 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import clue_fast
 from clue_fast.config import (
-    DEFAULT_OBJECTIVE,
     LAYER_LR,
+    OBJECTIVE,
+    OBJECTIVE_SETTINGS,
     RETAIN_RATIO,
-    check_rates,
-    check_training,
+    CircuitConfig,
+    EvalConfig,
+    ModelConfig,
+    UnlearnConfig,
     default_epochs,
     default_learning_rate,
-    described,
 )
-from clue_fast.criteria.circuit import CircuitSettings
 from clue_fast.criteria.registry import get_criterion
-from clue_fast.data import Source, check_encoding, load_records, load_sets
-from clue_fast.errors import ModelError, NonFiniteError, SettingError
+from clue_fast.data import EncodedRecords, Record, Source, check_encoding, data_hash, load_records, load_sets
+from clue_fast.deprecated import precision, renamed_arguments
+from clue_fast.errors import ExtraError, ModelError, NonFiniteError, SettingError
 from clue_fast.evaluation import Metrics, check_evaluation, evaluate
 from clue_fast.files import check_output, output_folder, save_json
-from clue_fast.localization import localize
-from clue_fast.objectives import Objective
+from clue_fast.localization import check_localization, localize_records
+from clue_fast.objectives import Objective, get_objective
 from clue_fast.ops import choose
 from clue_fast.recording import check_strictly
-from clue_fast.reliability import PERMUTATIONS, check_permutations
-from clue_fast.reporting import RESULTS, results_table, write_plots
-from clue_fast.selection import RELIABILITY, Selection, check_budget
-from clue_fast.sparse import LayerRate, audit
+from clue_fast.reporting import RESULTS, results_table, write_model_card, write_plots
+from clue_fast.selection import RELIABILITY, Selection
+from clue_fast.sparse import LayerRate, Sparse, audit
 from clue_fast.trainer.checkpoints import check_saving, detach_quantizer, keeping_trained_weights
 from clue_fast.trainer.stages import (
+    Schedule,
     Stage,
     check_ranked,
     get_schedule,
@@ -49,8 +50,9 @@ from clue_fast.trainer.stages import (
     scheduled,
     scheduled_objective,
 )
-from clue_fast.trainer.training import train_selected
-from clue_fast.trainer.update_scale import REPORTED, holding, shrink_update, split_forget, teaches_answers
+from clue_fast.trainer.training import check_rates, described, layer_rate, train_selected
+from clue_fast.trainer.update_scale import REPORTED, Split, holding, scale_to_target, split_forget, teaches_answers
+from clue_fast.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,27 +61,41 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    name: str | os.PathLike[str], *, trust_remote_code: bool = False
+    name: str | os.PathLike[str],
+    *,
+    device: str | None = ModelConfig.device,
+    dtype: str = ModelConfig.dtype,
+    trust_remote_code: bool = ModelConfig.trust_remote_code,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model and its tokenizer from a folder or from the hub, onto the GPU if there is one.
+    """Loads a causal language model and its tokenizer from a folder or from the hub.
+
+    Args:
+        name: of the folder, or on the hub.
+        device, dtype, trust_remote_code: see ``clue_fast.config.ModelConfig``.
 
     Raises:
-        ModelError: there is no such model, or it cannot be read.
+        ModelError: there is no such model, it cannot be read, or there is no such device.
+        UnknownNameError: no such dtype.
     """
+    ModelConfig(device, dtype, trust_remote_code)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = os.fspath(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, dtype=dtype)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"cannot load the model {name}: {reason[0]} "
             "Name a folder with a Hugging Face checkpoint, or a model of the hub"
         ) from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), tokenizer  # type: ignore[arg-type]
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(torch.device(place)), tokenizer  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ModelError(f"device {place!r} cannot be used: {why}; choose another, such as cpu") from error
 
 
 def check_weights(model: nn.Module) -> None:
@@ -109,6 +125,7 @@ class UnlearnResult:
         return results_table(self.results)
 
 
+@renamed_arguments(reference="retrained", master=precision)
 def unlearn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,32 +134,39 @@ def unlearn(
     retain: Source,
     output_dir: str | os.PathLike[str],
     held_out: Source | None = None,
-    reference: PreTrainedModel | Mapping[str, Metrics] | None = None,
+    retrained: PreTrainedModel | Mapping[str, Metrics] | None = None,
     selection: Selection | None = None,
-    criterion: str = "difference",
-    fraction: float | None = None,
-    scope: str = "layer",
-    categories: bool = False,
-    strict: bool = False,
-    permutations: int = PERMUTATIONS,
-    circuit: CircuitSettings | None = None,
-    objective: str | Objective | None = None,
     alternate: Source | None = None,
-    stages: str | Sequence[Stage] | None = None,
-    learning_rate: float | None = None,
-    layer_lr: LayerRate | None = None,
-    master: str = "fp32",
-    epochs: float | None = None,
-    batch_size: int = 8,
-    retain_ratio: int | None = None,
-    forget_target: float | None = None,
-    evaluate_every: int = 0,
-    samples: int = 0,
-    relearn: int = 0,
-    seed: int = 0,
-    max_length: int = 512,
-    backend: str | None = None,
-    progress: bool = True,
+    criterion: str = UnlearnConfig.criterion,
+    fraction: float | Mapping[str, float] | None = UnlearnConfig.fraction,
+    count: int | Mapping[str, int] | None = UnlearnConfig.count,
+    threshold: float | None = UnlearnConfig.threshold,
+    scope: str = UnlearnConfig.scope,
+    normalize: str | None = UnlearnConfig.normalize,
+    categories: bool = UnlearnConfig.categories,
+    circuit: CircuitConfig | None = UnlearnConfig.circuit,
+    target: str | None = UnlearnConfig.target,
+    kinds: Iterable[str] | None = UnlearnConfig.kinds,
+    strict: bool = UnlearnConfig.strict,
+    permutations: int = UnlearnConfig.permutations,
+    tokens_per_batch: int = UnlearnConfig.tokens_per_batch,
+    objective: str | Objective | None = UnlearnConfig.objective,
+    stages: str | Sequence[Stage] | None = UnlearnConfig.stages,
+    learning_rate: float | None = UnlearnConfig.learning_rate,
+    layer_lr: LayerRate | str | None = UnlearnConfig.layer_lr,
+    master_weights: bool = UnlearnConfig.master_weights,
+    stochastic_rounding: bool = UnlearnConfig.stochastic_rounding,
+    epochs: float | None = UnlearnConfig.epochs,
+    batch_size: int = UnlearnConfig.batch_size,
+    retain_ratio: int | None = UnlearnConfig.retain_ratio,
+    forget_target: float | None = UnlearnConfig.forget_target,
+    evaluate_every: int = UnlearnConfig.evaluate_every,
+    samples: int = UnlearnConfig.samples,
+    relearn: int = UnlearnConfig.relearn,
+    seed: int = UnlearnConfig.seed,
+    max_length: int = UnlearnConfig.max_length,
+    backend: str | None = UnlearnConfig.backend,
+    progress: bool = UnlearnConfig.progress,
 ) -> UnlearnResult:
     """Localizes, trains only the selected units, evaluates, and saves a plain checkpoint with the evidence beside it.
 
@@ -150,213 +174,340 @@ def unlearn(
         model: a causal language model with sites, see ``find_sites``; its selected weights are changed in place.
         tokenizer: of the model.
         forget, retain: data sets, see ``clue_fast.data.load_records``.
-        output_dir: new or empty folder for the checkpoint, ``selection.safetensors``, ``results.json`` and plots. It
-            appears when everything has ended well.
+        output_dir: new or empty folder for the checkpoint, its model card, ``selection.safetensors``, ``results.json``
+            and plots. It appears when everything has ended well.
         held_out: records that must stay and that take no part in scoring or training; they are only evaluated.
-        reference: a model that never saw the forget set, or what ``evaluate`` said of it; only compared with.
+        retrained: a model that was trained without the forget set, or what ``evaluate`` said of it; only compared with.
         selection: made before, instead of localizing now.
-        criterion, fraction, scope, categories, permutations, circuit: see ``localize``.
-        strict: see ``localize``; with a selection, of the kinds of units that it has.
-        objective: see ``clue_fast.objectives.OBJECTIVES``; default UNDIAL with a strength of 20 and a
-            retain weight of 10 (that of the schedule, if stages name one).
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
             ``refusal``; default refusals such as "I don't know".
-        stages: "clue" for the published schedule and the settings that belong to it, unless they are given here (see
-            ``clue_fast.trainer.stages.CLUE``), or a sequence of ``Stage``. The selection then needs categories; a
-            stage of which it has no units is skipped.
-        learning_rate: of the first layer; default see ``default_learning_rate``.
-        layer_lr: rate of the last layer over that of the first, geometric in between, or another rate by layer, see
-            ``LayerRate``. Default 0.2, or that of the published schedule.
-        master: "fp32" or "stochastic", see ``SparseAdamW``.
-        epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
-        batch_size: forget records a step.
-        retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
-        forget_target: share of the forget questions that shall no longer be answered (ROUGE-L recall below 0.5). Once
-            trained, the update is then shrunk to the smallest share of itself that reaches the target on a random half
-            of the forget questions and on their rewordings (``paraphrased_question``), see
-            ``clue_fast.trainer.shrink``. The other half was not looked at and is reported as a set of its own,
-            "forget_reported", with a column before and one after shrinking. It makes up for what was damaged, and for
-            that forgets less deeply. None, the default, keeps the whole update.
-        evaluate_every: steps between evaluations of forget and retain recall during training, 0 for none.
-        samples, relearn: answers to sample to each forget question, and forget records that a copy of the model learns
-            again, when it is evaluated; see ``clue_fast.evaluate``.
-        seed: of everything that is random.
-        max_length: longer records are cut, in tokens, in training and in evaluation.
-        backend: forces a backend for recording.
-        progress: show progress bars.
+        criterion, fraction, count, threshold, scope, normalize, categories, circuit, target, kinds, strict,
+            permutations, tokens_per_batch: how to localize, see ``clue_fast.config.LocalizeConfig``; with a selection,
+            ``strict`` is of the kinds of units that it has, and the others have no use.
+        objective, stages, learning_rate, layer_lr, master_weights, stochastic_rounding, epochs, batch_size,
+            retain_ratio, forget_target, evaluate_every: how to train, see ``clue_fast.config.UnlearnConfig``.
+        samples, relearn: how to evaluate, see ``clue_fast.config.EvalConfig``.
+        seed, max_length, backend, progress: of everything. ``**vars(UnlearnConfig.load(file))`` gives all settings of
+            a configuration file.
 
     Raises:
         ClueFastError: bad input, see its children; nothing half-written stays behind.
     """
     check_output(output_dir)
-    ranking = get_criterion(criterion)
-    check_budget(fraction, scope=scope)
-    check_permutations(permutations)
-    schedule = get_schedule(stages)
-    chosen_objective = scheduled_objective(objective, schedule, DEFAULT_OBJECTIVE)
-    every = None if stages is None else make_stages(stages, chosen_objective)
-    sets = load_sets(forget, retain, held_out)
-    training = {
-        "learning_rate": default_learning_rate(model) if learning_rate is None else learning_rate,
-        "layer_lr": scheduled("layer_lr", layer_lr, schedule, LAYER_LR),
-        "epochs": default_epochs(len(sets["forget"]), batch_size) if epochs is None else epochs,
-        "batch_size": batch_size,
-        "retain_ratio": scheduled("retain_ratio", retain_ratio, schedule, RETAIN_RATIO),
-        "forget_target": forget_target,
-        "master": master,
-        "seed": seed,
-    }
-    check_training(training)
-    if stages is not None and epochs is not None:
-        raise SettingError("stages have epochs of their own; leave epochs out")
-    if selection is not None and circuit is not None:
-        raise SettingError("settings of circuits make a selection, and one is given already; leave out one of both")
-    measures = _measures(samples, relearn, seed, max_length, progress)
-    check_evaluation(sets, measures["samples"], measures["relearn"])
-    split = None if forget_target is None else split_forget(len(sets["forget"]), seed)
-    if split is not None and teaches_answers(chosen_objective, every):
-        raise SettingError(
-            f"forget_target {forget_target} shrinks the update, and with it the other answers that the objective "
-            "teaches; leave it out"
-        )
-    if split is not None and isinstance(reference, Mapping):
-        reference["forget"].subset(split.reported)  # refuses figures without the values of each record
-    other_answers = None if alternate is None else load_records(alternate, "alternate")
-    check_encoding(
-        model, sets if other_answers is None else {**sets, "alternate": other_answers}, tokenizer, max_length
+    run = _prepared(
+        model,
+        tokenizer,
+        UnlearnConfig.of(locals()),
+        output_dir,
+        (forget, retain, held_out),
+        retrained,
+        selection,
+        alternate,
     )
+    run.localize()
+    run.evaluate("before")
+    run.train()
+    run.scale()
+    run.sparse.restore()
+    with keeping_trained_weights(model, output_dir):
+        run.evaluate_trained()
+        results = run.results()
+        run.save(results)
+    return UnlearnResult(run.selected, results, Path(output_dir))
+
+
+def _prepared(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: UnlearnConfig,
+    output_dir: str | os.PathLike[str],
+    sources: tuple[Source, Source, Source | None],
+    retrained: PreTrainedModel | Mapping[str, Metrics] | None,
+    selection: Selection | None,
+    alternate: Source | None,
+) -> _Run:
+    """Reads the data sets, settles every setting, and refuses what makes no sense before the model runs over data."""
+    ranking = get_criterion(config.criterion)
+    if selection is None:
+        check_localization(config)
+    else:
+        _check_unused(config)
+    schedule = get_schedule(config.stages)
+    default = get_objective(OBJECTIVE, **OBJECTIVE_SETTINGS)
+    objective = scheduled_objective(config.objective, schedule, default)
+    stages = None if config.stages is None else make_stages(config.stages, objective)
+    sets = load_sets(*sources)
+    config = _settled(config, model, schedule, len(sets["forget"]))
+    check_evaluation(sets, {"forget": config.samples}, {"forget": config.relearn})
+    split = _split(config, len(sets["forget"]), objective, stages)
+    if split is not None and isinstance(retrained, Mapping):
+        retrained["forget"].subset(split.reported)  # refuses figures without the values of each record
+    read = sets if alternate is None else {**sets, "alternate": load_records(alternate, "alternate")}
+    encoded = {name: EncodedRecords(records, tokenizer, name) for name, records in read.items()}
+    check_encoding(model, encoded, tokenizer, config.max_length)
+    others = encoded.pop("alternate", None)
     check_weights(model)
     detach_quantizer(model)
     check_saving(model, output_dir, tokenizer)
-    choose("gated_activation", model.device, backend)
+    choose("gated_activation", model.device, config.backend)
     if selection is not None:
         selection.check(model)
-        if strict:  # otherwise localize checks, before it runs the model over anything
-            check_strictly(model, {site.kind for site in selection.sites}, backend)
-    kept: tuple[Stage, ...] | None = None
-    if every is not None:
-        if not (categories or ranking.always_categorizes if selection is None else selection.categorized):
-            check_ranked(every)
-        kept = None if selection is None else get_stages(every, chosen_objective, selection)
-    seconds: dict[str, float] = {}
-    evaluation: dict[str, Mapping[str, Metrics]] = {}
+        if config.strict:  # otherwise localizing checks, before it runs the model over anything
+            check_strictly(model, {site.kind for site in selection.sites}, config.backend)
+    if stages is not None:
+        categorized = config.categories or ranking.always_categorizes if selection is None else selection.categorized
+        if not categorized:
+            check_ranked(stages)
+    run = _Run(
+        model,
+        tokenizer,
+        config,
+        Path(output_dir),
+        encoded,
+        others,
+        retrained,
+        objective,
+        schedule,
+        stages,
+        split,
+        selection,
+    )
+    if selection is not None:
+        run.keep_stages(selection)
+    return run
 
-    # First, since it refuses what makes no sense before it runs the model over anything.
-    with _stage("localize", seconds):
-        if selection is None:
-            selection = localize(
-                model,
-                sets["forget"],
-                sets["retain"],
-                tokenizer=tokenizer,
-                criterion=criterion,
-                fraction=fraction,
-                scope=scope,
-                categories=categories,
-                strict=strict,
-                permutations=permutations,
-                circuit=circuit,
-                seed=seed,
-                max_length=max_length,
-                backend=backend,
-                progress=progress,
-            )
-        if every is not None and kept is None:
-            kept = get_stages(every, chosen_objective, selection)
-        check_rates(training["layer_lr"], selection)
-    with _stage("evaluate before", seconds):
-        evaluation["before"] = evaluate(model, tokenizer, sets, **measures)
-    with _stage("train", seconds):
-        before = audit.snapshot(model)
-        sparse, history = train_selected(
-            model,
-            tokenizer,
-            sets,
-            selection,
-            chosen_objective,
-            training,
-            alternate=other_answers,
-            stages=kept,
-            max_length=max_length,
-            evaluate_every=evaluate_every,
-            progress=progress,
+
+def _check_unused(config: UnlearnConfig) -> None:
+    """Raises SettingError for a setting of a localization where a selection is given already."""
+    if config.circuit is not None:
+        raise SettingError("settings of circuits make a selection, and one is given already; leave out one of both")
+    for name in ("fraction", "count", "threshold", "normalize", "target"):
+        if getattr(config, name) is not None:
+            raise SettingError(f"{name} makes a selection, and one is given already; leave out {name} or the selection")
+
+
+def _settled(config: UnlearnConfig, model: PreTrainedModel, schedule: Schedule | None, records: int) -> UnlearnConfig:
+    """The settings with every default of the training in its place; stages, which have epochs of their own, are out."""
+    rate, epochs = config.learning_rate, config.epochs
+    return replace(
+        config,
+        stages=None,
+        learning_rate=default_learning_rate(model) if rate is None else rate,
+        layer_lr=layer_rate(scheduled("layer_lr", config.layer_lr, schedule, LAYER_LR)),
+        epochs=default_epochs(records, config.batch_size) if epochs is None else epochs,
+        retain_ratio=scheduled("retain_ratio", config.retain_ratio, schedule, RETAIN_RATIO),
+    )
+
+
+def _split(config: UnlearnConfig, records: int, objective: Objective, stages: Sequence[Stage] | None) -> Split | None:
+    """How the forget records are split, half to decide on the scale of the update, half to report; None without."""
+    if config.forget_target is None:
+        return None
+    split = split_forget(records, config.seed)
+    if teaches_answers(objective, stages):
+        raise SettingError(
+            f"forget_target {config.forget_target} scales the update down, and with it the other answers that the "
+            "objective teaches; leave it out"
         )
-        trained = sum(parameter.numel() for parameter in sparse.trainable_parameters)
-    shrinking: dict[str, Any] = {}
-    whole: dict[str, Tensor] = {}
-    if split is not None and forget_target is not None:
-        with _stage("shrink", seconds):
-            now = audit.snapshot(model)
-            whole = {name: weight for name, weight in now.items() if not torch.equal(weight, before[name])}
-            validation = [sets["forget"][index] for index in split.validation]
-            share, unanswered = shrink_update(sparse, model, tokenizer, validation, forget_target, max_length)
-            shrinking = {
-                "forget_target": forget_target,
-                "update_kept": share,
+    return split
+
+
+@dataclass
+class _Run:
+    """The stages of ``unlearn``, one after another, and what each leaves to the next.
+
+    Attributes:
+        config: with every setting of the training settled, see ``_settled``.
+        sets: the records of ``forget``, ``retain`` and, where there are any, ``held_out``.
+        others: other answers to the forget questions.
+        retrained: a model to compare with, or what was measured of it.
+        schedule, stages: the published schedule, and all stages that were asked for.
+        split: of the forget records, where the update is scaled to a target.
+        selection: what trains.
+        kept: the stages that have units to train.
+        evaluation: figures by stage ("before", "trained", "after", "retrained") and set.
+        seconds: by stage.
+        before: the weights before the training.
+        whole: the weights that the training changed, before the update was scaled.
+        scaling: how the update was scaled, as the results have it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: UnlearnConfig
+    output_dir: Path
+    sets: Mapping[str, list[Record]]
+    others: list[Record] | None
+    retrained: PreTrainedModel | Mapping[str, Metrics] | None
+    objective: Objective
+    schedule: Schedule | None
+    stages: tuple[Stage, ...] | None
+    split: Split | None
+    selection: Selection | None
+    kept: tuple[Stage, ...] | None = None
+    evaluation: dict[str, Mapping[str, Metrics]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    scaling: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    trained: int = 0
+
+    sparse: Sparse = field(init=False)
+
+    @property
+    def selected(self) -> Selection:
+        """The selection, once there is one."""
+        assert self.selection is not None
+        return self.selection
+
+    def keep_stages(self, selection: Selection) -> None:
+        """Keeps the stages that a selection has units for."""
+        if self.stages is not None and self.kept is None:
+            self.kept = get_stages(self.stages, self.objective, selection)
+
+    def localize(self) -> None:
+        """Selects units unless that was done before; the first stage, since it refuses what makes no sense early."""
+        with _stage("localize", self.seconds):
+            if self.selection is None:
+                sets = {name: self.sets[name] for name in ("forget", "retain")}
+                self.selection = localize_records(self.model, sets, self.tokenizer, self.config)
+            self.keep_stages(self.selection)
+            check_rates(self.config.layer_lr, self.selection)
+
+    def evaluate(self, stage: str) -> None:
+        """Measures the model as it is."""
+        with _stage(f"evaluate {stage}", self.seconds):
+            self.evaluation[stage] = self._measured(self.model)
+
+    def _measured(self, model: PreTrainedModel) -> dict[str, Metrics]:
+        return evaluate(model, self.tokenizer, self.sets, **_measures(self.config))
+
+    def train(self) -> None:
+        """Trains the selected units; the model stays sparse."""
+        with _stage("train", self.seconds):
+            self.before = audit.snapshot(self.model)
+            self.sparse, self.history = train_selected(
+                self.model,
+                self.tokenizer,
+                self.sets,
+                self.selected,
+                self.objective,
+                self.config,
+                alternate=self.others,
+                stages=self.kept,
+            )
+            self.trained = sum(parameter.numel() for parameter in self.sparse.trainable_parameters)
+
+    def scale(self) -> None:
+        """Scales the update down to what the target takes, where there is one."""
+        if self.split is None or self.config.forget_target is None:
+            return
+        with _stage("scale", self.seconds):
+            now = audit.snapshot(self.model)
+            self.whole = {name: weight for name, weight in now.items() if not torch.equal(weight, self.before[name])}
+            validation = [self.sets["forget"][index] for index in self.split.validation]
+            scale, unanswered = scale_to_target(
+                self.sparse, self.model, self.tokenizer, validation, self.config.forget_target, self.config.max_length
+            )
+            self.scaling = {
+                "forget_target": self.config.forget_target,
+                "update_scale": scale,
                 "unanswered": unanswered,
-                "validation": [index + 1 for index in split.validation],
-                "reported": [index + 1 for index in split.reported],
+                "validation": [index + 1 for index in self.split.validation],
+                "reported": [index + 1 for index in self.split.reported],
                 "rewordings": sum(record.paraphrased_prompt is not None for record in validation),
             }
-    sparse.restore()
-    rate = training["layer_lr"]
-    course = {} if every is None or kept is None else described(every, kept, schedule, training, chosen_objective)
-    with keeping_trained_weights(model, output_dir):
-        with _stage("evaluate after", seconds):
-            if split is not None:
-                with holding(model, whole):
-                    evaluation["trained"] = evaluate(model, tokenizer, sets, **measures)
-            evaluation["after"] = evaluate(model, tokenizer, sets, **measures)
-            if reference is not None:
-                evaluation["reference"] = (
-                    reference if isinstance(reference, Mapping) else evaluate(reference, tokenizer, sets, **measures)
-                )
-            if split is not None:
-                for stage, figures in evaluation.items():
-                    evaluation[stage] = {REPORTED: figures["forget"].subset(split.reported), **figures}
-        results: dict[str, Any] = {
-            "clue_fast": clue_fast.__version__,
-            "settings": {
-                **{name: value for name, value in selection.source.items() if name != RELIABILITY},
-                **training,
-                "layer_lr": rate if isinstance(rate, int | float) else str(rate),
-                "objective": chosen_objective.name,
-                **asdict(chosen_objective),
-                **course,
-                "records": {name: len(records) for name, records in sets.items()},
-            },
+
+    def evaluate_trained(self) -> None:
+        """Measures the trained model, as it was before its update was scaled too, and the retrained one."""
+        with _stage("evaluate after", self.seconds):
+            if self.split is not None:
+                with holding(self.model, self.whole):
+                    self.evaluation["trained"] = self._measured(self.model)
+            self.evaluation["after"] = self._measured(self.model)
+            if self.retrained is not None:
+                known = self.retrained
+                self.evaluation["retrained"] = known if isinstance(known, Mapping) else self._measured(known)
+            if self.split is not None:
+                for stage, figures in self.evaluation.items():
+                    self.evaluation[stage] = {REPORTED: figures["forget"].subset(self.split.reported), **figures}
+
+    def results(self) -> dict[str, Any]:
+        """Everything that ``results.json`` holds."""
+        selection, reliability = self.selected, self.selected.reliability
+        return {
+            "clue_fast": __version__,
+            "settings": self._settings(),
+            "data": {name: {"records": len(own), "hash": data_hash(own)} for name, own in self.sets.items()},
             "evaluation": {
                 stage: {name: metrics.as_dict() for name, metrics in figures.items()}
-                for stage, figures in evaluation.items()
+                for stage, figures in self.evaluation.items()
             },
             "selection": {
                 "units": len(selection),
                 "of": sum(site.width for site in selection.sites),
                 "hash": selection.hash,
-                **({} if selection.reliability is None else {RELIABILITY: selection.reliability.as_dict()}),
+                **({} if reliability is None else {RELIABILITY: reliability.as_dict()}),
             },
             "weights": {
-                "total": sum(parameter.numel() for parameter in model.parameters()),
-                "trained": trained,
-                "changed_inside": audit.changed_inside(before, model, selection),
-                "changed_outside": audit.changed_outside(before, model, selection),
+                "total": sum(parameter.numel() for parameter in self.model.parameters()),
+                "trained": self.trained,
+                "changed_inside": audit.changed_inside(self.before, self.model, selection),
+                "changed_outside": audit.changed_outside(self.before, self.model, selection),
             },
-            **({"shrinking": shrinking} if shrinking else {}),
-            "history": history,
-            "seconds": dict(seconds),
+            **({"scaling": self.scaling} if self.scaling else {}),
+            "history": self.history,
+            "seconds": dict(self.seconds),
         }
-        with _stage("save", seconds), output_folder(output_dir) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            selection.save(folder / "selection.safetensors")
+
+    def _settings(self) -> dict[str, Any]:
+        config, rate = self.config, self.config.layer_lr
+        training = {name: getattr(config, name) for name in TRAINING}
+        course: dict[str, Any] = {}
+        if self.stages is not None and self.kept is not None:
+            course = described(self.stages, self.kept, self.schedule, training, self.objective)
+        return {
+            **{name: value for name, value in self.selected.source.items() if name != RELIABILITY},
+            **training,
+            "layer_lr": rate if isinstance(rate, int | float) else str(rate),
+            "objective": self.objective.name,
+            **asdict(self.objective),
+            **course,
+            "records": {name: len(records) for name, records in self.sets.items()},
+        }
+
+    def save(self, results: Mapping[str, Any]) -> None:
+        """Writes the checkpoint, its model card, the selection, the results and the plots."""
+        with _stage("save", self.seconds), output_folder(self.output_dir) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            self.selected.save_pretrained(folder)
             save_json(folder / RESULTS, results)
+            write_model_card(folder, results, getattr(self.model.config, "_name_or_path", ""), self.output_dir.name)
             try:
-                write_plots(folder, selection, selection.statistics, history)
+                write_plots(folder, self.selected, self.selected.statistics, self.history)
+            except ExtraError as error:
+                logger.warning("no plots: %s", error)
             except Exception as error:  # pictures of what is in the other files
                 logger.warning("the plots could not be written: %s", error)
-    return UnlearnResult(selection, results, Path(output_dir))
 
 
+TRAINING = (
+    "learning_rate",
+    "layer_lr",
+    "epochs",
+    "batch_size",
+    "retain_ratio",
+    "forget_target",
+    "master_weights",
+    "stochastic_rounding",
+    "seed",
+)
+"""Settings of a training as the results have them."""
+
+
+@renamed_arguments(reference="retrained")
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -364,30 +515,37 @@ def evaluate_model(
     forget: Source,
     retain: Source,
     held_out: Source | None = None,
-    reference: PreTrainedModel | None = None,
-    samples: int = 0,
-    relearn: int = 0,
-    seed: int = 0,
-    max_length: int = 512,
-    progress: bool = True,
+    retrained: PreTrainedModel | None = None,
+    samples: int = EvalConfig.samples,
+    relearn: int = EvalConfig.relearn,
+    seed: int = EvalConfig.seed,
+    max_length: int = EvalConfig.max_length,
+    progress: bool = EvalConfig.progress,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns the figures of a model, and of a reference beside it: ``{"model": {set: figures}, "reference": ...}``.
+    """Returns the figures of a model, and of a retrained one beside it.
 
-    Samples are drawn, and records relearned, of the forget set; see ``clue_fast.evaluate``.
+    They are ``{"model": {set: figures}, "retrained": {set: figures}}``.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of the model.
+        forget, retain, held_out: data sets, see ``clue_fast.data.load_records``.
+        retrained: a model that was trained without the forget set, to compare with.
+        samples, relearn, seed, max_length, progress: see ``clue_fast.config.EvalConfig``.
     """
+    config = EvalConfig.of(locals())
     sets = load_sets(forget, retain, held_out)
-    measures = _measures(samples, relearn, seed, max_length, progress)
-    models = {"model": model} | ({} if reference is None else {"reference": reference})
+    models = {"model": model} | ({} if retrained is None else {"retrained": retrained})
     return {
-        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, **measures).items()}
+        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, **_measures(config)).items()}
         for title, one in models.items()
     }
 
 
-def _measures(samples: int, relearn: int, seed: int, max_length: int, progress: bool) -> dict[str, Any]:
+def _measures(config: EvalConfig) -> dict[str, Any]:
     """Arguments of ``evaluate``: how deeply something is forgotten is asked of the forget set alone."""
-    depth = {"samples": {"forget": samples}, "relearn": {"forget": relearn}}
-    return {**depth, "seed": seed, "max_length": max_length, "progress": progress}
+    depth = {"samples": {"forget": config.samples}, "relearn": {"forget": config.relearn}}
+    return {**depth, "seed": config.seed, "max_length": config.max_length, "progress": config.progress}
 
 
 @contextmanager

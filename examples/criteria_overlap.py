@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from tofu_small import DATA, load_tofu
 
 import clue_fast
+from clue_fast.config import CircuitConfig
 from clue_fast.criteria import CRITERIA
-from clue_fast.criteria.circuit import CircuitSettings
 from clue_fast.data import Record
 from clue_fast.reporting import overlap_figure
 from clue_fast.selection import Selection
@@ -80,7 +80,7 @@ def main() -> None:
                 tokenizer=tokenizer,
                 criterion=criterion,
                 kinds=["mlp"],  # circuits would have heads too, which the others know nothing of
-                circuit=CircuitSettings(edges=0.05) if criterion == "circuit" else None,
+                circuit=CircuitConfig(edges=0.05) if criterion == "circuit" else None,
                 seed=seed,
                 progress=False,
             )

@@ -2,7 +2,7 @@
 
     python examples/planted_truth.py [--seeds 5] [--output planted.json]
 
-A real small model (BabyLlama, 936,448 weights, trained on children's stories) learns a passage of WikiText-2 by heart
+A real small model (BabyLlama, 936,448 weights, trained on children's stories) memorizes a passage of WikiText-2
 while only a few randomly chosen MLP units of two layers train, and goes on writing stories as before. Then every
 criterion scores all units, from the passage as forget set and stories as retain set. Reported is the area under the
 ROC curve of the planted units among all units, and among those of their own layers, for an early planting (layers 0
@@ -100,7 +100,7 @@ def run(
 
 
 def plant(model: LlamaForCausalLM, planted: Selection, forget: Tensor, stories: Tensor) -> tuple[float, int]:
-    """Trains only the planted units: the passage by heart, stories predicted as before; returns the loss and steps."""
+    """Trains only the planted units: the passage memorized, stories predicted as before; returns the loss and steps."""
     with torch.no_grad():
         before = model(input_ids=stories).logits.log_softmax(-1)
     sparse = clue_fast.sparsify(model, planted)

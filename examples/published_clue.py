@@ -46,7 +46,7 @@ def main() -> int:
     folder = options.output
     sets = [f"--{name}={folder / name.replace('-', '_')}.jsonl" for name in ("forget", "retain", "held-out")]
     published = ["--criterion", "circuit", "--stages", "clue", "--seed", str(options.seed)]
-    output = [f"--reference={folder / 'reference'}", f"--output={folder / 'unlearned'}"]
+    output = [f"--retrained={folder / 'reference'}", f"--output={folder / 'unlearned'}"]
     more = [argument for argument in options.more if argument != "--"]
     arguments = ["unlearn", str(folder / "model"), *sets, *published, *output, *more]
     print(f"clue-fast {shlex.join(arguments)}", flush=True)

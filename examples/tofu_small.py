@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast.data import Record
-from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
 from clue_fast.evaluation import Metrics, forget_quality
 from clue_fast.files import check_output
 from clue_fast.reporting import evaluation_table, read_metrics
@@ -37,7 +37,7 @@ HUB = "locuslab/TOFU"
 DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tofu"
 RETAIN, HELD_OUT = slice(0, 480), slice(480, 600)
 SHAPE = Shape(layers=5, width=128, units=384)
-RECIPE = Recipe(epochs=40, batch_size=16, lr=3e-3)
+RECIPE = TrainConfig(epochs=40, batch_size=16, lr=3e-3)
 RESULTS = "tofu.json"
 
 logger = logging.getLogger("clue_fast.tofu_small")
@@ -59,7 +59,7 @@ def learn(records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, seed: i
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = train_model(
-        records, tokenizer, shape=SHAPE, recipe=RECIPE, seed=seed, progress=False, description=f"learn {folder.name}"
+        records, tokenizer, shape=SHAPE, config=RECIPE, seed=seed, progress=False, description=f"learn {folder.name}"
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -85,7 +85,7 @@ def run(data: Path, output: Path, seed: int) -> str:
     sets = load_tofu(data)
     tokenizer = train_tokenizer(sets["forget"] + sets["retain"] + sets["held_out"], vocab_size=4096)
     model, retrained = learn_both(sets, tokenizer, seed, output)
-    reference = clue_fast.evaluate(retrained, tokenizer, sets)
+    known = clue_fast.evaluate(retrained, tokenizer, sets)
     columns: dict[str, dict[str, Metrics]] = {}
     results = {}
     for criterion in ("difference", "random"):
@@ -95,7 +95,7 @@ def run(data: Path, output: Path, seed: int) -> str:
             forget=sets["forget"],
             retain=sets["retain"],
             held_out=sets["held_out"],
-            reference=reference,
+            retrained=known,
             criterion=criterion,
             seed=seed,
             output_dir=output / criterion,
@@ -103,7 +103,7 @@ def run(data: Path, output: Path, seed: int) -> str:
         evaluation = results[criterion]["evaluation"]
         columns.setdefault("before", read_metrics(evaluation["before"]))
         columns[criterion] = read_metrics(evaluation["after"])
-    columns["retrained"] = reference
+    columns["retrained"] = known
     summary = summarize(columns, seed) | {"seconds": round(time.perf_counter() - started, 1)}
     (output / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     weights = results["difference"]["weights"]
@@ -120,10 +120,10 @@ def run(data: Path, output: Path, seed: int) -> str:
 
 def summarize(columns: dict[str, dict[str, Metrics]], seed: int) -> dict:
     """Returns what the README reports of a seed: figures by column, forgotten, kept, and forget quality."""
-    before, reference = columns["before"], columns["retrained"]
+    before, known = columns["before"], columns["retrained"]
     quality = {}
     for name, metrics in columns.items():
-        p_value, distance = forget_quality(metrics["forget"].truth_ratios, reference["forget"].truth_ratios)
+        p_value, distance = forget_quality(metrics["forget"].truth_ratios, known["forget"].truth_ratios)
         kept = {s: metrics[s].rouge_recall / before[s].rouge_recall for s in ("retain", "held_out")}
         quality[name] = (
             f"no longer answered {1 - metrics['forget'].answered:.1%}, recall kept on retain {kept['retain']:.1%} "

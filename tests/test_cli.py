@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -15,11 +16,17 @@ import torch
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import clue_fast
-from clue_fast import cli, workflow
-from clue_fast.criteria.circuit import CircuitSettings
+from clue_fast import cli
+from clue_fast.config import CircuitConfig, EvalConfig, LocalizeConfig, UnlearnConfig
+from clue_fast.config_file import Settings
+from clue_fast.criteria import CRITERIA, TARGETS
 from clue_fast.demo import write_jsonl
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import train_tokenizer
+from clue_fast.errors import BudgetError, SettingError
+from clue_fast.objectives import OBJECTIVES
+from clue_fast.selection import SCOPES
+from clue_fast.unlearning import evaluate_model
 
 PEOPLE = make_people(4, seed=3)
 
@@ -80,57 +87,174 @@ def refuses(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         ("--learning-rate", "0", "learning_rate 0.0 is not a number above 0"),
         ("--learning-rate", "nan", "learning_rate nan is not a number above 0"),
         ("--layer-lr", "-1", "layer_lr -1.0 is not a number above 0"),
-        ("--layer-lr", "linear:-1", "layer-lr 'linear:-1' is neither a number nor linear:NUMBER"),
-        ("--retain-ratio", "0", "retain_ratio 0 is not a whole number above 0"),
+        ("--layer-lr", "linear:-1", "layer_lr 'linear:-1' is neither a number nor linear:NUMBER"),
+        ("--retain-ratio", "0", "retain_ratio 0 is not a positive integer"),
         ("--forget-target", "1.5", "forget_target 1.5 is not a share above 0 and up to 1"),
         ("--forget-target", "nan", "forget_target nan is not a share above 0 and up to 1"),
-        ("--layer-lr", "slow", "layer-lr 'slow' is neither a number nor linear:NUMBER"),
+        ("--layer-lr", "slow", "layer_lr 'slow' is neither a number nor linear:NUMBER"),
         ("--master", "fp16", "unknown master 'fp16'; choose one of: fp32, stochastic"),
+        ("--stochastic-rounding", "", "master_weights and stochastic_rounding exclude each other"),
+        ("--count", "2", "give one budget, not fraction and count"),
+        ("--device", "tpu:9", "device 'tpu:9' cannot be used"),
+        ("--dtype", "int8", "unknown dtype 'int8'; choose one of: auto, bfloat16, float16, float32"),
+        ("--target", "astrology", "unknown target 'astrology'"),
+        ("--kinds", "astrology", "unknown kind of site 'astrology'"),
         ("--stages", "clue", "a stage trains forget units, and units that are ranked by one score are all conflict"),
         ("--stages", "never", "unknown schedule of stages 'never'"),
         ("--circuit-steps", "1", "settings of circuits need the criterion 'circuit'"),
         ("--alternate", "nowhere.jsonl", "nowhere.jsonl"),
         ("--epochs", "0", "epochs 0.0 is not a number above 0"),
-        ("--batch-size", "0", "batch_size 0 is not a whole number above 0"),
+        ("--batch-size", "0", "batch_size 0 is not a positive integer"),
     ],
 )
 def test_settings(refuses, setting: str, value: str, message: str) -> None:
-    refuses(message, "unlearn", "--output", "a/b/out", setting, value)
+    other = ["--fraction", "0.1"] if setting == "--count" else []
+    refuses(message, "unlearn", "--output", "a/b/out", *other, setting, *([value] if value else []))
 
 
-def test_the_command_has_the_defaults_of_the_functions() -> None:
-    arguments = ["MODEL", "--forget", "F", "--retain", "R", "--output", "O"]
-    options = cli._parser().parse_args(["unlearn", *arguments])
-    defaults = {name: p.default for name, p in inspect.signature(clue_fast.unlearn).parameters.items()}
-    shared = ("criterion", "fraction", "scope", "strict", "permutations", "max_length")
-    names = (
-        *shared,
-        "batch_size",
-        "layer_lr",
-        "retain_ratio",
-        "forget_target",
-        "master",
-        "stages",
-        "samples",
-        "relearn",
+KINDS = {
+    "localize": (clue_fast.localize, LocalizeConfig),
+    "unlearn": (clue_fast.unlearn, UnlearnConfig),
+    "evaluate": (evaluate_model, EvalConfig),
+}
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_every_setting_is_an_argument_and_a_flag_with_one_default(command: str) -> None:
+    function, kind = KINDS[command]
+    parameters = inspect.signature(function).parameters
+    flags = {action.dest: action for action in subparser(command)._actions}
+    for one in dataclasses.fields(kind):
+        assert parameters[one.name].default == getattr(kind(), one.name), one.name
+        if one.name not in ("circuit", "progress"):
+            assert flags[one.name].default is argparse.SUPPRESS
+    assert kind is EvalConfig or {f"circuit.{one.name}" for one in dataclasses.fields(CircuitConfig)} <= flags.keys()
+    assert kind() == Settings({}).make(kind)
+
+
+def subparser(command: str) -> argparse.ArgumentParser:
+    (commands,) = (a for a in cli._parser([command])._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[command]
+
+
+def parsed(command: str, *flags: str) -> Settings:
+    _, kind = KINDS[command]
+    arguments = [command, "MODEL", "--forget", "F", "--retain", "R", "--output", "O", *flags]
+    return cli._settings(cli._parser(arguments).parse_args(arguments), kind)
+
+
+def test_flags_make_the_settings(caplog: pytest.LogCaptureFixture) -> None:
+    assert parsed("unlearn", "--circuit-edges", "0.2", "--criterion", "circuit").make(UnlearnConfig) == UnlearnConfig(
+        criterion="circuit", circuit=CircuitConfig(edges=0.2)
     )
-    for name in names:
-        assert getattr(options, name) == defaults[name], name
-    assert cli._circuit(options) is None
-    for field in dataclasses.fields(CircuitSettings):
-        value = getattr(CircuitSettings(), field.name)
-        given = [*arguments, f"--circuit-{field.name.replace('_', '-')}", str(value)]
-        for command in ("unlearn", "localize"):
-            assert cli._circuit(cli._parser().parse_args([command, *given])) == CircuitSettings(), field.name
-    assert cli._parser().parse_args(["unlearn", *arguments, "--forget-target", "none"]).forget_target is None
-    options = cli._parser().parse_args(["evaluate", *arguments])
-    defaults = {name: p.default for name, p in inspect.signature(workflow.evaluate_model).parameters.items()}
-    for name in ("samples", "relearn", "seed"):
-        assert getattr(options, name) == defaults[name], name
-    options = cli._parser().parse_args(["localize", *arguments])
-    defaults = {name: p.default for name, p in inspect.signature(clue_fast.localize).parameters.items()}
-    for name in shared:
-        assert getattr(options, name) == defaults[name], name
+    config = parsed("unlearn", "--fraction", "mlp=0.1,attention=0.2", "--kinds", "mlp, attention").make(UnlearnConfig)
+    assert config.fraction == {"mlp": 0.1, "attention": 0.2} and config.kinds == ("mlp", "attention")
+    assert parsed("unlearn", "--forget-target", "none", "--no-strict").make(UnlearnConfig) == UnlearnConfig()
+    old = parsed("unlearn", "--master", "stochastic").make(UnlearnConfig)
+    assert (old.master_weights, old.stochastic_rounding) == (False, True)
+
+
+def test_an_old_flag_works_and_says_the_new_one(
+    inputs: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = ["--forget", f"{inputs}/forget.jsonl", "--retain", f"{inputs}/retain.jsonl", "--quiet"]
+    assert cli.main(["evaluate", f"{inputs}/model", *sets, "--reference", f"{inputs}/model"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["set", "metric", "model", "retrained"]
+    assert [r.message for r in caplog.records if r.name == "clue_fast.cli"] == [
+        f"--reference {inputs}/model is --retrained {inputs}/model now; the old flag goes with the next release"
+    ]
+
+
+def test_help_lists_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["unlearn", "--help"])
+    help = " ".join(capsys.readouterr().out.split())
+    for choices in (CRITERIA, OBJECTIVES, SCOPES, TARGETS):
+        assert ", ".join(choices) in help
+    assert "(default: 512)" in help and "(default: 0)" in help
+
+
+def test_the_first_help_loads_no_torch() -> None:
+    script = "import sys; from clue_fast import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}print('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+class TestConfigurationFile:
+    """Flags go before the file; a mistake is named with its key, its line and the choices."""
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("run.yaml", "criterion: circuit\nlearning_rate: 1e-3\ncircuit:\n  edges: 0.2\nseed:\nkinds: [mlp]\n"),
+            (
+                "run.json",
+                '{\n\t"criterion": "circuit", "learning-rate": 1e-3, "circuit": {"edges": 0.2}, "kinds": "mlp"}',
+            ),
+        ],
+    )
+    def test_of_both_formats(self, tmp_path: Path, name: str, text: str) -> None:
+        (tmp_path / name).write_text(text)
+        made = UnlearnConfig.load(tmp_path / name)
+        circuit = CircuitConfig(edges=0.2)
+        assert made == UnlearnConfig(criterion="circuit", learning_rate=1e-3, circuit=circuit, kinds=("mlp",))
+        flags = parsed("unlearn", "--config", str(tmp_path / name), "--learning-rate", "0.5")
+        assert flags.make(UnlearnConfig) == dataclasses.replace(made, learning_rate=0.5)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("seed: 1\nfractoin: 0.1\n", "line 2: unknown setting 'fractoin'; choose one of: alternate, backend,"),
+            ("seed: 1\n\nfraction: 1.5\n", "line 3: fraction 1.5 is outside (0, 1]"),
+            ("scope: galaxy\n", "line 1: unknown scope 'galaxy'; choose one of: layer, kind, global"),
+            ("fraction: 0.1\nseed: 0\ncount: 3\n", "line 1 and 3: give one budget, not fraction and count"),
+            ("circuit:\n  edges: 0.1\n  logic: fuzzy\ncriterion: circuit\n", "line 3: unknown logic 'fuzzy'"),
+            ("circuit:\n  edgse: 0.1\n", "line 2: unknown setting 'circuit.edgse'"),
+            ("epochs: 3\nstages: clue\n", "line 1 and 2: stages have epochs of their own"),
+            ("master_weights: true\nstochastic_rounding: true\n", "line 1 and 2: master_weights and stochastic"),
+            ("seed: 1\nbatch_size: many\n", "line 2: batch_size 'many' should be a number"),
+            ("batch_size: 2.5\n", "line 1: batch_size 2.5 is not a positive integer"),
+            ("strict: 3\n", "line 1: strict 3 should be true or false"),
+            ("permutations: true\n", "line 1: permutations True should be a value, not a switch"),
+            ("criterion: [a, b]\n", "line 1: criterion ['a', 'b'] should be a name"),
+            ("fraction: {mlp: much}\n", "line 1: fraction 'much' is not a number"),
+            ("layer_lr: slow\n", "line 1: layer_lr 'slow' is neither a number nor linear:NUMBER"),
+            ("seed: 1\nseed: 2\n", "line 2: seed stands there twice"),
+            ("seed: [1\n", "not valid YAML"),
+            ("- seed\n", "line 1: expected the names of settings"),
+        ],
+    )
+    def test_a_mistake(self, refuses, tmp_path: Path, text: str, message: str) -> None:
+        (tmp_path / "run.yaml").write_text(text)
+        refuses(
+            f"run.yaml, {message}" if message.startswith("line") else message,
+            "unlearn",
+            "--output",
+            "out",
+            "--config",
+            f"{tmp_path}/run.yaml",
+        )
+
+    def test_from_python_it_is_typed(self, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_text("scope: galaxy\n")
+        with pytest.raises(BudgetError, match=r"run\.yaml, line 1: unknown scope"):
+            LocalizeConfig.load(tmp_path / "run.yaml")
+        (tmp_path / "run.json").write_text("{")
+        with pytest.raises(SettingError, match=r"run\.json, line 1: not valid JSON"):
+            LocalizeConfig.load(tmp_path / "run.json")
+
+    def test_that_is_not_there(self, refuses) -> None:
+        refuses(
+            "the configuration nowhere.yaml cannot be read", "localize", "--config", "nowhere.yaml", "--output", "o"
+        )
+
+    def test_paths_stand_in_it_too(self, inputs: Path, tmp_path: Path) -> None:
+        lines = [f"forget: {inputs}/forget.jsonl", f"retain: {inputs}/retain.jsonl", f"output: {tmp_path}/selection"]
+        (tmp_path / "run.yaml").write_text("\n".join([*lines, "permutations: 0", "count: 3", "dtype: float32"]))
+        assert cli.main(["localize", f"{inputs}/model", "--config", f"{tmp_path}/run.yaml", "--quiet"]) == 0
+        assert len(clue_fast.Selection.load(tmp_path / "selection")) == 6
 
 
 @pytest.mark.parametrize("command", ["unlearn", "evaluate"])

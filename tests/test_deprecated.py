@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 
 import clue_fast
+from clue_fast.demo.pretraining import train_model
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import UnknownNameError
+from clue_fast.evaluation import Row, compare
 from clue_fast.sites import ParamSlice
+from clue_fast.trainer import scale_update
+from clue_fast.unlearning import evaluate_model
 
 STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}
 
@@ -53,6 +57,12 @@ def test_new_names_say_nothing_and_both_are_refused() -> None:
     [
         (ParamSlice, {"lead": 1}, {"expert_index": 1}),
         (clue_fast.Site, {"parts": ()}, {"slices": ()}),
+        (clue_fast.unlearn, {"master": "stochastic"}, STOCHASTIC),
+        (clue_fast.unlearn, {"reference": None}, {"retrained": None}),
+        (evaluate_model, {"reference": None}, {"retrained": None}),
+        (compare, {"reference": None}, {"retrained": None}),
+        (train_model, {"recipe": None}, {"config": None}),
+        (scale_update, {"enough": None}, {"predicate": None}),
         (clue_fast.SparseAdamW, {"master": "stochastic"}, STOCHASTIC),
         (clue_fast.SparseSGD, {"master": "stochastic"}, STOCHASTIC),
         (clue_fast.UnlearnTrainer, {"master": "stochastic"}, STOCHASTIC),
@@ -71,6 +81,7 @@ def test_public_functions_take_the_old_names(function: Any, old: dict[str, Any],
 
 
 SLICE = ParamSlice("experts.down", 0, expert_index=2)
+ROW = Row("forget", "loss", "answer loss", 1.0, 2.0, 3.0)
 SITE = clue_fast.Site("mlp", "mlp", 4, 0, slices=(SLICE,))
 
 
@@ -78,6 +89,8 @@ SITE = clue_fast.Site("mlp", "mlp", 4, 0, slices=(SLICE,))
     ("holder", "old", "new"),
     [
         ("clue_fast.sites", "Part", "ParamSlice"),
+        ("clue_fast.evaluation", "COMPARED", "METRICS"),
+        (ROW, "reference", "retrained"),
         (SLICE, "lead", "expert_index"),
         (SITE, "parts", "slices"),
     ],

@@ -15,10 +15,10 @@ from torch.utils._device import _device_constructors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
-from clue_fast.criteria.circuit import CircuitSettings
+from clue_fast.config import CircuitConfig
 from clue_fast.data import Collator, encode
 from clue_fast.demo.people import make_people, records_of
-from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
 from clue_fast.objectives import RMU, Objective, get_objective
 from clue_fast.selection import Selection
 
@@ -82,7 +82,7 @@ def test_localize(
     model = llama(len(tokenizer))
     options = {"tokenizer": tokenizer, "criterion": criterion, "progress": False}
     if criterion == "circuit":
-        options["circuit"] = CircuitSettings(corruption="answer")
+        options["circuit"] = CircuitConfig(corruption="answer")
     expected = clue_fast.localize(model, FORGET, RETAIN, **options)
     request.getfixturevalue("elsewhere")
     found = clue_fast.localize(model, FORGET, RETAIN, **options)
@@ -124,6 +124,6 @@ def test_training_steps(
 
 
 def test_the_model_of_the_demo(tokenizer: PreTrainedTokenizerFast, elsewhere: None) -> None:
-    shape, recipe = Shape(layers=1, width=16, units=32, heads=2), Recipe(epochs=1)
-    model = train_model(FORGET, tokenizer, shape=shape, recipe=recipe, progress=False)
+    shape, config = Shape(layers=1, width=16, units=32, heads=2), TrainConfig(epochs=1)
+    model = train_model(FORGET, tokenizer, shape=shape, config=config, progress=False)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

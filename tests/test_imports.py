@@ -101,6 +101,11 @@ OLD_NAMES = {
     "localization.circuit.discover": "criteria.circuit.discover",
     "patching.Patched": "recording.Patched",
     "workflow.load_model": "unlearning.load_model",
+    "localization.CircuitSettings": "config.CircuitConfig",
+    "localization.circuit.CircuitSettings": "config.CircuitConfig",
+    "pretraining.Recipe": "demo.pretraining.TrainConfig",
+    "training.shrink": "trainer.scale_update",
+    "training.shrinking.shrink": "trainer.update_scale.scale_update",
     "doctor.diagnosis": "env.diagnosis",
     "ops.sparse_adamw.sparse_adamw_": "ops.sparse_optimizer.sparse_adamw_",
     "ops.sparse_sgd.sparse_sgd_": "ops.sparse_optimizer.sparse_sgd_",
@@ -117,7 +122,7 @@ def said() -> dict[str, str]:
             "with warnings.catch_warnings(record=True) as caught:",
             "    warnings.simplefilter('always')",
             f"    from clue_fast.{module} import {name} as old",
-            f"from clue_fast.{new.rpartition('.')[0]} import {name} as new",
+            f"from clue_fast.{new.rpartition('.')[0]} import {new.rpartition('.')[2]} as new",
             f"print('{old}:', old is new, [str(w.message) for w in caught if 'clue_fast' in str(w.message)])",
         ]
     return dict(line.split(": ", 1) for line in run("\n".join(script)).splitlines())

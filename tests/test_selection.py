@@ -204,7 +204,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("count", [0, -1, 2.5])
     def test_count(self, count: float) -> None:
-        with pytest.raises(BudgetError, match="whole number"):
+        with pytest.raises(BudgetError, match="positive integer"):
             select(SCORES, count=count)  # type: ignore[arg-type]
 
     def test_count_beyond_the_units(self) -> None:

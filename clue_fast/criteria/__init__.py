@@ -3,8 +3,10 @@
 A patched model scores by them, so the package takes ``patch`` from here.
 """
 
-from clue_fast.criteria import formulas  # noqa: F401  registers the criteria of the field
-from clue_fast.criteria.circuit import CircuitSettings
+from clue_fast.criteria import (
+    circuit,  # noqa: F401  registers itself
+    formulas,  # noqa: F401  registers the criteria of the field
+)
 from clue_fast.criteria.measure import measure, record_groups
 from clue_fast.criteria.measurements import MEASUREMENTS, Measurement
 from clue_fast.criteria.passes import TARGETS
@@ -26,7 +28,6 @@ __all__ = [
     "CRITERIA",
     "MEASUREMENTS",
     "TARGETS",
-    "CircuitSettings",
     "Criterion",
     "Measured",
     "Measurement",

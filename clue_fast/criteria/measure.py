@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from clue_fast.config import TOKENS_PER_BATCH
 from clue_fast.criteria.measurements import Job, Recorded, run_patched
 from clue_fast.criteria.passes import Batches, check_target
 from clue_fast.criteria.registry import Criterion, get_criterion
-from clue_fast.data import Example, Record, check_disjoint, encode_for, load_records, padding_token
+from clue_fast.data import Example, Record, encode_for, load_retain_sets, padding_token
 from clue_fast.recording import Patched
 from clue_fast.reliability import BlockStatistics, deal
 from clue_fast.sites import DEFAULT_KINDS, Survey, survey
@@ -20,7 +21,6 @@ from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS_PER_BATCH = 4096
 DEFAULT_TARGET = "log_odds"
 
 
@@ -89,12 +89,8 @@ def load_task(model: PreTrainedModel, forget: Any, retain: Any, **settings: Any)
     Raises:
         DataError: a set is empty or unreadable, or forget and retain records are the same.
     """
-    records = load_records(forget, "forget")
-    sources = retain if isinstance(retain, Mapping) else {"retain": retain}
-    retained = {name: load_records(source, name) for name, source in sources.items()}
-    for name, own in retained.items():
-        check_disjoint({"forget": records, name: own})
-    return Task(model=model, forget=records, retain=retained, **settings)
+    sets = load_retain_sets(forget, retain if isinstance(retain, Mapping) else {"retain": retain})
+    return Task(model=model, forget=sets.pop("forget"), retain=sets, **settings)
 
 
 def measure(

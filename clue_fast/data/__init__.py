@@ -1,7 +1,7 @@
 """Data: records, how they become tokens and labels, and how those become batches."""
 
 from clue_fast.data.collator import Collator, batches_by_length, padding_token
-from clue_fast.data.encoding import check_encoding, encode, encode_for, encode_prompts, prompt_tokens
+from clue_fast.data.encoding import EncodedRecords, check_encoding, encode, encode_for, encode_prompts, prompt_tokens
 from clue_fast.data.labels import IGNORED_LABEL, answer_mask, has_head, head_of, shift_labels
 from clue_fast.data.records import (
     COLUMN_SETS,
@@ -10,7 +10,9 @@ from clue_fast.data.records import (
     Record,
     Source,
     check_disjoint,
+    data_hash,
     load_records,
+    load_retain_sets,
     load_sets,
     plain,
     read_rows,
@@ -21,6 +23,7 @@ __all__ = [
     "IGNORED_LABEL",
     "OPTIONAL_COLUMNS",
     "Collator",
+    "EncodedRecords",
     "Example",
     "Record",
     "Source",
@@ -28,12 +31,14 @@ __all__ = [
     "batches_by_length",
     "check_disjoint",
     "check_encoding",
+    "data_hash",
     "encode",
     "encode_for",
     "encode_prompts",
     "has_head",
     "head_of",
     "load_records",
+    "load_retain_sets",
     "load_sets",
     "padding_token",
     "plain",

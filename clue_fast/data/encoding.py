@@ -26,13 +26,11 @@ from torch import nn
 
 from clue_fast.data.collator import check_examples, longest
 from clue_fast.data.labels import IGNORED_LABEL, answer_mask
-from clue_fast.data.records import Example, check_text, place_of
+from clue_fast.data.records import Example, Record, check_text, place_of
 from clue_fast.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from clue_fast.data.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -241,11 +239,13 @@ def encode(
         DataError: a record keeps no label within ``max_length``, its answer cannot be found in what the chat template
             writes, the template refuses its conversation, or the tokenizer has no end-of-sequence token.
     """
-    examples, cut = _encode(records, tokenizer, max_length, name)
-    if cut:
+    examples = encode_whole(records, tokenizer, name)
+    kept = cut_examples(examples, max_length, name)
+    number = sum(len(one["input_ids"]) < len(whole["input_ids"]) for one, whole in zip(kept, examples, strict=True))
+    if number:
         of = "" if name is None else f" of the {name} set"
-        logger.warning("%d of %d records%s were cut to %d tokens", cut, len(records), of, max_length)
-    return examples
+        logger.warning("%d of %d records%s were cut to %d tokens", number, len(records), of, max_length)
+    return kept
 
 
 def encode_for(
@@ -273,7 +273,7 @@ def check_encoding(
 ) -> None:
     """Raises the DataError of ``encode_for`` if a record of one of the sets cannot be encoded."""
     for name, records in sets.items():
-        examples, _ = _encode(records, tokenizer, longest(model, max_length), name)
+        examples = cut_examples(encode_whole(records, tokenizer, name), longest(model, max_length), name)
         check_examples(examples, model, name)
 
 
@@ -289,23 +289,55 @@ def prompt_tokens(example: Mapping[str, list[int]]) -> list[int]:
     return example["input_ids"][: example["labels"].count(IGNORED_LABEL)]
 
 
-def _encode(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str | None
-) -> tuple[list[Example], int]:
-    """The examples of ``encode``, and how many of them were cut."""
-    examples: list[Example] = []
-    cut = 0
+class EncodedRecords(list[Record]):
+    """Records with their tokens, so that what they are handed on to need not make them again.
+
+    Args:
+        records: of one data set.
+        tokenizer: of the model; it must not change as long as these are in use.
+        name: of the data set, for errors.
+
+    Attributes:
+        examples: whole, see ``encode``.
+
+    Raises:
+        DataError: see ``encode``.
+    """
+
+    def __init__(self, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
+        super().__init__(records)
+        self.tokenizer = tokenizer
+        self.examples: list[Example] = encode_whole(records, tokenizer, name)
+
+
+def encode_whole(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str | None = None
+) -> list[Example]:
+    """The examples of ``encode``, none of them cut; those that the records bring along, where they do."""
+    if isinstance(records, EncodedRecords) and records.tokenizer is tokenizer:
+        return records.examples
     places = [place_of(number, name) for number in range(1, len(records) + 1)]
     texts = [render(record, tokenizer, place) for record, place in zip(records, places, strict=True)]
-    for place, (input_ids, first) in zip(places, tokenize(texts, tokenizer, places), strict=True):
-        labels = [IGNORED_LABEL] * first + input_ids[first:]
-        if max_length is not None and len(input_ids) > max_length:
-            cut += 1
-            input_ids, labels = input_ids[:max_length], labels[:max_length]
-        if not answer_mask(torch.tensor(labels, device="cpu")).any():
+    return [
+        {"input_ids": tokens, "labels": [IGNORED_LABEL] * first + tokens[first:]}
+        for tokens, first in tokenize(texts, tokenizer, places)
+    ]
+
+
+def cut_examples(examples: Sequence[Example], max_length: int | None, name: str | None = None) -> list[Example]:
+    """Whole examples without what lies beyond so many tokens.
+
+    Raises:
+        DataError: one keeps no label.
+    """
+    kept: list[Example] = []
+    for number, whole in enumerate(examples, start=1):
+        example = {key: values[:max_length] for key, values in whole.items()}
+        if not answer_mask(torch.tensor(example["labels"], device="cpu")).any():
             raise DataError(
-                f"{place} keeps no answer token: its prompt has {first} tokens and max_length "
-                f"is {max_length}; raise max_length as far as the model has positions, or shorten the prompt"
+                f"{place_of(number, name)} keeps no answer token: its prompt has {len(prompt_tokens(whole))} tokens "
+                f"and max_length is {max_length}; raise max_length as far as the model has positions, or shorten the "
+                "prompt"
             )
-        examples.append({"input_ids": input_ids, "labels": labels})
-    return examples, cut
+        kept.append(example)
+    return kept

@@ -1,7 +1,8 @@
-"""Question/answer records: read from many sources, turned into tokens and labels, padded into batches."""
+"""Question/answer records, read from many sources, and which of them may stand in which set."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,12 +10,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from clue_fast.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +99,8 @@ def load_records(source: Source, name: str) -> list[Record]:
         )
     else:
         rows, where = _numbered(read_rows(source, name)), f"the {name} set"
+    if isinstance(source, list) and source and all(isinstance(row, Record) for row in source):
+        return source
     records = [_record(row, f"{where}, {place}") for place, row in rows]
     if not records:
         raise DataError(f"{where} is empty; it needs at least one record")
@@ -341,3 +341,23 @@ def load_sets(forget: Source, retain: Source, held_out: Source | None = None) ->
     sets = {name: load_records(source, name) for name, source in sources.items()}
     check_disjoint(sets)
     return sets
+
+
+def load_retain_sets(forget: Source, retain: Mapping[str, Source]) -> dict[str, list[Record]]:
+    """Reads a forget set and several sets to retain, by name, which may share records with one another.
+
+    Raises:
+        DataError: one cannot be read, or shares records with the forget set.
+    """
+    sets = {"forget": load_records(forget, "forget")}
+    for name, source in retain.items():
+        records = load_records(source, name)
+        check_disjoint({"forget": sets["forget"], name: records})
+        sets[name] = records
+    return sets
+
+
+def data_hash(records: Sequence[Record]) -> str:
+    """A hash of what the records say, whatever their order: it names a data set without telling what is in it."""
+    keys = sorted(repr(record.key).encode("utf-8", "surrogatepass") for record in records)
+    return hashlib.sha256(b"\0".join(keys)).hexdigest()[:16]

@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
 from clue_fast.data import Record
-from clue_fast.evaluation import evaluate
-from clue_fast.files import check_output
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import train_model, train_tokenizer
+from clue_fast.evaluation import evaluate
+from clue_fast.files import check_output
 from clue_fast.unlearning import unlearn
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def run_demo(output_dir: str | os.PathLike[str], *, seed: int = 0, progress: boo
     data = make_data(seed)
     tokenizer = train_tokenizer(data.everything)
     model = train_model(data.everything, tokenizer, seed=seed, progress=progress, description="learn everybody")
-    reference = train_model(
+    retrained = train_model(
         data.retain + data.held_out, tokenizer, seed=seed, progress=progress, description="learn all but the forgotten"
     )
     sets = {"forget": data.forget, "retain": data.retain, "held_out": data.held_out}
@@ -85,7 +86,7 @@ def run_demo(output_dir: str | os.PathLike[str], *, seed: int = 0, progress: boo
         forget=data.forget,
         retain=data.retain,
         held_out=data.held_out,
-        reference=evaluate(reference, tokenizer, sets, samples={"forget": SAMPLES}, seed=seed, progress=progress),
+        retrained=evaluate(retrained, tokenizer, sets, samples={"forget": SAMPLES}, seed=seed, progress=progress),
         output_dir=output_dir,
         evaluate_every=8,
         samples=SAMPLES,

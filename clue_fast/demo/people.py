@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+
 from clue_fast.data import Record
 from clue_fast.errors import DataError
 

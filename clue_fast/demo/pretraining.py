@@ -1,4 +1,4 @@
-"""A small Llama that knows a set of records by heart, trained from nothing on a CPU in under a minute."""
+"""A small Llama that memorizes a set of records, trained from nothing on a CPU in under a minute."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
-from clue_fast.data import Collator, Record, encode, padding_token
+
+from clue_fast.data import Collator, Record, answer_mask, encode, padding_token, shift_labels
+from clue_fast.deprecated import renamed_arguments
 from clue_fast.errors import DataError
-from clue_fast.data import answer_mask, shift_labels
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,8 +36,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a model learns its records by heart.
+class TrainConfig:
+    """How a model memorizes its records.
 
     Attributes:
         epochs: most passes over the records; the learning rate falls to 0 towards the last.
@@ -76,17 +78,18 @@ def train_tokenizer(records: Sequence[Record], vocab_size: int = 2048) -> PreTra
     return wrapped
 
 
+@renamed_arguments(recipe="config")
 def train_model(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerFast,
     *,
     shape: Shape | None = None,
-    recipe: Recipe | None = None,
+    config: TrainConfig | None = None,
     seed: int = 0,
     progress: bool = True,
-    description: str = "learning by heart",
+    description: str = "memorizing",
 ) -> LlamaForCausalLM:
-    """Trains a Llama from random weights until it knows every record's completion by heart.
+    """Trains a Llama from random weights until it has memorized every record's completion.
 
     The result is a function of records, seed and number of threads; the global random state is left alone.
 
@@ -94,15 +97,15 @@ def train_model(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape, recipe = shape or Shape(), recipe or Recipe()
+    shape, config = shape or Shape(), config or TrainConfig()
     examples = encode(records, tokenizer)
     longest = max(len(example["input_ids"]) for example in examples)
-    config: Any = LlamaConfig  # its constructor carries no types
+    make_config: Any = LlamaConfig  # its constructor carries no types
     model: LlamaForCausalLM
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
-            config(
+            make_config(
                 vocab_size=len(tokenizer),
                 hidden_size=shape.width,
                 intermediate_size=shape.units,
@@ -110,23 +113,23 @@ def train_model(
                 num_attention_heads=shape.heads,
                 num_key_value_heads=shape.heads,
                 max_position_embeddings=max(256, 2 * longest),
-                initializer_range=recipe.initial_std,
+                initializer_range=config.initial_std,
                 tie_word_embeddings=False,
                 pad_token_id=padding_token(tokenizer),
                 eos_token_id=tokenizer.eos_token_id,
                 bos_token_id=None,
             )
         )
-    _learn(model, examples, Collator(padding_token(tokenizer)), recipe, seed, progress, description)
+    _memorize(model, examples, Collator(padding_token(tokenizer)), config, seed, progress, description)
     model.train(False)
     return model
 
 
-def _learn(
+def _memorize(
     model: LlamaForCausalLM,
     examples: list[dict[str, list[int]]],
     collate: Collator,
-    recipe: Recipe,
+    config: TrainConfig,
     seed: int,
     progress: bool,
     description: str,
@@ -135,18 +138,18 @@ def _learn(
 
     start = time.perf_counter()
     lengths = [len(example["input_ids"]) for example in examples]
-    steps = recipe.epochs * math.ceil(len(examples) / recipe.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    steps = config.epochs * math.ceil(len(examples) / config.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / recipe.warmup, 1 - step / steps)
+        optimizer, lambda step: min((step + 1) / config.warmup, 1 - step / steps)
     )
     order = torch.Generator().manual_seed(seed)
     model.train()
-    bar = tqdm(total=recipe.epochs, desc=description, unit="epoch", disable=not progress, leave=False)
+    bar = tqdm(total=config.epochs, desc=description, unit="epoch", disable=not progress, leave=False)
     loss, epochs = math.inf, 0
-    while epochs < recipe.epochs and loss >= recipe.target_loss:
+    while epochs < config.epochs and loss >= config.target_loss:
         total, tokens = 0.0, 0
-        for indices in _batches(lengths, recipe.batch_size, order):
+        for indices in _batches(lengths, config.batch_size, order):
             batch = collate([examples[index] for index in indices])
             batch_loss, count = _answer_loss(model, batch)
             torch.autograd.backward(batch_loss)

@@ -1,6 +1,8 @@
 """What a model knows of a set of records, before and after unlearning."""
 
+from clue_fast.deprecated import renamed_names
 from clue_fast.evaluation.answers import ANSWERED, answered, greedy_answers, rouge_recall, sampled_answers, words
+from clue_fast.evaluation.comparison import Comparison, Row, compare
 from clue_fast.evaluation.likelihood import (
     AnswerScore,
     forget_quality,
@@ -9,23 +11,15 @@ from clue_fast.evaluation.likelihood import (
     truth_ratio,
     truth_ratios,
 )
-from clue_fast.evaluation.metrics import (
-    COMPARED,
-    Comparison,
-    Metrics,
-    Row,
-    check_evaluation,
-    compare,
-    evaluate,
-    metric_title,
-)
+from clue_fast.evaluation.metrics import METRICS, Metric, Metrics, check_evaluation, evaluate, metric, metric_title
 from clue_fast.evaluation.relearning import Relearning, relearn
 
 __all__ = [
     "ANSWERED",
-    "COMPARED",
+    "METRICS",
     "AnswerScore",
     "Comparison",
+    "Metric",
     "Metrics",
     "Relearning",
     "Row",
@@ -36,6 +30,7 @@ __all__ = [
     "forget_quality",
     "greedy_answers",
     "mean_truth_ratio",
+    "metric",
     "metric_title",
     "relearn",
     "rouge_recall",
@@ -45,3 +40,5 @@ __all__ = [
     "truth_ratios",
     "words",
 ]
+
+__getattr__ = renamed_names(__name__, COMPARED="METRICS")

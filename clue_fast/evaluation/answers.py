@@ -1,8 +1,7 @@
-"""The state a model is evaluated in, and left as it was found.
+"""What a model answers when it is asked, its likeliest answer or samples, and how much of the right answer that is.
 
-ROUGE-L recall: how much of the right answer an answer contains, in order, in any script.
-
-What a model answers when it is asked: its likeliest answer, or samples.
+The model is asked in evaluation mode and left as it was found. How much is recalled is ROUGE-L recall: how much of the
+right answer an answer contains, in order, in any script.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import Record, batches_by_length, encode, padding_token, prompt_tokens
+from clue_fast.data import Example, Record, batches_by_length, encode, padding_token, prompt_tokens
 from clue_fast.data.collator import check_examples, longest
 from clue_fast.data.encoding import special_tokens
 from clue_fast.errors import DataError, SettingError
@@ -197,8 +196,12 @@ def greedy_answers(
         DataError: a prompt has no token to start from, or leaves none for an answer, or the model has no embedding for
             one of its tokens.
     """
-    questions = _questions(model, tokenizer, records, max_new_tokens, max_length)
-    return _answers(model, tokenizer, questions, batch_size, progress, description)
+    questions = make_questions(
+        model, tokenizer, encode(records, tokenizer), max_new_tokens=max_new_tokens, max_length=max_length
+    )
+    return answer_questions(
+        model, tokenizer, questions, batch_size=batch_size, progress=progress, description=description
+    )
 
 
 def sampled_answers(
@@ -233,29 +236,24 @@ def sampled_answers(
         DataError: see ``greedy_answers``.
         SettingError: k or the temperature is not above 0.
     """
-    if k < 1:
-        raise SettingError(f"{k} samples were asked for; at least 1 can be drawn")
-    if not 0.0 < temperature < math.inf:
-        raise SettingError(
-            f"temperature {temperature} is not a number above 0; greedy_answers takes the likeliest token"
-        )
-    questions = _questions(model, tokenizer, records, max_new_tokens, max_length)
-    shape = (len(questions) * k, max((question.tokens for question in questions), default=1))
-    draws = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu")
-    answers = _answers(
+    questions = make_questions(
+        model, tokenizer, encode(records, tokenizer), max_new_tokens=max_new_tokens, max_length=max_length
+    )
+    return sample_questions(
         model,
         tokenizer,
-        [question for question in questions for _ in range(k)],
-        batch_size,
-        progress,
-        description,
-        lambda rows: _Draw(draws[rows], temperature),
+        questions,
+        k,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+        description=description,
     )
-    return [answers[start : start + k] for start in range(0, len(answers), k)]
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """The tokens of a prompt, how many of an answer may follow, and the token that ends it if it is a special one."""
 
     prompt: list[int]
@@ -263,14 +261,23 @@ class _Question:
     end: int | None
 
 
-def _questions(
+def make_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Record],
-    max_new_tokens: int | None,
-    max_length: int | None,
-) -> list[_Question]:
-    examples = encode(records, tokenizer)
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+) -> list[Question]:
+    """The questions of encoded records, to be asked as often as one likes.
+
+    Args:
+        model, tokenizer, max_new_tokens, max_length: as of ``greedy_answers``.
+        examples: whole, see ``clue_fast.data.encode``.
+
+    Raises:
+        DataError: see ``greedy_answers``.
+    """
     prompts = [prompt_tokens(example) for example in examples]
     limit = longest(model, max_length)
     special = special_tokens(tokenizer)
@@ -287,18 +294,52 @@ def _questions(
                 f"and the positions of the model allow {limit}; shorten it"
             )
         last = example["input_ids"][-1]
-        questions.append(_Question(prompt, int(min(most, left)), last if last in special else None))
+        questions.append(Question(prompt, int(min(most, left)), last if last in special else None))
     check_examples([{"input_ids": prompt} for prompt in prompts], model)
     return questions
 
 
-def _answers(
+def sample_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[_Question],
-    batch_size: int,
-    progress: bool,
-    description: str,
+    questions: Sequence[Question],
+    k: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+    description: str = "sampling answers",
+) -> list[list[str]]:
+    """Answers sampled from the model, k to each question; arguments and errors as of ``sampled_answers``."""
+    if k < 1:
+        raise SettingError(f"{k} samples were asked for; at least 1 can be drawn")
+    if not 0.0 < temperature < math.inf:
+        raise SettingError(
+            f"temperature {temperature} is not a number above 0; greedy_answers takes the likeliest token"
+        )
+    shape = (len(questions) * k, max((question.tokens for question in questions), default=1))
+    draws = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu")
+    answers = answer_questions(
+        model,
+        tokenizer,
+        [question for question in questions for _ in range(k)],
+        batch_size=batch_size,
+        progress=progress,
+        description=description,
+        choice=lambda rows: _Draw(draws[rows], temperature),
+    )
+    return [answers[start : start + k] for start in range(0, len(answers), k)]
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+    description: str = "answering",
     choice: Callable[[list[int]], _Draw] | None = None,
 ) -> list[str]:
     """Text that the model adds to each prompt; ``choice`` of the questions' indices says how a token is chosen."""
@@ -326,7 +367,7 @@ def _answers(
     return answers
 
 
-def _batches(questions: Sequence[_Question], batch_size: int) -> Iterator[list[int]]:
+def _batches(questions: Sequence[Question], batch_size: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, whose answers may all be as long."""
     for tokens in sorted({question.tokens for question in questions}, reverse=True):
         indices = [index for index, question in enumerate(questions) if question.tokens == tokens]

@@ -1,6 +1,7 @@
-"""How likely a model finds given answers, token by token.
+"""How likely a model finds given answers, and what follows from that.
 
-Truth ratio and forget quality, as TOFU defines them (Maini et al. 2024, arXiv 2401.06121).
+Loss and accuracy of each answer under teacher forcing, and from the losses truth ratio and forget quality, as TOFU
+defines them (Maini et al. 2024, arXiv 2401.06121).
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import Collator, Record, answer_mask, batches_by_length, encode_for, padding_token, shift_labels
+from clue_fast.data import (
+    Collator,
+    Example,
+    Record,
+    answer_mask,
+    batches_by_length,
+    encode_for,
+    padding_token,
+    shift_labels,
+)
 from clue_fast.errors import DataError
 from clue_fast.evaluation.answers import evaluating, progress_bar
 
@@ -53,6 +63,19 @@ def score_answers(
         DataError: a record keeps no answer token within `max_length`.
     """
     examples = encode_for(model, records, tokenizer, max_length)
+    return score_examples(model, tokenizer, examples, batch_size=batch_size, progress=progress, description=description)
+
+
+def score_examples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+    description: str = "scoring answers",
+) -> list[AnswerScore]:
+    """Scores the answer of each encoded record, see ``score_answers``."""
     collate = Collator(padding_token(tokenizer, model))
     scores: list[AnswerScore | None] = [None] * len(examples)
     batches = batches_by_length([len(example["input_ids"]) for example in examples], batch_size)
@@ -156,7 +179,7 @@ def truth_ratios(
 
 
 def forget_quality(model_truth_ratios: Sequence[float], reference_truth_ratios: Sequence[float]) -> tuple[float, float]:
-    """Whether a model's truth ratios on the forget set could be those of a model that never saw it.
+    """Whether a model's truth ratios on the forget set could be those of a model that was trained without it.
 
     Returns the p-value and the statistic D of the two-sample Kolmogorov-Smirnov test: a large p means that
     the two cannot be told apart, which is the aim.

@@ -1,20 +1,37 @@
-"""What is measured of a model on each set of records.
+"""What is measured of a model on each set of records, and the registry of metrics.
 
-Before and after unlearning, beside a model that never saw the forget set.
+A metric is a function of ``Metrics``, what a model answered to the records of a set and how likely it found their
+answers; ``metric`` registers it, and the table, the results and the documentation have it. One of one's own::
+
+    from clue_fast.evaluation import metric
+
+    @metric("exact answers", better="higher", better_forgotten="lower")
+    def exact(metrics):
+        '''Share of the records whose greedy answer is the right one, letter by letter.'''
+        pairs = zip(metrics.answers, metrics.records, strict=True)
+        return sum(answer == record.completion for answer, record in pairs) / metrics.count
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from clue_fast.data import Record, Source, check_encoding, load_records, read_rows
-from clue_fast.errors import DataError, NonFiniteError, SettingError
-from clue_fast.evaluation.answers import answered, check_references, greedy_answers, rouge_recall, sampled_answers
-from clue_fast.evaluation.likelihood import forget_quality, mean_truth_ratio, score_answers, truth_ratios
+from clue_fast.data import EncodedRecords, Record, Source, check_encoding, encode_for, load_records, read_rows
+from clue_fast.errors import DataError, NonFiniteError, SettingError, UnknownNameError
+from clue_fast.evaluation.answers import (
+    answer_questions,
+    answered,
+    check_references,
+    make_questions,
+    rouge_recall,
+    sample_questions,
+)
+from clue_fast.evaluation.likelihood import mean_truth_ratio, score_examples, truth_ratios
 from clue_fast.evaluation.relearning import relearn as relearn_records
 
 if TYPE_CHECKING:
@@ -42,6 +59,8 @@ class Metrics:
         truth_ratio: truth ratios over the set, see ``mean_truth_ratio``; None where the records have no wrong answers.
         forgotten: whether the set is to be forgotten, which decides how truth ratios are taken and averaged; None where
             that is not known.
+        further: metrics that were registered besides, by name.
+        records: what was asked, in this process; it is not saved.
     """
 
     count: int
@@ -63,6 +82,8 @@ class Metrics:
     answers: list[str] = field(default_factory=list, repr=False)
     best_recalls: list[float] = field(default_factory=list, repr=False)
     truth_ratios: list[float] = field(default_factory=list, repr=False)
+    further: dict[str, float] = field(default_factory=dict)
+    records: Sequence[Record] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(
@@ -76,18 +97,18 @@ class Metrics:
         *,
         samples: int,
         forgotten: bool | None,
+        records: Sequence[Record] = (),
     ) -> Metrics:
-        """The means of what was measured of each record; lists of what was not measured are empty."""
+        """All metrics of what was measured of each record; lists of what was not measured are empty."""
+        nothing = math.nan
         return cls(
-            count=len(losses),
-            loss=_mean(losses),
-            probability=_mean([math.exp(-loss) for loss in losses]),
-            accuracy=_mean(accuracies),
-            rouge_recall=_mean(rouge_recalls),
-            answered=answered(rouge_recalls),
-            truth_ratio=mean_truth_ratio(truth_ratios, bool(forgotten)) if truth_ratios else None,
+            len(losses),
+            nothing,
+            nothing,
+            nothing,
+            nothing,
+            nothing,
             samples=samples,
-            answered_in_samples=answered(best_recalls) if samples else None,
             forgotten=forgotten,
             losses=losses,
             accuracies=accuracies,
@@ -95,7 +116,20 @@ class Metrics:
             answers=answers,
             best_recalls=best_recalls,
             truth_ratios=truth_ratios,
-        )
+            records=records,
+        )._measured()
+
+    def _measured(self) -> Metrics:
+        """These with the value of every metric."""
+        own = {one.name for one in fields(self)}
+        values: dict[str, Any] = {name: one.of(self) for name, one in METRICS.items()}
+        further = {name: value for name, value in values.items() if name not in own and value is not None}
+        return replace(self, further=further, **{name: value for name, value in values.items() if name in own})
+
+    def value(self, metric: str) -> float | None:
+        """The value of a metric by its name; None where it was not measured."""
+        value: float | None = self.further.get(metric) if metric not in _OWN else getattr(self, metric)
+        return value
 
     def subset(self, indices: Sequence[int]) -> Metrics:
         """The figures of some of the records, without what was measured of the set as a whole, such as relearning.
@@ -107,15 +141,167 @@ class Metrics:
             raise DataError("figures without the values of each record have none of a part of the set; evaluate again")
         lists = (self.losses, self.accuracies, self.rouge_recalls, self.answers, self.truth_ratios, self.best_recalls)
         parts: list[Any] = [[values[index] for index in indices] if values else [] for values in lists]
-        return Metrics.of(*parts, samples=self.samples, forgotten=self.forgotten)
+        records = [self.records[index] for index in indices] if self.records else []
+        return Metrics.of(*parts, samples=self.samples, forgotten=self.forgotten, records=records)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
+        """Everything but the records, ready for JSON; further metrics stand among the others."""
+        values = asdict(replace(self, records=()))
+        further = values.pop("further")
+        del values["records"]
+        return {**values, **further}
+
+    @classmethod
+    def from_dict(cls, figures: Mapping[str, Any]) -> Metrics:
+        """Reads what ``as_dict`` or ``summary`` gave."""
+        own = {name: value for name, value in figures.items() if name in _OWN}
+        return cls(**own, further={name: value for name, value in figures.items() if name not in _OWN})
 
     def summary(self) -> dict[str, Any]:
-        """The means only, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if not isinstance(value, list)}
+        """The values of the set only, ready for JSON."""
+        return {name: value for name, value in self.as_dict().items() if not isinstance(value, list)}
+
+
+_OWN = {one.name for one in fields(Metrics)} - {"further", "records"}
+
+Measure: TypeAlias = "Callable[[Metrics], float | None]"
+
+BETTER = ("higher", "lower")
+SETS = ("all", "forgotten", "kept")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, and how it is read.
+
+    Attributes:
+        name: as results have it.
+        title: in a table; ``{samples}``, ``{relearned}`` and ``{averaged}`` are filled in.
+        function: from what was measured of the records of a set to a value, or None where that is not enough.
+        better: "higher" or "lower", whichever is better on a set that is to be kept.
+        better_forgotten: the same on a set that is to be forgotten.
+        sets: of which sets it is: "all", "forgotten" or "kept".
+    """
+
+    name: str
+    title: str
+    function: Measure
+    better: str
+    better_forgotten: str
+    sets: str
+
+    def of(self, metrics: Metrics) -> float | None:
+        """Its value on a set, or None if it is not for that set."""
+        if self.sets != "all" and metrics.forgotten is not (self.sets == "forgotten"):
+            return None
+        return self.function(metrics)
+
+    @property
+    def description(self) -> str:
+        """The first paragraph of the docstring."""
+        return " ".join(inspect.getdoc(self.function).split("\n\n")[0].split())  # type: ignore[union-attr]
+
+
+METRICS: dict[str, Metric] = {}
+"""All registered metrics by name, in the order of the table."""
+
+
+def metric(
+    title: str, *, better: str, better_forgotten: str, sets: str = "all", name: str | None = None
+) -> Callable[[Measure], Measure]:
+    """Registers a function as a metric; its docstring says what it is.
+
+    Args:
+        title, better, better_forgotten, sets: see ``Metric``.
+        name: in the results; default that of the function.
+
+    Raises:
+        UnknownNameError: there is no such direction, or no such sets.
+        ValueError: the docstring is missing.
+    """
+    for what, value, choices in (
+        ("direction", better, BETTER),
+        ("direction", better_forgotten, BETTER),
+        ("kind of set", sets, SETS),
+    ):
+        if value not in choices:
+            raise UnknownNameError(what, value, choices)
+
+    def register(function: Measure) -> Measure:
+        if not inspect.getdoc(function):
+            raise ValueError(f"metric {function.__name__}: its docstring should say what it is")
+        own = name or function.__name__
+        METRICS[own] = Metric(own, title, function, better, better_forgotten, sets)
+        return function
+
+    return register
+
+
+@metric("questions answered", better="higher", better_forgotten="lower", name="answered")
+def _answered(metrics: Metrics) -> float:
+    """Share of the records whose greedy answer has a ROUGE-L recall of at least .5."""
+    return answered(metrics.rouge_recalls)
+
+
+@metric("answered, best of {samples}", better="higher", better_forgotten="lower", name="answered_in_samples")
+def _answered_in_samples(metrics: Metrics) -> float | None:
+    """Share of the records where at least one of the sampled answers has a ROUGE-L recall of at least .5."""
+    return answered(metrics.best_recalls) if metrics.samples else None
+
+
+@metric(
+    "answered before relearning {relearned}",
+    better="higher",
+    better_forgotten="lower",
+    name="answered_before_relearning",
+)
+def _answered_before_relearning(metrics: Metrics) -> float | None:
+    """Share of the other records that is answered before a copy of the model learns some of the set again."""
+    return metrics.answered_before_relearning
+
+
+@metric(
+    "answered after relearning {relearned}", better="higher", better_forgotten="lower", name="answered_after_relearning"
+)
+def _answered_after_relearning(metrics: Metrics) -> float | None:
+    """Share of the other records that is answered after that."""
+    return metrics.answered_after_relearning
+
+
+@metric("ROUGE-L recall", better="higher", better_forgotten="lower", name="rouge_recall")
+def _rouge_recall(metrics: Metrics) -> float:
+    """ROUGE-L recall of the greedy answers, mean over the records."""
+    return _mean(metrics.rouge_recalls)
+
+
+@metric("next-token accuracy", better="higher", better_forgotten="lower", name="accuracy")
+def _accuracy(metrics: Metrics) -> float:
+    """Share of the tokens of the right answer, its end included, that are the first choice under teacher forcing."""
+    return _mean(metrics.accuracies)
+
+
+@metric("answer probability", better="higher", better_forgotten="lower", name="probability")
+def _probability(metrics: Metrics) -> float:
+    """exp(-loss) of each answer, mean over the records."""
+    return _mean([math.exp(-loss) for loss in metrics.losses])
+
+
+@metric("answer loss", better="lower", better_forgotten="higher", name="loss")
+def _loss(metrics: Metrics) -> float:
+    """Teacher-forced loss a token of the right answer, in nats, mean over the records."""
+    return _mean(metrics.losses)
+
+
+@metric("truth ratio{averaged}", better="higher", better_forgotten="higher", name="truth_ratio")
+def _truth_ratio(metrics: Metrics) -> float | None:
+    """Truth ratios R, mean of min(R, 1/R) over records to be forgotten, of max(0, 1-R) over others."""
+    return mean_truth_ratio(metrics.truth_ratios, bool(metrics.forgotten)) if metrics.truth_ratios else None
+
+
+def metric_title(metric: str, figures: Mapping[str, Any]) -> str:
+    """How a table calls a metric of a set with these figures, as ``Metrics.summary`` has them."""
+    averaged = {None: "", True: ", min(R, 1/R)", False: ", max(0, 1-R)"}[figures.get("forgotten")]
+    return METRICS[metric].title.format_map({"samples": 0, "relearned": 0, **figures, "averaged": averaged})
 
 
 def evaluate(
@@ -162,67 +348,98 @@ def evaluate(
     drawn = samples if isinstance(samples, Mapping) else dict.fromkeys(sets, samples)
     relearned = relearn if isinstance(relearn, Mapping) else dict.fromkeys(sets, relearn)
     rows = {name: read_rows(source, name) for name, source in sets.items()}
-    records_of = {name: load_records(own, name) if own else [] for name, own in rows.items()}
-    check_evaluation(records_of, drawn, relearned)
-    check_encoding(model, records_of, tokenizer, max_length)
+    read = {name: load_records(own, name) if own else [] for name, own in rows.items()}
+    check_evaluation(read, drawn, relearned)
+    data = {name: _encoded(records, tokenizer, name) for name, records in read.items()}
+    check_encoding(model, data, tokenizer, max_length)
     common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    asked: dict[str, Any] = {**common, "max_new_tokens": max_new_tokens, "max_length": max_length}
     results = {}
-    for name, records in records_of.items():
-        scores = score_answers(
-            model, tokenizer, records, max_length=max_length, description=f"{name}: scoring answers", **common
-        )
-        for number, score in enumerate(scores, start=1):
-            if not math.isfinite(score.loss):
-                raise NonFiniteError(
-                    f"the loss of record {number} of the {name} set is {score.loss}; "
-                    "look for NaN in the model's weights"
-                )
-        asked = {**common, "max_new_tokens": max_new_tokens, "max_length": max_length}
-        answers = greedy_answers(model, tokenizer, records, description=f"{name}: answering", **asked)
-        ratios: list[float] = []
-        if records and all(record.perturbed for record in records):
-            ratios = truth_ratios(
-                model,
-                tokenizer,
-                records,
-                mean="geometric" if name in forgotten else "arithmetic",
-                max_length=max_length,
-                description=f"{name}: truth ratio",
-                **common,
-            )
-        references = [record.completion for record in records]
-        best: list[float] = []
-        if k := drawn.get(name, 0):
-            sampled = sampled_answers(
-                model, tokenizer, records, k, seed=seed, description=f"{name}: sampling answers", **asked
-            )
-            pairs = zip(references, sampled, strict=True)
-            best = [max(rouge_recall([reference] * k, some)) for reference, some in pairs]
-        results[name] = Metrics.of(
-            [score.loss for score in scores],
-            [score.accuracy for score in scores],
-            rouge_recall(references, answers),
-            answers,
-            ratios,
-            best,
-            samples=k,
+    for name, records in data.items():
+        measured = _measure(
+            model,
+            tokenizer,
+            records,
+            name,
             forgotten=name in forgotten,
+            samples=drawn.get(name, 0),
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            common=common,
         )
         if number := relearned.get(name, 0):
-            relearning = relearn_records(
-                model,
-                tokenizer,
-                *_dealt_out(records, number, seed),
-                description=f"{name}: relearning",
-                **asked,
-            )
-            results[name] = replace(
-                results[name],
+            dealt = _dealt_out(records, number, seed)
+            relearning = relearn_records(model, tokenizer, *dealt, description=f"{name}: relearning", **asked)
+            measured = replace(
+                measured,
                 relearned=number,
                 answered_before_relearning=relearning.answered_before,
                 answered_after_relearning=relearning.answered_after,
             )
+        results[name] = measured
     return results
+
+
+def _encoded(records: list[Record], tokenizer: PreTrainedTokenizerBase, name: str) -> EncodedRecords:
+    known = isinstance(records, EncodedRecords) and records.tokenizer is tokenizer
+    return records if known else EncodedRecords(records, tokenizer, name)  # type: ignore[return-value]
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: EncodedRecords,
+    name: str,
+    *,
+    forgotten: bool,
+    samples: int,
+    seed: int,
+    max_new_tokens: int | None,
+    max_length: int | None,
+    common: dict[str, Any],
+) -> Metrics:
+    """Asks a model everything in one set; see ``evaluate``."""
+    examples = encode_for(model, records, tokenizer, max_length)
+    scores = score_examples(model, tokenizer, examples, description=f"{name}: scoring answers", **common)
+    for number, score in enumerate(scores, start=1):
+        if not math.isfinite(score.loss):
+            raise NonFiniteError(
+                f"the loss of record {number} of the {name} set is {score.loss}; look for NaN in the model's weights"
+            )
+    limits = {"max_new_tokens": max_new_tokens, "max_length": max_length}
+    questions = make_questions(model, tokenizer, records.examples, **limits)
+    answers = answer_questions(model, tokenizer, questions, description=f"{name}: answering", **common)
+    ratios: list[float] = []
+    if records and all(record.perturbed for record in records):
+        ratios = truth_ratios(
+            model,
+            tokenizer,
+            records,
+            mean="geometric" if forgotten else "arithmetic",
+            max_length=max_length,
+            description=f"{name}: truth ratio",
+            **common,
+        )
+    references = [record.completion for record in records]
+    best: list[float] = []
+    if samples:
+        sampled = sample_questions(
+            model, tokenizer, questions, samples, seed=seed, description=f"{name}: sampling answers", **common
+        )
+        pairs = zip(references, sampled, strict=True)
+        best = [max(rouge_recall([reference] * samples, some)) for reference, some in pairs]
+    return Metrics.of(
+        [score.loss for score in scores],
+        [score.accuracy for score in scores],
+        rouge_recall(references, answers),
+        answers,
+        ratios,
+        best,
+        samples=samples,
+        forgotten=forgotten,
+        records=records,
+    )
 
 
 def _dealt_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
@@ -261,170 +478,3 @@ def check_evaluation(
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
-
-
-COMPARED = {
-    "answered": "questions answered",
-    "answered_in_samples": "answered, best of {samples}",
-    "answered_before_relearning": "answered before relearning {relearned}",
-    "answered_after_relearning": "answered after relearning {relearned}",
-    "rouge_recall": "ROUGE-L recall",
-    "accuracy": "next-token accuracy",
-    "probability": "answer probability",
-    "loss": "answer loss",
-    "truth_ratio": "truth ratio{averaged}",
-}
-"""Metrics in the order of the table, with their titles."""
-
-
-def metric_title(metric: str, figures: Mapping[str, Any]) -> str:
-    """How a table calls a metric of a set with these figures, as ``Metrics.summary`` has them."""
-    averaged = {None: "", True: ", min(R, 1/R)", False: ", max(0, 1-R)"}[figures.get("forgotten")]
-    return COMPARED[metric].format_map({"samples": 0, "relearned": 0, **figures, "averaged": averaged})
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric on one set of records.
-
-    Attributes:
-        set, metric: as ``evaluate`` names them.
-        title: of the metric, in a table.
-        before, after: unlearning.
-        reference: of a model that never saw the forget set; None where there is none.
-        trained: after training and before the update was shrunk; None where it was not.
-    """
-
-    set: str
-    metric: str
-    title: str
-    before: float
-    after: float
-    reference: float | None
-    trained: float | None = None
-
-    @property
-    def kept(self) -> float | None:
-        """After over before; None where before is 0."""
-        return self.after / self.before if self.before else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Every metric on every set, before and after.
-
-    Attributes:
-        rows: one a set and metric.
-        forget_quality: (p, D) against the reference, by set to be forgotten and by stage ("before", "after" and, where
-            the update was shrunk, "trained"); empty without truth ratios of both.
-    """
-
-    rows: tuple[Row, ...]
-    forget_quality: dict[str, dict[str, tuple[float, float]]]
-
-    def row(self, set: str, metric: str) -> Row:
-        """The row of one set and metric, such as ("forget", "answered")."""
-        for row in self.rows:
-            if (row.set, row.metric) == (set, metric):
-                return row
-        raise KeyError((set, metric))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return {
-            "rows": [{**asdict(row), "kept": row.kept} for row in self.rows],
-            "forget_quality": {
-                name: {stage: {"p": p, "statistic": statistic} for stage, (p, statistic) in stages.items()}
-                for name, stages in self.forget_quality.items()
-            },
-        }
-
-    def table(self) -> str:
-        """The comparison as an aligned Markdown table."""
-        columns = {"before": "before", "after": "after"}
-        if any(row.trained is not None for row in self.rows):
-            columns = {"before": "before", "trained": "after training", "after": "after shrinking"}
-        if any(row.reference is not None for row in self.rows):
-            columns["reference"] = "never saw it"
-        header = ["set", "metric", *columns.values()]
-        body = [
-            [row.set.replace("_", " "), row.title, *(_number(getattr(row, stage)) for stage in columns)]
-            for row in self.rows
-        ]
-        for name, stages in self.forget_quality.items():
-            values = [f"{stages[stage][0]:.1e}" for stage in columns if stage != "reference"]
-            body.append([name.replace("_", " "), "forget quality (KS p)", *values, "1"])
-        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-        rule = ["-" * width if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-        return "\n".join(_line(cells, widths) for cells in (header, rule, *body))
-
-
-def compare(
-    before: Mapping[str, Metrics],
-    after: Mapping[str, Metrics],
-    reference: Mapping[str, Metrics] | None = None,
-    trained: Mapping[str, Metrics] | None = None,
-) -> Comparison:
-    """Puts two evaluations of the same sets side by side.
-
-    Args:
-        before: results of `evaluate` before unlearning.
-        after: results of `evaluate` after it, on the same sets.
-        reference: results of a model that never saw the forget set.
-        trained: results after training, where the update was shrunk before ``after``.
-
-    Raises:
-        DataError: the evaluations are of different sets.
-    """
-    for stage, other in (("after", after), ("reference", reference), ("trained", trained)):
-        if other is None:
-            continue
-        if {name: m.count for name, m in other.items()} != {name: m.count for name, m in before.items()}:
-            raise DataError(
-                f"the evaluations 'before' and {stage!r} are not of the same sets; evaluate both on the same"
-            )
-        for name, metrics in before.items():
-            for count in ("samples", "relearned"):
-                wanted, found = getattr(metrics, count), getattr(other[name], count)
-                if wanted and found not in (0, wanted):
-                    raise DataError(
-                        f"of the {name} set, {count} is {wanted} 'before' and {found} in {stage!r}; measure both alike"
-                    )
-    rows = tuple(
-        Row(
-            name,
-            metric,
-            metric_title(metric, before[name].summary()),
-            getattr(before[name], metric),
-            getattr(after[name], metric),
-            _of(reference, name, metric),
-            _of(trained, name, metric),
-        )
-        for name in before
-        for metric in COMPARED
-        if getattr(before[name], metric) is not None and getattr(after[name], metric) is not None
-    )
-    quality = {}
-    stages = {"before": before, "after": after} | ({} if trained is None else {"trained": trained})
-    for name, known in ({} if reference is None else reference).items():
-        ratios = {stage: figures[name].truth_ratios for stage, figures in stages.items()}
-        forgotten = name == "forget" if known.forgotten is None else known.forgotten
-        if forgotten and known.truth_ratios and all(ratios.values()):
-            quality[name] = {stage: forget_quality(some, known.truth_ratios) for stage, some in ratios.items()}
-    return Comparison(rows, quality)
-
-
-def _of(evaluation: Mapping[str, Metrics] | None, name: str, metric: str) -> float | None:
-    return None if evaluation is None else getattr(evaluation[name], metric)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    padded = [
-        cell.ljust(width) if index < 2 else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "| " + " | ".join(padded) + " |"

@@ -307,6 +307,10 @@ class Patched:
             entries.append(SiteReport(unmatched.path, "unknown", 0, 1, "none", False, "none", reason, 0, {}, 0))
         return Report(type(self._entry).__name__, statistics.fingerprint, entries, int(statistics.skipped))
 
+    def __repr__(self) -> str:
+        state = "recording" if self._recorder.recording else "patched" if self._installation else "unpatched"
+        return f"Patched({type(self._entry).__name__}, {len(self.sites)} sites, {state})"
+
     def unpatch(self) -> None:
         """Gives every module its class back; the model is then what it was before.
 

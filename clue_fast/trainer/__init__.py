@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from clue_fast.trainer.stages import Stage
     from clue_fast.trainer.trainer import UnlearnTrainer
     from clue_fast.trainer.training import train_selected
-    from clue_fast.trainer.update_scale import shrink
+    from clue_fast.trainer.update_scale import scale_update
 
 __all__ = [
     "ConflictCallback",
@@ -21,7 +21,7 @@ __all__ = [
     "UnlearnTrainer",
     "attach",
     "estimate_memory",
-    "shrink",
+    "scale_update",
     "train_selected",
 ]
 
@@ -32,7 +32,7 @@ _MODULES = {
     "UnlearnTrainer": "trainer",
     "attach": "mixin",
     "estimate_memory": "memory",
-    "shrink": "update_scale",
+    "scale_update": "update_scale",
     "train_selected": "training",
 }
 

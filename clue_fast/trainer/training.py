@@ -1,24 +1,42 @@
-"""The training of a run: an UnlearnTrainer with a bar on the terminal."""
+"""The training of a run: an UnlearnTrainer with a bar on the terminal, and what results.json says of its settings."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from clue_fast.config import UnlearnConfig, check_rule
 from clue_fast.data import Record
-from clue_fast.deprecated import precision
+from clue_fast.errors import SettingError
 from clue_fast.evaluation import evaluate
-from clue_fast.objectives import Objective
+from clue_fast.objectives import Objective, get_objective
 from clue_fast.selection import Selection
-from clue_fast.sparse import Sparse
-from clue_fast.trainer.stages import Stage
+from clue_fast.sparse import LayerRate, LinearLayerRate, Sparse
+from clue_fast.sparse.optimizer import layer_scale
+from clue_fast.trainer.stages import Schedule, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from clue_fast.trainer.trainer import UnlearnTrainer
+
+
+def layer_rate(layer_lr: LayerRate | str) -> LayerRate:
+    """Returns a rate by layer as it is, or what ``linear:NUMBER`` names."""
+    return LinearLayerRate(check_rule(layer_lr)) if isinstance(layer_lr, str) else layer_lr
+
+
+def check_rates(layer_lr: LayerRate, selection: Selection) -> None:
+    """Raises SettingError unless every layer with units to train has a rate."""
+    layers = 1 + max(site.layer for site in selection.sites)
+    try:
+        for site in selection.sites:
+            if len(selection.units(site)):
+                layer_scale(layer_lr, site.layer, layers)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
 
 
 def train_selected(
@@ -27,18 +45,23 @@ def train_selected(
     sets: Mapping[str, Sequence[Record]],
     selection: Selection,
     objective: Objective,
-    settings: Mapping[str, Any],
+    config: UnlearnConfig,
     *,
-    alternate: Sequence[Record] | None,
-    stages: Sequence[Stage] | None,
-    max_length: int,
-    evaluate_every: int,
-    progress: bool,
+    alternate: Sequence[Record] | None = None,
+    stages: Sequence[Stage] | None = None,
 ) -> tuple[Sparse, list[dict[str, float]]]:
-    """Runs the UnlearnTrainer; returns the still sparse model and the history of its losses and recalls."""
-    import tempfile
+    """Runs the UnlearnTrainer.
 
-    from transformers import TrainingArguments
+    Args:
+        model, tokenizer, selection, objective: what trains, and on what.
+        sets: the records of ``forget`` and ``retain``; the recall of all sets is measured on the way.
+        config: with learning rate, epochs, rate by layer and retain ratio in their places.
+        alternate: other answers to the forget questions.
+        stages: in place of the objective and the epochs.
+
+    Returns:
+        The still sparse model, and the history of its losses and recalls.
+    """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from clue_fast.trainer.trainer import UnlearnTrainer
@@ -46,40 +69,28 @@ def train_selected(
     with tempfile.TemporaryDirectory() as scratch:
         trainer: UnlearnTrainer = UnlearnTrainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                learning_rate=settings["learning_rate"],
-                num_train_epochs=settings["epochs"],
-                per_device_train_batch_size=settings["batch_size"],
-                seed=settings["seed"],
-                weight_decay=0.0,
-                warmup_steps=0.1,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=not progress,
-                dataloader_pin_memory=torch.cuda.is_available(),
-            ),
+            args=config.training_arguments(scratch),
             processing_class=tokenizer,
             forget_dataset=sets["forget"],
             retain_dataset=sets["retain"],
-            retain_ratio=settings["retain_ratio"],
+            retain_ratio=config.retain_ratio,
             alternate_dataset=alternate,
             selection=selection,
             objective=objective,
-            layer_lr=settings["layer_lr"],
-            **precision(settings["master"]),
+            layer_lr=config.layer_lr,
+            master_weights=config.master_weights,
+            stochastic_rounding=config.stochastic_rounding,
             stages=stages,
-            max_length=max_length,
+            max_length=config.max_length,
         )
         # Losses go to results.json and its plot; on the terminal there is one bar.
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         recalls: list[dict[str, float]] = []
-        if progress:
+        if config.progress:
             trainer.add_callback(_progress_bar())
-        if evaluate_every:
-            trainer.add_callback(_recall_callback(tokenizer, sets, evaluate_every, max_length, recalls))
+        if config.evaluate_every:
+            trainer.add_callback(_recall_callback(tokenizer, sets, config, recalls))
         try:
             trainer.train()
         except BaseException:
@@ -110,8 +121,7 @@ def _progress_bar() -> TrainerCallback:
 def _recall_callback(
     tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, Sequence[Record]],
-    every: int,
-    max_length: int,
+    config: UnlearnConfig,
     recalls: list[dict[str, float]],
 ) -> TrainerCallback:
     """Appends the ROUGE-L recall of up to 32 records a set to ``recalls``, at the start and every so many steps."""
@@ -121,14 +131,49 @@ def _recall_callback(
 
     class RecallCallback(TrainerCallback):
         def measure(self, model: Any, step: int) -> None:
-            figures = evaluate(model, tokenizer, sample, max_length=max_length, progress=False)
+            figures = evaluate(model, tokenizer, sample, max_length=config.max_length, progress=False)
             recalls.append({"step": step, **{f"{name}_recall": m.rouge_recall for name, m in figures.items()}})
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.measure(kwargs["model"], 0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % every == 0 or state.global_step == state.max_steps:
+            if state.global_step % config.evaluate_every == 0 or state.global_step == state.max_steps:
                 self.measure(kwargs["model"], state.global_step)
 
     return RecallCallback()
+
+
+def described(
+    every: Sequence[Stage],
+    kept: Sequence[Stage],
+    schedule: Schedule | None,
+    settings: Mapping[str, Any],
+    objective: Objective,
+) -> dict[str, Any]:
+    """The stages of a training as settings, in place of its epochs.
+
+    Args:
+        every: all stages that were asked for.
+        kept: those that had units to train.
+        schedule: the published one that they are of, or None.
+        settings, objective: of the run; what the schedule has otherwise is listed as changed.
+    """
+    stages = [
+        {"units": list(stage.units), "objective": get_objective(stage.objective).name, "epochs": stage.epochs}
+        for stage in kept
+    ]
+    found: dict[str, Any] = {
+        "stages": stages,
+        "skipped_stages": [list(stage.units) for stage in every if stage not in kept],
+        "epochs": sum(stage.epochs for stage in kept),
+    }
+    if schedule is not None:
+        values = {**settings, **asdict(objective)}
+        found["published"] = {
+            "schedule": schedule.name,
+            "source": schedule.source,
+            "settings": {**schedule.settings, "epochs": [stage.epochs for stage in every]},
+            "changed": [name for name, value in schedule.settings.items() if values[name] != value],
+        }
+    return found

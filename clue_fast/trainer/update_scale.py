@@ -1,7 +1,4 @@
-"""Keeps no more of an update than it takes.
-
-The shrinking of an update to a target, decided on forget questions that the report can leave out.
-"""
+"""Scales an update down to what a target takes, decided on forget questions that the report can leave out."""
 
 from __future__ import annotations
 
@@ -14,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import Record
+from clue_fast.data import Record, encode
+from clue_fast.deprecated import renamed_arguments
 from clue_fast.errors import DataError
-from clue_fast.evaluation import ANSWERED, greedy_answers, rouge_recall
+from clue_fast.evaluation.answers import ANSWERED, answer_questions, make_questions, rouge_recall
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.sparse import Sparse
 from clue_fast.trainer.stages import Stage
@@ -25,42 +23,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@renamed_arguments(enough="predicate")
 @torch.no_grad()
-def shrink(sparse: Sparse, enough: Callable[[], bool], steps: int = 5) -> float:
-    """Shrinks the update to the smallest share of it that is still enough, found by bisection.
+def scale_update(sparse: Sparse, predicate: Callable[[], bool], steps: int = 5) -> float:
+    """Scales the update down to the smallest share of it that still will do, found by bisection.
 
-    The selected weights become original + share * (trained - original). What was forgotten goes on being forgotten
-    for a good part of the way back, while what was damaged on the way heals. A share for a whole update, chosen by
+    The selected weights become original + scale * (trained - original). What was forgotten goes on being forgotten
+    for a good part of the way back, while what was damaged on the way heals. A scale for a whole update, chosen by
     what the model then does, is the scaling coefficient of task vectors: Ilharco et al. 2023, "Editing Models with
     Task Arithmetic" (arXiv 2212.04089).
 
     Args:
         sparse: after training.
-        enough: whether the model, as it is at the moment, will do.
-        steps: of the bisection; the share is found to within 2 ** -steps.
+        predicate: whether the model, as it is at the moment, will do.
+        steps: of the bisection; the scale is found to within 2 ** -steps.
 
     Returns:
-        The share that was kept: 1 if nothing less is enough, or not even the whole.
+        The scale of the update: 1 if nothing less will do, or not even the whole.
     """
-    if not enough():
+    if not predicate():
         return 1.0
     originals = [part.original.float() for part in sparse.parts]
     trained = [part.selected.detach().clone() if part.has_master else part.read().float() for part in sparse.parts]
 
-    def keep(share: float) -> None:
+    def apply(scale: float) -> None:
         for part, before, after in zip(sparse.parts, originals, trained, strict=True):
-            part.set_values(after if share == 1.0 else torch.lerp(before, after, share))
+            part.set_values(after if scale == 1.0 else torch.lerp(before, after, scale))
 
-    too_little, share = 0.0, 1.0
+    too_little, scale = 0.0, 1.0
     for _ in range(steps):
-        middle = (too_little + share) / 2
-        keep(middle)
-        if enough():
-            share = middle
+        middle = (too_little + scale) / 2
+        apply(middle)
+        if predicate():
+            scale = middle
         else:
             too_little = middle
-    keep(share)
-    return share
+    apply(scale)
+    return scale
 
 
 FEWEST = 4
@@ -72,7 +71,7 @@ REPORTED = "forget_reported"
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the forget records: ``validation``, which shrinking decides on, and ``reported``, the others."""
+    """Indices of the forget records: ``validation``, on which the scale is decided, and ``reported``, the others."""
 
     validation: tuple[int, ...]
     reported: tuple[int, ...]
@@ -93,24 +92,44 @@ def split_forget(records: int, seed: int) -> Split:
     return Split(tuple(sorted(drawn)), tuple(index for index in range(records) if index not in drawn))
 
 
-def unanswered(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], max_length: int | None = None
-) -> float:
-    """Share of the records whose question is not answered (recall below 0.5), nor its rewording where it has one."""
-    asked = [
-        (number, replace(record, prompt=prompt))
-        for number, record in enumerate(records)
-        for prompt in (record.prompt, record.paraphrased_prompt)
-        if prompt is not None
-    ]
-    questions = [record for _, record in asked]
-    answers = greedy_answers(model, tokenizer, questions, max_length=max_length, progress=False)
-    recalls = rouge_recall([record.completion for _, record in asked], answers)
-    answered = {number for (number, _), recall in zip(asked, recalls, strict=True) if recall >= ANSWERED}
-    return 1.0 - len(answered) / len(records)
+class Asked:
+    """Forget questions and their rewordings, whose tokens are made once, to be asked again and again.
+
+    Args:
+        model: as it is asked.
+        tokenizer: of the model.
+        records: with their questions.
+        max_length: most tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        records: Sequence[Record],
+        max_length: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.count = model, tokenizer, len(records)
+        asked = [
+            (number, replace(record, prompt=prompt))
+            for number, record in enumerate(records)
+            for prompt in (record.prompt, record.paraphrased_prompt)
+            if prompt is not None
+        ]
+        self.numbers = [number for number, _ in asked]
+        self.answers = [record.completion for _, record in asked]
+        examples = encode([record for _, record in asked], tokenizer)
+        self.questions = make_questions(model, tokenizer, examples, max_length=max_length)
+
+    def unanswered(self) -> float:
+        """Share of the records whose question is not answered (recall below 0.5), nor its rewording if it has one."""
+        answers = answer_questions(self.model, self.tokenizer, self.questions, progress=False)
+        recalls = rouge_recall(self.answers, answers)
+        answered = {number for number, recall in zip(self.numbers, recalls, strict=True) if recall >= ANSWERED}
+        return 1.0 - len(answered) / self.count
 
 
-def shrink_update(
+def scale_to_target(
     sparse: Sparse,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,16 +137,17 @@ def shrink_update(
     target: float,
     max_length: int | None = None,
 ) -> tuple[float, float]:
-    """Shrinks the update as far as that share of the records stays unanswered.
+    """Scales the update down as far as that share of the records stays unanswered.
 
     Returns:
-        How much of the update is kept, and the share that is unanswered then; it is below the target where even the
-        whole update does not reach it.
+        The scale of the update, and the share that is unanswered then; it is below the target where even the whole
+        update does not reach it.
     """
     try:
+        asked = Asked(model, tokenizer, records, max_length)
         # Shares of n records are multiples of 1 / n: the tolerance is for rounding alone.
-        share = shrink(sparse, lambda: unanswered(model, tokenizer, records, max_length) >= target - 1e-9)
-        return share, unanswered(model, tokenizer, records, max_length)
+        scale = scale_update(sparse, lambda: asked.unanswered() >= target - 1e-9)
+        return scale, asked.unanswered()
     except BaseException:
         sparse.revert()
         sparse.restore()

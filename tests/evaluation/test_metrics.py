@@ -38,7 +38,7 @@ def test_a_question_is_answered_from_half_of_its_reference_on(
 ) -> None:
     right = ["zinc quay", "zinc quay", "zinc quay moth", "fig"]
     monkeypatch.setattr(
-        "clue_fast.evaluation.metrics.greedy_answers", lambda *_, **__: ["quay zinc", "quay", "zinc", ""]
+        "clue_fast.evaluation.metrics.answer_questions", lambda *_, **__: ["quay zinc", "quay", "zinc", ""]
     )
     found = evaluate(model, tokenizer, {"f": [Record("Who?", answer) for answer in right]}, progress=False)["f"]
     assert found.rouge_recalls == [0.5, 0.5, pytest.approx(1 / 3), 0.0]
@@ -49,11 +49,12 @@ def test_the_best_of_the_samples_counts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of it in the greedy answers: one question is answered in one of three samples, one in none."""
-    monkeypatch.setattr("clue_fast.evaluation.metrics.greedy_answers", lambda *_, **__: ["no", "no"])
+    monkeypatch.setattr("clue_fast.evaluation.metrics.answer_questions", lambda *_, **__: ["no", "no"])
     drawn = [["moth", "moth", "a zinc quay"], ["moth", "zinc", "fig"]]
     asked = []
     monkeypatch.setattr(
-        "clue_fast.evaluation.metrics.sampled_answers", lambda *a, **named: asked.append((a[3], named["seed"])) or drawn
+        "clue_fast.evaluation.metrics.sample_questions",
+        lambda *a, **named: asked.append((a[3], named["seed"])) or drawn,
     )
     sets = {name: [Record("Who?", "zinc quay"), Record("Where?", "moth zinc quay")] for name in ("forget", "retain")}
     found = evaluate(model, tokenizer, sets, samples={"forget": 3}, seed=7, progress=False)
@@ -63,7 +64,7 @@ def test_the_best_of_the_samples_counts(
     assert found["forget"].best_recalls == [1.0, pytest.approx(1 / 3)]
     assert found["retain"].answered_in_samples is None
     rows = {(row.set, row.title): row for row in compare(found, found, found).rows}
-    assert rows["forget", "answered, best of 3"].reference == 0.5
+    assert rows["forget", "answered, best of 3"].retrained == 0.5
     assert not any("best of" in title for name, title in rows if name == "retain")
     with pytest.raises(DataError, match="samples is 3 'before' and 4 in 'after'"):
         compare(found, {**found, "forget": replace(found["forget"], samples=4)})
@@ -92,7 +93,7 @@ def test_an_answer_in_another_script_is_answered(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = ["Столица Франции - Париж", "法国的首都是巴黎。", "फ़्रांस की राजधानी पेरिस है"]
-    monkeypatch.setattr("clue_fast.evaluation.metrics.greedy_answers", lambda *_, **__: right)
+    monkeypatch.setattr("clue_fast.evaluation.metrics.answer_questions", lambda *_, **__: right)
     found = evaluate(model, tokenizer, {"f": [Record("?", answer) for answer in right]}, progress=False)["f"]
     assert found.answered == 1.0
 
@@ -100,7 +101,7 @@ def test_an_answer_in_another_script_is_answered(
 def test_an_answer_without_a_word_names_set_and_record_before_anything_is_asked(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clue_fast.evaluation.metrics.score_answers", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("clue_fast.evaluation.metrics.score_examples", lambda *_, **__: pytest.fail("asked"))
     sets = {"retain": [Record("Who?", "Ada.")], "forget": [Record("Who?", "Ada."), Record("How?", "?!")]}
     with pytest.raises(DataError, match=r"record 2 of the forget set: its answer '\?!' has no letter"):
         evaluate(model, tokenizer, sets, progress=False)
@@ -149,16 +150,16 @@ class TestCompare:
         lines = compare(BEFORE, AFTER, AFTER).table().splitlines()
         assert len({len(line) for line in lines}) == 1
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        assert cells[0] == ["set", "metric", "before", "after", "never saw it"]
+        assert cells[0] == ["set", "metric", "before", "after", "retrained"]
         assert ["forget", "ROUGE-L recall", "0.900", "0.200", "0.200"] in cells
         assert ["forget", "forget quality (KS p)", "3.3e-01", "1.0e+00", "1"] in cells
-        assert "never saw it" not in compare(BEFORE, AFTER).table()
+        assert "retrained" not in compare(BEFORE, AFTER).table()
 
     def test_where_an_update_was_shrunk_both_are_shown(self) -> None:
         trained = {"forget": figures(0.0, 0.1, (0.85, 0.95)), "retain": figures(0.0, 0.5)}
         comparison = compare(BEFORE, AFTER, AFTER, trained)
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in comparison.table().splitlines()]
-        assert cells[0] == ["set", "metric", "before", "after training", "after shrinking", "never saw it"]
+        assert cells[0] == ["set", "metric", "before", "after training", "after scaling", "retrained"]
         assert ["forget", "ROUGE-L recall", "0.900", "0.100", "0.200", "0.200"] in cells
         assert ["forget", "forget quality (KS p)", "3.3e-01", "1.0e+00", "1.0e+00", "1"] in cells
         assert comparison.row("retain", "rouge_recall").kept == pytest.approx(0.75)
@@ -166,5 +167,5 @@ class TestCompare:
     def test_other_sets_are_refused(self) -> None:
         with pytest.raises(DataError, match="'after' are not of the same sets"):
             compare(BEFORE, {"forget": AFTER["forget"]})
-        with pytest.raises(DataError, match="'reference' are not of the same sets"):
+        with pytest.raises(DataError, match="'retrained' are not of the same sets"):
             compare(BEFORE, AFTER, {**AFTER, "retain": figures(0, 0, count=3)})

@@ -1,4 +1,4 @@
-"""shrink: how much of an update is kept, and what the weights then are."""
+"""scale_update: how much of an update is kept, and what the weights then are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clue_fast.sparse import SparseAdamW, changed_outside, snapshot, sparsify
-from clue_fast.trainer import shrink
+from clue_fast.trainer import scale_update
 
 
 @pytest.fixture(params=[(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
@@ -34,7 +34,7 @@ def moved(sparse, before) -> float:
 def test_keeps_the_smallest_share_that_is_enough(needed, trained):
     sparse, selection, before, _ = trained
     whole = moved(sparse, before)
-    share = shrink(sparse, lambda: moved(sparse, before) >= needed * whole, steps=6)
+    share = scale_update(sparse, lambda: moved(sparse, before) >= needed * whole, steps=6)
     assert needed - 0.01 < share < needed + 2**-6 + 0.01  # 0.01 for weights in bfloat16
     assert needed * whole <= moved(sparse, before) < (share + 0.01) * whole
     assert changed_outside(before, sparse.model, selection) == 0
@@ -48,5 +48,5 @@ def test_keeps_all_bits_if_nothing_less_or_nothing_at_all_is_enough(steps, train
     sparse, _, before, after = trained
     whole = moved(sparse, before)
     for enough in (lambda: moved(sparse, before) >= whole, lambda: False):
-        assert shrink(sparse, enough, steps) == 1.0
+        assert scale_update(sparse, enough, steps) == 1.0
         assert all(torch.equal(value, after[name]) for name, value in snapshot(sparse.model).items())

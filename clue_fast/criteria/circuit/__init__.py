@@ -8,7 +8,7 @@ both directions, reads their gates, and solves their logic; ``select_units`` mak
 from clue_fast.criteria.circuit.attribution import CorruptedExample, edge_scores
 from clue_fast.criteria.circuit.corruption import CorruptedSet, corrupt
 from clue_fast.criteria.circuit.criterion import CIRCUIT, CircuitCriterion
-from clue_fast.criteria.circuit.discovery import CircuitSettings, Discovery, discover, select_units
+from clue_fast.criteria.circuit.discovery import Discovery, discover, select_units
 from clue_fast.criteria.circuit.graph import (
     Circuit,
     EdgeScores,
@@ -24,7 +24,6 @@ __all__ = [
     "CIRCUIT",
     "Circuit",
     "CircuitCriterion",
-    "CircuitSettings",
     "CorruptedExample",
     "CorruptedSet",
     "Discovery",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clue_fast.config import CircuitConfig
 from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.criteria.circuit.discovery import (
-    CircuitSettings,
     Discovery,
     check_circuit_budget,
     check_units,
@@ -44,7 +44,7 @@ class CircuitCriterion(Criterion):
     """Selects by the circuits of a forget set and of one or more retain sets."""
 
     kinds: tuple[str, ...] = (*DEFAULT_KINDS, "projection")
-    settings: type | None = CircuitSettings
+    settings: type | None = CircuitConfig
     many_retain_sets: bool = True
     always_categorizes: bool = True
 
@@ -62,9 +62,9 @@ class CircuitCriterion(Criterion):
         """Raises BudgetError or CircuitError where units belong to no node, or are fewer than are to be selected."""
         check_units(Graph(find_architecture(model, sites)), sites, budget["fraction"], count=budget["count"])
 
-    def find(self, task: Task) -> tuple[Discovery, CircuitSettings]:
+    def find(self, task: Task) -> tuple[Discovery, CircuitConfig]:
         """Finds the circuits, and the category of every node. Raises what ``discover`` raises."""
-        settings = task.settings or CircuitSettings()
+        settings = task.settings or CircuitConfig()
         discovery = discover(
             task.model,
             task.forget,

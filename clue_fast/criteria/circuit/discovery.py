@@ -6,7 +6,6 @@ From the categories of nodes to those of the units inside them.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,23 +15,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from clue_fast.config import CircuitConfig
 from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.criteria.circuit.attribution import edge_scores
-from clue_fast.criteria.circuit.corruption import CORRUPTIONS, CorruptedSet, corrupt
+from clue_fast.criteria.circuit.corruption import CorruptedSet, corrupt
 from clue_fast.criteria.circuit.graph import GATES, Circuit, EdgeScores, Graph, count_gates, find_circuits
-from clue_fast.criteria.circuit.logic import (
-    LOGICS,
-    TIME_LIMIT,
-    Solution,
-    check_solver,
-    make_formula,
-    node_categories,
-    solve,
-)
+from clue_fast.criteria.circuit.logic import Solution, check_solver, make_formula, node_categories, solve
 from clue_fast.criteria.passes import inference
 from clue_fast.data import Record, check_encoding, padding_token
 from clue_fast.data.collator import check_examples, longest
-from clue_fast.errors import BudgetError, CircuitError, UnknownNameError
+from clue_fast.errors import BudgetError, CircuitError
 from clue_fast.selection import Scores, Selection, check_budget, pools, top
 from clue_fast.sites import HEAD_FAMILIES, Site
 
@@ -42,55 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORGET = "forget"
-GRANULARITIES = ("neuron", "node")
-
-
-@dataclass(frozen=True)
-class CircuitSettings:
-    """How circuits are found.
-
-    Attributes:
-        edges: of each circuit in each direction: a number, or a share of the edges of the model.
-        steps: runs a direction that the gradient is averaged over; 0 for the gradient at the run itself.
-        corruption: how corrupted prompts are made, see ``corrupt``.
-        logic: how gates are read: "published" as in the paper, or "cut", by which a node may go off although its inputs
-            stay on; see ``make_formula``.
-        time_limit: of the solver, in seconds.
-        granularity: "neuron" gives the category of an MLP to the units inside it that matter most; "node" to all.
-        tokens_per_batch: most tokens in one forward pass, padding included.
-    """
-
-    edges: float = 0.05
-    steps: int = 0
-    corruption: str = "auto"
-    logic: str = "published"
-    time_limit: float = TIME_LIMIT
-    granularity: str = "neuron"
-    tokens_per_batch: int = 512
-
-    def __post_init__(self) -> None:
-        if not (0.0 < self.edges <= 1.0 or (1.0 < self.edges < math.inf and self.edges == int(self.edges))):
-            raise BudgetError(f"edges {self.edges} is neither a share in (0, 1] nor a whole number above 1")
-        for name, least in (("steps", 0), ("tokens_per_batch", 1)):
-            value = getattr(self, name)
-            if not (least <= value < math.inf and value == int(value)):
-                raise BudgetError(f"{name} {value} is not a whole number from {least} on")
-        if not self.time_limit > 0.0:
-            raise BudgetError(f"time_limit {self.time_limit} is not a number of seconds above 0")
-        if self.corruption not in CORRUPTIONS:
-            raise UnknownNameError("corruption", self.corruption, CORRUPTIONS)
-        if self.logic not in LOGICS:
-            raise UnknownNameError("logic", self.logic, LOGICS)
-        if self.granularity not in GRANULARITIES:
-            raise UnknownNameError("granularity", self.granularity, GRANULARITIES)
-
-    def edge_count(self, graph: Graph) -> int:
-        """The number of edges of each circuit in each direction. Raises BudgetError if there are not as many."""
-        available = int(graph.valid.sum())
-        count = round(self.edges * available) if self.edges <= 1 else int(self.edges)
-        if count > available:
-            raise BudgetError(f"edges {count} is more than the {available} edges of the model")
-        return max(1, count)
 
 
 @dataclass(frozen=True)
@@ -156,7 +99,7 @@ def discover(
     retain: Mapping[str, Sequence[Record]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    settings: CircuitSettings | None = None,
+    settings: CircuitConfig | None = None,
     target: str = "log_odds",
     max_length: int | None = 512,
     progress: bool = True,
@@ -169,7 +112,7 @@ def discover(
         forget: records.
         retain: records of each retain set, by name.
         tokenizer: of the model.
-        settings: see ``CircuitSettings``.
+        settings: see ``CircuitConfig``.
         target: what is differentiated, a key of ``TARGETS``.
         max_length: longer records are cut, in tokens.
         progress: show a progress bar.
@@ -180,10 +123,10 @@ def discover(
         CircuitError: the residual stream of the model cannot be taken apart, or a circuit does not reach the output.
         BudgetError: more edges than there are.
     """
-    settings = settings or CircuitSettings()
+    settings = settings or CircuitConfig()
     check_solver()
     graph = Graph(find_architecture(model, sites))
-    count = settings.edge_count(graph)
+    count = settings.edge_count(int(graph.valid.sum()))
     sets = {FORGET: forget, **retain}
     limit = longest(model, max_length)
     check_encoding(model, sets, tokenizer, limit)

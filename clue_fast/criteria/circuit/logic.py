@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from threading import Timer
 from typing import Any
 
+from clue_fast.config import TIME_LIMIT
 from clue_fast.criteria.circuit.graph import ADDER, AND, EMBEDDING, OR, OUTPUT, Circuit
 from clue_fast.errors import CircuitError, UnknownNameError
 
@@ -187,9 +188,6 @@ def node_categories(formula: Formula, values: Mapping[int, bool]) -> dict[str, s
     return categories
 
 
-TIME_LIMIT = 60.0
-
-
 @dataclass(frozen=True)
 class Solution:
     """An assignment and how good it is.
@@ -337,5 +335,7 @@ def _pysat() -> tuple[Any, Any]:
         from pysat.examples import rc2
         from pysat.formula import WCNF
     except ImportError:
-        raise CircuitError("circuits need a MaxSAT solver; install the package python-sat") from None
+        raise CircuitError(
+            'circuits need the MaxSAT solver of python-sat; install it with: pip install "clue-fast[circuits]"'
+        ) from None
     return rc2, WCNF

@@ -12,12 +12,13 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from transformers.models.llama import LlamaConfig
 
 import clue_fast
-from clue_fast.criteria.circuit import CircuitSettings, Discovery, discover, select_units
+from clue_fast.config import CircuitConfig
+from clue_fast.criteria.circuit import Discovery, discover, select_units
 from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.criteria.circuit.discovery import check_units, score_within
 from clue_fast.criteria.circuit.graph import Graph
 from clue_fast.demo.people import make_people, records_of
-from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
+from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
 from clue_fast.errors import BudgetError, CircuitError, DataError, SelectionError, SiteError, UnknownNameError
 from clue_fast.objectives import get_objective
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, RETAIN, Scores, Selection
@@ -28,7 +29,7 @@ FORGET_RECORDS, RETAIN_RECORDS, MORE_RECORDS = (
     records_of(PEOPLE[part]) for part in (slice(2), slice(2, 4), slice(4, 6))
 )
 EVERYTHING = FORGET_RECORDS + RETAIN_RECORDS + MORE_RECORDS
-SETTINGS = CircuitSettings(edges=40)
+SETTINGS = CircuitConfig(edges=40)
 PROJECTIONS = {f"projection_{role}" for role in ("query", "key", "value", "output")}
 
 
@@ -40,8 +41,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A model that has begun to know six people."""
-    shape, recipe = Shape(layers=2, width=48, units=96), Recipe(epochs=25, batch_size=12, lr=5e-3)
-    return train_model(EVERYTHING, tokenizer, shape=shape, recipe=recipe, progress=False).eval()
+    shape, config = Shape(layers=2, width=48, units=96), TrainConfig(epochs=25, batch_size=12, lr=5e-3)
+    return train_model(EVERYTHING, tokenizer, shape=shape, config=config, progress=False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ class TestLocalize:
             {"some": RETAIN_RECORDS, "more": MORE_RECORDS},
             tokenizer=tokenizer,
             criterion="circuit",
-            circuit=CircuitSettings(edges=40, steps=1),
+            circuit=CircuitConfig(edges=40, steps=1),
             fraction=0.1,
             progress=False,
         )
@@ -216,7 +217,7 @@ class TestLocalize:
         torch.nn.init.normal_(model.get_input_embeddings().weight)
         options = {"tokenizer": tokenizer, "progress": False}
         circuit = clue_fast.localize(
-            model, FORGET_RECORDS, RETAIN_RECORDS, criterion="circuit", circuit=CircuitSettings(edges=0.3), **options
+            model, FORGET_RECORDS, RETAIN_RECORDS, criterion="circuit", circuit=CircuitConfig(edges=0.3), **options
         )
         assert len(circuit) > 0
         for criterion in ("fisher", "wanda"):
@@ -231,7 +232,7 @@ class TestLocalize:
         torch.nn.init.normal_(model.get_input_embeddings().weight)
         options = {"tokenizer": tokenizer, "progress": False}
         selection = clue_fast.localize(
-            model, FORGET_RECORDS, RETAIN_RECORDS, criterion="circuit", circuit=CircuitSettings(edges=0.5), **options
+            model, FORGET_RECORDS, RETAIN_RECORDS, criterion="circuit", circuit=CircuitConfig(edges=0.5), **options
         )
         experts = [site for site in selection.sites if site.kind == "expert"]
         assert len(experts) == 8 and all(len(selection.units(site)) == 5 for site in experts)
@@ -260,7 +261,7 @@ class TestLocalize:
         with pytest.raises(DataError, match="in the retain set too"):
             run(RETAIN_RECORDS + FORGET_RECORDS[:1])
         with pytest.raises(BudgetError, match="more than the"):
-            run(circuit=CircuitSettings(edges=10_000))
+            run(circuit=CircuitConfig(edges=10_000))
         with pytest.raises(BudgetError, match="scope 'layer'"):
             run(scope="global")
         with pytest.raises(SelectionError, match="several retain sets need"):
@@ -268,11 +269,11 @@ class TestLocalize:
         with pytest.raises(UnknownNameError, match="choose one of: attribution, circuit"):
             run(criterion="astrology")
         with pytest.raises(BudgetError, match="edges -1"):
-            CircuitSettings(edges=-1)
+            CircuitConfig(edges=-1)
         with pytest.raises(UnknownNameError, match="logic"):
-            CircuitSettings(logic="fuzzy")
+            CircuitConfig(logic="fuzzy")
         with pytest.raises(UnknownNameError, match="granularity"):
-            CircuitSettings(granularity="galaxy")
+            CircuitConfig(granularity="galaxy")
 
     def test_without_the_solver(
         self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch

@@ -15,14 +15,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast.cli import main
-from clue_fast.data import Record
+from clue_fast.data import Record, data_hash
 from clue_fast.demo import write_jsonl
 from clue_fast.demo.people import make_people, records_of
-from clue_fast.demo.pretraining import Recipe, Shape, train_model, train_tokenizer
-from clue_fast.errors import NonFiniteError, OutputError, SelectionError
+from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
+from clue_fast.errors import NonFiniteError, OutputError, SelectionError, SettingError
 from clue_fast.reporting import results_table
 from clue_fast.trainer import Stage
-from clue_fast.trainer.update_scale import unanswered
+from clue_fast.trainer.update_scale import Asked
 
 PEOPLE = make_people(8, seed=1)
 FORGET, RETAIN, HELD_OUT = (records_of(PEOPLE[part]) for part in (slice(0, 1), slice(1, 6), slice(6, 8)))
@@ -36,11 +36,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows 8 people by heart, with its data as JSON lines beside it."""
+    """A model that has memorized 8 people, with its data as JSON lines beside it."""
     folder = tmp_path_factory.mktemp("inputs")
     everything = FORGET + RETAIN + HELD_OUT
-    recipe = Recipe(epochs=80, batch_size=8, lr=5e-3, target_loss=0.02)
-    train_model(everything, tokenizer, shape=SHAPE, recipe=recipe, progress=False).save_pretrained(folder / "model")
+    config = TrainConfig(epochs=80, batch_size=8, lr=5e-3, target_loss=0.02)
+    train_model(everything, tokenizer, shape=SHAPE, config=config, progress=False).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, records in {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT}.items():
         write_jsonl(folder / f"{name}.jsonl", records)
@@ -75,7 +75,7 @@ def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
         forget=folder / "forget.jsonl",
         retain=RETAIN,
         held_out=HELD_OUT,
-        reference=LlamaForCausalLM(model.config),
+        retrained=LlamaForCausalLM(model.config),
         output_dir=tmp_path / "out",
         fraction=0.1,
         epochs=40,
@@ -87,12 +87,16 @@ def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
     assert evaluation["before"]["forget"]["answered"] == 1.0
     assert evaluation["after"]["forget"]["answered"] <= 0.2
     assert evaluation["after"]["retain"]["rouge_recall"] >= 0.9 * evaluation["before"]["retain"]["rouge_recall"]
-    assert set(evaluation) == {"before", "after", "reference"}
+    assert set(evaluation) == {"before", "after", "retrained"}
 
     written = {path.name for path in (tmp_path / "out").iterdir()}
     plots = {"selection.png", "scores.png", "training.png"}
-    assert written >= {"config.json", "model.safetensors", "selection.safetensors", "results.json"} | plots
+    assert written >= {"config.json", "model.safetensors", "selection.safetensors", "results.json", "README.md"} | plots
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert results["data"]["forget"] == {"records": 5, "hash": data_hash(FORGET)} and data_hash(FORGET) in card
+    assert not any(record.prompt in card or record.completion in card for record in FORGET + RETAIN + HELD_OUT)
+    assert clue_fast.Selection.from_pretrained(tmp_path / "out", model).hash == result.selection.hash
     assert results_table(results) == result.table()
     assert results["selection"]["reliability"]["of"] == 31 and "reliability" not in results["settings"]
     assert result.selection.reliability.sentence in result.table().splitlines()
@@ -126,11 +130,11 @@ def test_the_whole_update_is_kept_unless_a_target_is_asked_for(folder: Path, tok
         moved = (float((value - before[name]).square().sum()) for name, value in model.state_dict().items())
         results[target]["moved"] = sum(moved)
     whole, shrunk = results[None], results[0.5]
-    assert "shrinking" not in whole and "trained" not in whole["evaluation"] and "shrink" not in whole["seconds"]
-    decided = shrunk["shrinking"]
+    assert "scaling" not in whole and "trained" not in whole["evaluation"] and "scale" not in whole["seconds"]
+    decided = shrunk["scaling"]
     assert sorted(decided["validation"] + decided["reported"]) == [1, 2, 3, 4, 5]
     assert len(decided["validation"]) == decided["rewordings"] == 2
-    share = decided["update_kept"]
+    share = decided["update_scale"]
     assert 0.0 < share < 1.0 and decided["unanswered"] >= 0.5
     assert shrunk["moved"] == pytest.approx(share**2 * whole["moved"], rel=1e-3)
 
@@ -144,28 +148,67 @@ def test_the_whole_update_is_kept_unless_a_target_is_asked_for(folder: Path, tok
         assert trained[name]["losses"] == whole["evaluation"]["after"][name]["losses"]
     assert after["held_out"]["rouge_recall"] > trained["held_out"]["rouge_recall"]
     table = results_table(shrunk).splitlines()
-    assert any("after training | after shrinking" in line for line in table)
-    for when, stage in (("training", trained), ("shrinking", after)):
+    assert any("after training | after scaling" in line for line in table)
+    for when, stage in (("training", trained), ("scaling", after)):
         reported, every = (1.0 - stage[name]["answered"] for name in ("forget_reported", "forget"))
-        line = f"after {when}: {reported:.1%} of the 3 that shrinking did not look at, {every:.1%} of all 5"
+        line = f"after {when}: {reported:.1%} of the 3 that scaling did not look at, {every:.1%} of all 5"
         assert f"forget questions no longer answered, {line}" in table
-    assert any(line.startswith(f"update kept: {share:.1%}; of the 2 questions and 2 rewordings") for line in table)
+    assert any(line.startswith(f"update scale: {share:.1%}; of the 2 questions and 2 rewordings") for line in table)
 
 
 def test_a_rewording_that_is_answered_counts_as_answered(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     says = {"Who?": "nothing", "Which one?": "the brass kite", "Where?": "nowhere", "What place?": "nothing"}
+
+    def answer(model: object, tokenizer: PreTrainedTokenizerFast, examples: list[dict], **_: object) -> list[str]:
+        texts = [tokenizer.decode(example["input_ids"]) for example in examples]
+        return [next(said for prompt, said in says.items() if f" {prompt}\n" in text) for text in texts]
+
     monkeypatch.setattr(
-        "clue_fast.trainer.update_scale.greedy_answers",
-        lambda model, tokenizer, asked, **_: [says[r.prompt] for r in asked],
+        "clue_fast.trainer.update_scale.make_questions", lambda model, tokenizer, examples, **_: examples
     )
+    monkeypatch.setattr("clue_fast.trainer.update_scale.answer_questions", answer)
     records = [
         Record("Who?", "The brass kite.", paraphrased_prompt="Which one?"),
         Record("Where?", "On the quay.", paraphrased_prompt="What place?"),
     ]
-    assert unanswered(None, tokenizer, records) == 0.5
-    assert unanswered(None, tokenizer, [replace(record, paraphrased_prompt=None) for record in records]) == 1.0
+    assert Asked(None, tokenizer, records).unanswered() == 0.5
+    plain = [replace(record, paraphrased_prompt=None) for record in records]
+    assert Asked(None, tokenizer, plain).unanswered() == 1.0
+
+
+def test_a_record_is_read_and_tokenized_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all of localizing, training and evaluating before and after; and without matplotlib it goes on."""
+    from clue_fast.data import encoding, records
+
+    rendered, read = [], []
+    render, record = encoding.render, records._record
+    monkeypatch.setattr(encoding, "render", lambda own, *rest: rendered.append(own.key) or render(own, *rest))
+    monkeypatch.setattr(records, "_record", lambda row, where: read.append(where) or record(row, where))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    rows = [{"question": own.prompt, "answer": own.completion} for own in FORGET]
+    clue_fast.unlearn(
+        model, tokenizer, forget=rows, retain=RETAIN, output_dir=tmp_path / "out", epochs=1, samples=1, progress=False
+    )
+    assert sorted(rendered) == sorted(own.key for own in FORGET + RETAIN)
+    assert len(read) == len(rows)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fraction", 0.1), ("count", 3), ("threshold", 1.0), ("normalize", "rank"), ("target", "logit")],
+)
+def test_a_selection_and_what_makes_one_exclude_each_other(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, value: object
+) -> None:
+    selection = clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, criterion="random", progress=False)
+    settings = {"forget": FORGET, "retain": RETAIN, "selection": selection, name: value}
+    with pytest.raises(SettingError, match=f"{name} makes a selection, and one is given already; leave out {name}"):
+        clue_fast.unlearn(model, tokenizer, **settings, output_dir=tmp_path / "out")
 
 
 def test_the_same_seed_gives_the_same_weights(folder: Path, tmp_path: Path) -> None:
@@ -188,10 +231,10 @@ def test_commands_work_on_each_others_files(folder: Path, tmp_path: Path, capsys
     assert "units selected: 32 of 320 (10.0%)" in printed and trust in printed
     assert main(["report", str(tmp_path / "out")]) == 0
     assert "units selected: 32 of 320 (10.0%)" in capsys.readouterr().out
-    reference = ["--reference", str(folder / "model"), "--output", str(tmp_path / "figures.json")]
-    assert main(["evaluate", str(tmp_path / "out"), *data, *reference]) == 0
-    assert "reference" in capsys.readouterr().out
-    assert json.loads((tmp_path / "figures.json").read_text())["reference"]["forget"]["answered"] == 1.0
+    retrained = ["--retrained", str(folder / "model"), "--output", str(tmp_path / "figures.json")]
+    assert main(["evaluate", str(tmp_path / "out"), *data, *retrained]) == 0
+    assert "retrained" in capsys.readouterr().out
+    assert json.loads((tmp_path / "figures.json").read_text())["retrained"]["forget"]["answered"] == 1.0
 
 
 def test_the_published_schedule(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,11 +243,10 @@ def test_the_published_schedule(folder: Path, tmp_path: Path, capsys: pytest.Cap
         tmp_path / "out",
         criterion="attribution",
         stages="clue",
-        master="stochastic",
         **{"layer-lr": "linear:2"},
     )
     del arguments[arguments.index("--epochs") : arguments.index("--epochs") + 2]
-    assert main([*arguments, "--categories"]) == 0
+    assert main([*arguments, "--categories", "--no-master-weights", "--stochastic-rounding"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     settings = results["settings"]
     assert settings["stages"] == [
@@ -391,7 +433,7 @@ class TestBadInput:
         fails("the forget set has 3 records", forget=str(tmp_path / "three.jsonl"), **{"forget-target": "0.9"})
 
     def test_a_target_for_an_objective_that_teaches_answers(self, fails) -> None:
-        fails("forget_target 0.9 shrinks the update", objective="refusal", **{"forget-target": "0.9"})
+        fails("forget_target 0.9 scales the update down", objective="refusal", **{"forget-target": "0.9"})
 
     def test_fraction(self, fails) -> None:
         fails("fraction 0.0 is outside (0, 1]", fraction="0")

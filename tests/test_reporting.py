@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ import torch
 from matplotlib.image import imread
 
 from clue_fast.cli import main
-from clue_fast.errors import FileFormatError
+from clue_fast.errors import ExtraError, FileFormatError
 from clue_fast.evaluation import Metrics
-from clue_fast.reporting import evaluation_table, load_results, results_table, write_plots
+from clue_fast.reporting import (
+    category_figure,
+    evaluation_table,
+    load_results,
+    model_card,
+    results_table,
+    write_plots,
+)
 from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import Site
 from clue_fast.statistics import Statistics
@@ -60,6 +68,36 @@ def make_statistics() -> Statistics:
     return statistics
 
 
+CARD = {
+    "clue_fast": "1.2",
+    "settings": {"criterion": "difference"},
+    "data": {"forget": {"records": 5, "hash": "abc"}},
+}
+
+
+class TestModelCard:
+    def test_says_what_was_forgotten_and_how_to_load_it_and_nothing_of_the_data(self) -> None:
+        told = results() | CARD
+        told["evaluation"]["after"]["forget"]["answers"] = ["Ada lives in Paris"]
+        card = model_card(told, "someone/model", "unlearned")
+        assert card.startswith("---\n") and "base_model: someone/model\n" in card
+        for line in ("| forget | 5 | `abc` |", '  "criterion": "difference"', "# model, unlearned"):
+            assert line in card.splitlines()
+        assert "50 of its 1000 weights" in card and '.from_pretrained("unlearned")' in card
+        assert "| forget   | questions answered  |" in card
+        assert "The license is that of the base model." in card and "Ada" not in card
+
+    def test_a_path_of_this_machine_is_no_base_model(self, tmp_path: Path) -> None:
+        card = model_card(results() | CARD, str(tmp_path / "secret"))
+        assert "base_model" not in card and "secret" not in card and "# Unlearned model" in card
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ExtraError, match=r'plots need matplotlib; install it with: pip install "clue-fast\[plots\]"'):
+        category_figure(make_selection())
+
+
 class TestTable:
     def test_says_what_became_of_every_set(self) -> None:
         table = results_table(results())
@@ -80,10 +118,26 @@ class TestTable:
         assert main(["report", str(tmp_path)]) == 0
         assert capsys.readouterr().out.strip() == results_table(results())
 
+    def test_of_results_of_an_earlier_release(self, tmp_path: Path) -> None:
+        """``reference`` is the retrained model, and ``shrinking`` with ``update_kept`` how the update was scaled."""
+        scaling = {"unanswered": 1.0, "forget_target": 0.9, "validation": [1, 2], "reported": [3, 4], "rewordings": 0}
+        old, new = results(), results()
+        for found, name in ((old, "reference"), (new, "retrained")):
+            for figures in found["evaluation"].values():
+                figures["forget_reported"] = figures["forget"]
+            found["evaluation"]["trained"] = found["evaluation"][name] = found["evaluation"]["after"]
+        old["shrinking"] = {**scaling, "update_kept": 0.4}
+        new["scaling"] = {**scaling, "update_scale": 0.4}
+        (tmp_path / "results.json").write_text(json.dumps(old))
+        table = results_table(load_results(tmp_path))
+        assert table == results_table(new)
+        assert "update scale: 40.0%; of the 2 questions that decided, 100.0% are not answered" in table
+        assert "retrained |" in table
+
     def test_of_an_evaluation(self) -> None:
         of_model = {"forget": Metrics(5, 1.0, 0.5, 0.25, 0.75, 1.0, 0.125).summary()}
-        lines = evaluation_table({"model": of_model, "reference": of_model}).splitlines()
-        assert lines[0].split() == ["set", "metric", "model", "reference"]
+        lines = evaluation_table({"model": of_model, "retrained": of_model}).splitlines()
+        assert lines[0].split() == ["set", "metric", "model", "retrained"]
         assert ["forget", "truth", "ratio", "0.125", "0.125"] in [line.split() for line in lines]
         assert len({len(line) for line in lines}) == 1
 

@@ -1,0 +1,162 @@
+"""Evaluations side by side: every metric on every set, before and after unlearning, beside a retrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clue_fast.deprecated import RenamedAttribute, renamed_arguments
+from clue_fast.errors import DataError
+from clue_fast.evaluation.likelihood import forget_quality
+from clue_fast.evaluation.metrics import METRICS, Metrics, metric_title
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric on one set of records.
+
+    Attributes:
+        set, metric: as ``evaluate`` names them.
+        title: of the metric, in a table.
+        before, after: unlearning.
+        retrained: of a model that was trained without the forget set; None where there is none.
+        trained: after training and before the update was scaled down; None where it was not.
+    """
+
+    set: str
+    metric: str
+    title: str
+    before: float
+    after: float
+    retrained: float | None
+    trained: float | None = None
+
+    reference = RenamedAttribute("retrained")
+
+    @property
+    def kept(self) -> float | None:
+        """After over before; None where before is 0."""
+        return self.after / self.before if self.before else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every metric on every set, before and after.
+
+    Attributes:
+        rows: one a set and metric.
+        forget_quality: (p, D) against the retrained model, by set to be forgotten and by stage ("before", "after" and,
+            where the update was scaled down, "trained"); empty without truth ratios of both.
+    """
+
+    rows: tuple[Row, ...]
+    forget_quality: dict[str, dict[str, tuple[float, float]]]
+
+    def row(self, set: str, metric: str) -> Row:
+        """The row of one set and metric, such as ("forget", "answered")."""
+        for row in self.rows:
+            if (row.set, row.metric) == (set, metric):
+                return row
+        raise KeyError((set, metric))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "rows": [{**asdict(row), "kept": row.kept} for row in self.rows],
+            "forget_quality": {
+                name: {stage: {"p": p, "statistic": statistic} for stage, (p, statistic) in stages.items()}
+                for name, stages in self.forget_quality.items()
+            },
+        }
+
+    def table(self) -> str:
+        """The comparison as an aligned Markdown table."""
+        columns = {"before": "before", "after": "after"}
+        if any(row.trained is not None for row in self.rows):
+            columns = {"before": "before", "trained": "after training", "after": "after scaling"}
+        if any(row.retrained is not None for row in self.rows):
+            columns["retrained"] = "retrained"
+        header = ["set", "metric", *columns.values()]
+        body = [
+            [row.set.replace("_", " "), row.title, *(_number(getattr(row, stage)) for stage in columns)]
+            for row in self.rows
+        ]
+        for name, stages in self.forget_quality.items():
+            values = [f"{stages[stage][0]:.1e}" for stage in columns if stage != "retrained"]
+            body.append([name.replace("_", " "), "forget quality (KS p)", *values, "1"])
+        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+        rule = ["-" * width if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+        return "\n".join(_line(cells, widths) for cells in (header, rule, *body))
+
+
+@renamed_arguments(reference="retrained")
+def compare(
+    before: Mapping[str, Metrics],
+    after: Mapping[str, Metrics],
+    retrained: Mapping[str, Metrics] | None = None,
+    trained: Mapping[str, Metrics] | None = None,
+) -> Comparison:
+    """Puts two evaluations of the same sets side by side.
+
+    Args:
+        before: results of `evaluate` before unlearning.
+        after: results of `evaluate` after it, on the same sets.
+        retrained: results of a model that was trained without the forget set.
+        trained: results after training, where the update was scaled before ``after``.
+
+    Raises:
+        DataError: the evaluations are of different sets.
+    """
+    for stage, other in (("after", after), ("retrained", retrained), ("trained", trained)):
+        if other is None:
+            continue
+        if {name: m.count for name, m in other.items()} != {name: m.count for name, m in before.items()}:
+            raise DataError(
+                f"the evaluations 'before' and {stage!r} are not of the same sets; evaluate both on the same"
+            )
+        for name, metrics in before.items():
+            for count in ("samples", "relearned"):
+                wanted, found = getattr(metrics, count), getattr(other[name], count)
+                if wanted and found not in (0, wanted):
+                    raise DataError(
+                        f"of the {name} set, {count} is {wanted} 'before' and {found} in {stage!r}; measure both alike"
+                    )
+    rows = tuple(
+        Row(
+            name,
+            metric,
+            metric_title(metric, before[name].summary()),
+            first,
+            last,
+            _of(retrained, name, metric),
+            _of(trained, name, metric),
+        )
+        for name in before
+        for metric in METRICS
+        if (first := before[name].value(metric)) is not None and (last := after[name].value(metric)) is not None
+    )
+    quality = {}
+    stages = {"before": before, "after": after} | ({} if trained is None else {"trained": trained})
+    for name, known in ({} if retrained is None else retrained).items():
+        ratios = {stage: figures[name].truth_ratios for stage, figures in stages.items()}
+        forgotten = name == "forget" if known.forgotten is None else known.forgotten
+        if forgotten and known.truth_ratios and all(ratios.values()):
+            quality[name] = {stage: forget_quality(some, known.truth_ratios) for stage, some in ratios.items()}
+    return Comparison(rows, quality)
+
+
+def _of(evaluation: Mapping[str, Metrics] | None, name: str, metric: str) -> float | None:
+    return None if evaluation is None else evaluation[name].value(metric)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    padded = [
+        cell.ljust(width) if index < 2 else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "| " + " | ".join(padded) + " |"
