@@ -53,7 +53,8 @@ class Settings:
         try:
             yield
         except ClueFastError as error:
-            lines = [line for name, line in self.lines.items() if re.search(rf"\b{name.split('.')[-1]}\b", str(error))]
+            words = set(re.findall(r"\w+", str(error)))
+            lines = [line for name, line in self.lines.items() if words & set(name.split("."))]
             if lines:
                 error.args = (f"{self.path}, line {' and '.join(map(str, sorted(lines)))}: {error}",)
             raise

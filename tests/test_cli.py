@@ -211,6 +211,11 @@ class TestConfigurationFile:
             ("scope: galaxy\n", "line 1: unknown scope 'galaxy'; choose one of: layer, kind, global"),
             ("fraction: 0.1\nseed: 0\ncount: 3\n", "line 1 and 3: give one budget, not fraction and count"),
             ("circuit:\n  edges: 0.1\n  logic: fuzzy\ncriterion: circuit\n", "line 3: unknown logic 'fuzzy'"),
+            (
+                "seed: 1\ncriterion: circuits\n",
+                "line 2: unknown criterion 'circuits'; choose one of: attribution, circuit",
+            ),
+            ("circuit:\n  edges: 0.1\n", "line 2: settings of circuits need the criterion 'circuit'"),
             ("circuit:\n  edgse: 0.1\n", "line 2: unknown setting 'circuit.edgse'"),
             ("epochs: 3\nstages: clue\n", "line 1 and 2: stages have epochs of their own"),
             ("master_weights: true\nstochastic_rounding: true\n", "line 1 and 2: master_weights and stochastic"),

@@ -3,10 +3,8 @@
 A patched model scores by them, so the package takes ``patch`` from here.
 """
 
-from clue_fast.criteria import (
-    circuit,  # noqa: F401  registers itself
-    formulas,  # noqa: F401  registers the criteria of the field
-)
+from clue_fast.criteria import formulas  # noqa: F401  registers the criteria of the field
+from clue_fast.criteria.circuit import discover  # noqa: F401  registers the logic of circuits
 from clue_fast.criteria.measure import measure, record_groups
 from clue_fast.criteria.measurements import MEASUREMENTS, Measurement
 from clue_fast.criteria.passes import TARGETS

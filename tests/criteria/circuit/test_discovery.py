@@ -231,9 +231,8 @@ class TestLocalize:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         torch.nn.init.normal_(model.get_input_embeddings().weight)
         options = {"tokenizer": tokenizer, "progress": False}
-        selection = clue_fast.localize(
-            model, FORGET_RECORDS, RETAIN_RECORDS, criterion="circuit", circuit=CircuitConfig(edges=0.5), **options
-        )
+        settings = {"criterion": "circuit", "circuit": CircuitConfig(edges=0.5), "fraction": 0.1}
+        selection = clue_fast.localize(model, FORGET_RECORDS, RETAIN_RECORDS, **settings, **options)
         experts = [site for site in selection.sites if site.kind == "expert"]
         assert len(experts) == 8 and all(len(selection.units(site)) == 5 for site in experts)
         with pytest.raises(SiteError, match=r"experts.*belongs to no linear module"):
