@@ -15,8 +15,9 @@ from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import UnknownNameError
 from clue_fast.evaluation import Row, compare
 from clue_fast.sites import ParamSlice
-from clue_fast.trainer import scale_update
+from clue_fast.trainer import MemoryEstimate, scale_update
 from clue_fast.unlearning import evaluate_model
+from tests.models.small_llama import llama, random_selection
 
 STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}
 
@@ -91,6 +92,7 @@ SITE = clue_fast.Site("mlp", "mlp", 4, 0, slices=(SLICE,))
         ("clue_fast.sites", "Part", "ParamSlice"),
         ("clue_fast.evaluation", "COMPARED", "METRICS"),
         (ROW, "reference", "retrained"),
+        ("clue_fast.sparse", "TrainedPart", "TrainableSlice"),
         (SLICE, "lead", "expert_index"),
         (SITE, "parts", "slices"),
     ],
@@ -106,3 +108,28 @@ def test_names_and_attributes_are_found_by_their_old_names(holder: Any, old: str
 def test_files_keep_the_names_that_they_have() -> None:
     assert SITE.as_dict()["parts"][0]["lead"] == 2
     assert clue_fast.Site.from_dict(SITE.as_dict()) == SITE
+
+
+def test_a_sparse_model_by_its_old_names() -> None:
+    model = llama(layers=1)
+    with clue_fast.sparsify(model, random_selection(model, units=2)) as sparse:
+        optimizer = clue_fast.SparseAdamW(model)
+        with pytest.warns(FutureWarning, match=r"Sparse.parts is slices now"):
+            part = sparse.parts[0]
+        for holder, old, new in (
+            (part, "selected", "values"),
+            (part, "lead", "expert_index"),
+            (part, "has_master", "has_values"),
+            (part, "master_name", "values_name"),
+            (sparse, "reach", "set_batch_layout"),
+            (optimizer, "follow", "rebuild_param_groups"),
+        ):
+            with pytest.warns(FutureWarning, match=f"{old} is {new} now"):
+                value = getattr(holder, old)
+            assert value is getattr(holder, new) or value == getattr(holder, new)
+        with pytest.warns(FutureWarning, match=r"Sparse.bytes is memory_footprint now"):
+            found = sparse.bytes(optimizer)
+        assert found.pop("trainable") == sparse.memory_footprint(optimizer)["values"] > 0
+        estimate = MemoryEstimate(*range(7))
+        with pytest.warns(FutureWarning, match="MemoryEstimate.masters is values now"):
+            assert estimate.masters == estimate.values == 1

@@ -285,7 +285,7 @@ def test_parts_of_stacked_and_interleaved_parameters_are_kept_apart(tmp_path: Pa
         heads: torch.tensor([0, CONFLICT, CONFLICT, 0]),
     }
     selection = Selection(sites, categories, {site: torch.zeros(site.width) for site in sites}, {}, "f")
-    slices = {(s.part.parameter, s.part.dim, s.part.expert_index): s.index.tolist() for s in plan(selection)}
+    slices = {(s.path, s.dim, s.expert_index): s.index.tolist() for s in plan(selection)}
     assert slices == {
         ("experts.gate_up", 1, 0): [2, 3],
         ("experts.down", 0, 0): [1],

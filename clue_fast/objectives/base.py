@@ -134,7 +134,7 @@ class Trained(Protocol):
     def original(self) -> AbstractContextManager[Any]:
         """The model as it was before training, for as long as the context lasts."""
 
-    def reach(self, forget: int, records: int, tokens: int) -> None:
+    def set_batch_layout(self, forget: int, records: int, tokens: int) -> None:
         """Says that in the next pass the first ``forget`` of all ``records`` are to be forgotten."""
 
 
@@ -228,7 +228,7 @@ def announce(trained: Trained, batches: Mapping[str, Batch], forget_batches: tup
     """Tells the training which records of the next pass are to be forgotten."""
     records = {name: len(batch["labels"]) for name, batch in batches.items()}
     tokens = max((batch["input_ids"].shape[1] for batch in batches.values() if "input_ids" in batch), default=1)
-    trained.reach(sum(records[name] for name in forget_batches), sum(records.values()), tokens)
+    trained.set_batch_layout(sum(records[name] for name in forget_batches), sum(records.values()), tokens)
 
 
 def ungrouped(batch: Batch) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clue_fast.sites.site import ParamSlice
@@ -70,3 +71,24 @@ def child_projections(module: nn.Module, path: str) -> dict[str, Projection]:
     prefix = f"{path}." if path else ""
     found = {name: projection_of(child, f"{prefix}{name}") for name, child in module.named_children()}
     return {name: projection for name, projection in found.items() if projection is not None}
+
+
+@torch.no_grad()
+def is_linear(module: nn.Module) -> bool:
+    """Whether a projection multiplies its input by its weight and adds its bias, found by running it.
+
+    Compared on at most 64 of its outputs, so that no copy of a large weight is made.
+    """
+    projection = projection_of(module, "")
+    assert projection is not None
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    x = torch.randn(3, projection.inputs, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
+    chosen = torch.arange(0, projection.outputs, -(-projection.outputs // 64), device=weight.device)
+    matrix = weight.index_select(projection.output_dim, chosen).double()
+    expected = x.double() @ (matrix.t() if projection.output_dim == 0 else matrix)
+    expected += 0.0 if bias is None else bias[chosen].double()
+    found = type(module).forward(module, x)
+    if found.shape != (len(x), projection.outputs):
+        return False
+    # A product of n terms in 16 bits is off by a few units in the last place of its norm; another function is not.
+    return bool((found[:, chosen].double() - expected).norm() < 0.05 * expected.norm())

@@ -4,9 +4,10 @@
 ``changed_outside`` prove that nothing else has changed.
 """
 
+from clue_fast.deprecated import renamed_names
 from clue_fast.sparse.audit import changed_inside, changed_outside, snapshot
 from clue_fast.sparse.optimizer import LayerRate, LinearLayerRate, SparseAdamW, SparseSGD
-from clue_fast.sparse.slices import TrainedPart
+from clue_fast.sparse.slices import TrainableSlice
 from clue_fast.sparse.sparse import Sparse, sparsify
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "Sparse",
     "SparseAdamW",
     "SparseSGD",
-    "TrainedPart",
+    "TrainableSlice",
     "changed_inside",
     "changed_outside",
     "snapshot",
     "sparsify",
 ]
+
+__getattr__ = renamed_names(__name__, TrainedPart="TrainableSlice")

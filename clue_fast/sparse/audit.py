@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clue_fast.errors import SparseError
 from clue_fast.selection import Selection
-from clue_fast.sparse.slices import trained_parts
+from clue_fast.sparse.slices import trainable_slices
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -54,16 +54,15 @@ def _selected(selection: Selection, name: str, shape: torch.Size) -> Tensor:
     """Which numbers of a parameter belong to selected units, bool."""
     mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for site in selection.sites:
-        for part in site.slices:
-            if part.parameter == name:
-                weight = mask if part.expert_index is None else mask[part.expert_index]
-                weight.index_fill_(part.dim, part.index(selection.units(site)), True)
+        for owned in site.slices:
+            if owned.parameter == name:
+                owned.of(mask).index_fill_(owned.dim, owned.index(selection.units(site)), True)
     return mask
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    masters = {id(part.selected) for part in trained_parts(model)}
-    parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in masters]
+    values = {id(trained.values) for trained in trainable_slices(model)}
+    parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in values]
     return [*parameters, *model.named_buffers()]
 
 

@@ -1,17 +1,8 @@
-"""Gradient checkpointing of a sparse model, with no backward below the lowest selected layer.
+"""Layers of which only some slices of the parameters train, and which class a layer gets for that.
 
-transformers makes the embeddings need a gradient as soon as checkpointing is on, since reentrant checkpointing drops
-the gradients of a layer whose input needs none. Then a backward runs through every layer. Here only the layers that
-train get such an input.
-
-Sparse modules: layers of which only some slices of the parameters train.
-
-None is ever built: ``sparsify`` changes the class of layers of one model to a subclass made here, so that no library
-class is modified, and every other property of the layer stays.
-
-Stacked experts of which only some channels train.
-
-Which sparse class a layer gets, and whether the layer computes what that class takes for granted.
+``inject`` changes the class of a layer of one model to a subclass of its own, so that no library class is modified and
+every other property of the layer stays; ``restore`` undoes it. A sparse layer holds its ``TrainableSlice``s, and keeps
+their values with it when it moves, and out of its state dict.
 """
 
 from __future__ import annotations
@@ -27,38 +18,7 @@ from clue_fast import ops
 from clue_fast.errors import SparseError
 from clue_fast.sites.experts import Stack, find_stack
 from clue_fast.sites.projection import projection_of
-from clue_fast.sparse.slices import TrainedPart, graft
-
-
-def limit_checkpointing(model: nn.Module, parts: Iterable[TrainedPart]) -> None:
-    """Lets checkpointing, where it is on, run a backward through the layers that train and those above only."""
-    disable = getattr(model, "disable_input_require_grads", None)
-    if callable(disable):
-        disable()
-    paths = [part.path for part in parts]
-    for path, module in model.named_modules():
-        checkpoint: Any = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
-            trains = any(name.startswith(f"{path}.") for name in paths)
-            setattr(module, "_gradient_checkpointing_func", _Limited(checkpoint, trains))  # noqa: B010
-
-
-class _Limited:
-    """A reentrant checkpoint function: gives a layer that trains an input with a gradient, and skips those below."""
-
-    def __init__(self, checkpoint: Callable[..., Any], trains: bool) -> None:
-        self.checkpoint = checkpoint
-        self.trains = trains
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = list(args)
-        if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
-            if not self.trains:
-                return function(*given)
-            place = next(i for i, v in enumerate(given) if isinstance(v, Tensor) and v.is_floating_point())
-            given[place] = given[place].detach().requires_grad_()
-        return self.checkpoint(function, *given, **kwargs)
-
+from clue_fast.sparse.slices import ForwardPass, TrainableSlice, add_slice_grad, training_rows
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -69,32 +29,26 @@ else:
 class SparseModule(_Base):
     """What all sparse modules share; comes before the class of the layer.
 
-    Master values are parameters of the module, so that they move, train and are found with it, but they are in no
+    Values of slices are parameters of the module, so that they move, train and are found with it, but they are in no
     state dict: checkpoints stay plain.
 
     Attributes:
-        trained_parts: what trains in this module.
+        trainable_slices: what trains in this module.
     """
 
-    trained_parts: list[TrainedPart]
+    trainable_slices: list[TrainableSlice]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        masters = [part.selected.detach() for part in self.trained_parts]
+        values = [trained.values.detach() for trained in self.trainable_slices]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        moved: dict[int, Tensor] = {}  # parts that share an index still do
-        for part, master in zip(self.trained_parts, masters, strict=True):
-            # `.to(bfloat16)` casts every parameter; the masters exist to keep what bfloat16 would drop.
-            if part.selected.dtype != torch.float32 or not part.has_master:
-                part.selected.data = master.to(part.weight.device)
-                part.selected.grad = None
-            part.index = moved.setdefault(id(part.index), part.index.to(part.weight.device))
-            part.original = part.original.to(part.weight)
+        for trained, before in zip(self.trainable_slices, values, strict=True):
+            trained.follow_weight(before)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for part in self.trained_parts:
-            destination.pop(prefix + part.master_name, None)
+        for trained in self.trainable_slices:
+            destination.pop(prefix + trained.values_name, None)
 
     def _load_from_state_dict(
         self,
@@ -109,54 +63,54 @@ class SparseModule(_Base):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for part in self.trained_parts:
-            if prefix + part.master_name in missing_keys:
-                missing_keys.remove(prefix + part.master_name)
-            if prefix + part.name in state_dict:
-                part.set_master(part.read())
+        for trained in self.trainable_slices:
+            if prefix + trained.values_name in missing_keys:
+                missing_keys.remove(prefix + trained.values_name)
+            if prefix + trained.name in state_dict:
+                trained.refresh(trained.read())
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
-        parts = (
-            f"{len(p.index)} of {p.weight.shape[p.dim]} along {p.dim} of {p.name} ({p.category})"
-            for p in self.trained_parts
+        trained = (
+            f"{len(one.index)} of {one.weight.shape[one.dim]} along {one.dim} of {one.name} ({one.category})"
+            for one in self.trainable_slices
         )
-        return ", ".join(filter(None, (super().extra_repr(), f"trained: {'; '.join(parts)}")))
+        return ", ".join(filter(None, (super().extra_repr(), f"trained: {'; '.join(trained)}")))
 
 
 class SparseLinear(SparseModule, nn.Linear):
     """An ``nn.Linear`` of which only some rows, columns and biases train."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Exactly ``F.linear(input, self.weight, self.bias)``; the gradient goes to the trained parts."""
+        """Exactly ``F.linear(input, self.weight, self.bias)``; the gradient goes to the trained slices."""
         weight, bias = self._always_trained()
         if weight is None:
             out = super().forward(input)
         else:
-            selected_bias = None if bias is None else bias.selected
-            slices = (weight.selected, weight.index, weight.dim)
-            out = ops.sparse_linear(input, self.weight, self.bias, *slices, selected_bias=selected_bias)
-        for part in self.trained_parts:
-            if part is not weight and part is not bias:
-                out = graft(out, input, part)
+            bias_values = None if bias is None else bias.values
+            trained = (weight.values, weight.index, weight.dim)
+            out = ops.sparse_linear(input, self.weight, self.bias, *trained, selected_bias=bias_values)
+        for other in self.trainable_slices:
+            if other is not weight and other is not bias:
+                out = add_slice_grad(out, input, other)
         return out
 
-    def _always_trained(self) -> tuple[TrainedPart | None, TrainedPart | None]:
-        """The parts that all records train, which the operator takes: of the weight, and of the bias to its rows."""
-        conflict = {part.name: part for part in self.trained_parts if part.category == "conflict"}
+    def _always_trained(self) -> tuple[TrainableSlice | None, TrainableSlice | None]:
+        """What all records train, which the operator takes: slices of the weight, and of the bias to its rows."""
+        conflict = {trained.name: trained for trained in self.trainable_slices if trained.category == "conflict"}
         weight, bias = conflict.get("weight"), conflict.get("bias")
         same = weight is not None and bias is not None and weight.dim == 0 and weight.index is bias.index
         return weight, bias if same else None
 
 
 class SparseProjection(SparseModule):
-    """Any other layer that multiplies by its weight, such as a Conv1D: its own forward, with gradients grafted on."""
+    """Any other layer that multiplies by its weight, such as a Conv1D."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Exactly what the layer computes; the gradient goes to the trained parts."""
+        """Exactly what the layer computes; the gradient goes to the trained slices."""
         out: Tensor = super().forward(x)
-        for part in self.trained_parts:
-            out = graft(out, x, part)
+        for trained in self.trainable_slices:
+            out = add_slice_grad(out, x, trained)
         return out
 
 
@@ -177,7 +131,7 @@ class SparseExperts(SparseModule):
             return y
         if getattr(self, "_is_expert_parallel", False):
             raise SparseError(
-                f"{self.trained_parts[0].path} is split over devices by expert; train without expert parallelism"
+                f"{self.trainable_slices[0].path} is split over devices by expert; train without expert parallelism"
             )
         return self._by_expert(*args, *kwargs.values())
 
@@ -185,13 +139,13 @@ class SparseExperts(SparseModule):
         """Hidden is [tokens, width], chosen and weights [tokens, experts a token]."""
         stack = find_stack(self)
         assert stack is not None
-        reached = {part.category: _reached(part, hidden) for part in self.trained_parts}
+        ends = {trained.category: training_rows(hidden, trained) for trained in self.trainable_slices}
         out = torch.zeros_like(hidden)
         with torch.no_grad():
             used = torch.bincount(chosen.flatten(), minlength=stack.experts)[: stack.experts].nonzero().flatten()
         for expert in used.tolist():
             place, token = torch.where(chosen.t() == expert)
-            rows = {category: _first(token, end, len(hidden)) for category, end in reached.items()}
+            rows = {category: _first(token, end, len(hidden)) for category, end in ends.items()}
             z = self._linear(hidden[token], stack, "gate_up", expert, rows)
             gate: Callable[[Tensor], Tensor] = getattr(self, "_apply_gate")  # noqa: B009
             y = self._linear(gate(z), stack, "down", expert, rows)
@@ -204,20 +158,15 @@ class SparseExperts(SparseModule):
         y = x @ weight if stack.transposed else functional.linear(x, weight)
         if bias_name is not None:
             y = y + getattr(self, bias_name)[expert]
-        for part in self.trained_parts:
-            if part.lead == expert and part.name in (weight_name, bias_name):
-                y = graft(y, x, part, rows[part.category])
+        for trained in self.trainable_slices:
+            if trained.expert_index == expert and trained.name in (weight_name, bias_name):
+                y = add_slice_grad(y, x, trained, rows[trained.category])
         return y
 
 
 def _first(token: Tensor, end: int, tokens: int) -> Rows:
     """Places of the tokens before ``end``."""
     return slice(None) if end == tokens else (token < end).nonzero().flatten()
-
-
-def _reached(part: TrainedPart, hidden: Tensor) -> int:
-    """How many leading tokens train a part."""
-    return part.reach.rows(hidden, part.path) if part.category == "forget" else len(hidden)
 
 
 def sparse_class(module: nn.Module) -> type[SparseModule] | None:
@@ -229,6 +178,48 @@ def sparse_class(module: nn.Module) -> type[SparseModule] | None:
     if find_stack(module) is not None and callable(getattr(module, "_apply_gate", None)):
         return _mixed(SparseExperts, type(module))
     return None
+
+
+def inject(model: nn.Module, planned: Iterable[TrainableSlice]) -> None:
+    """Gives slices that are planned to the layers of a model, which turn sparse, whatever their weights hold.
+
+    Raises:
+        SparseError: a layer cannot train in parts; then none has turned sparse.
+    """
+    planned = list(planned)
+    for one in planned:
+        check_layer(model, one)
+    forward_pass = ForwardPass()
+    for one in planned:
+        module = model.get_submodule(one.module_path)
+        if not isinstance(module, SparseModule):
+            cls = sparse_class(module)
+            assert cls is not None
+            module.__class__ = cls
+            module.trainable_slices = []  # type: ignore[assignment]
+        assert isinstance(module, SparseModule)
+        one.bind(module, output_dim(module), forward_pass)
+        module.register_parameter(one.values_name, one.values)
+        module.trainable_slices.append(one)
+
+
+def restore(module: SparseModule) -> None:
+    """Gives a layer its own class back; what has been trained stays in its weights."""
+    for trained in module.trainable_slices:
+        delattr(module, trained.values_name)
+    del module.trainable_slices
+    before = original_class(module)
+    module.__class__ = before  # type: ignore[assignment]
+
+
+def check_layer(model: nn.Module, planned: TrainableSlice) -> None:
+    """Raises SparseError unless slices of this layer can train."""
+    path = planned.module_path
+    module = model.get_submodule(path)
+    if "base_layer" in path.split("."):
+        raise SparseError(f"{path} is wrapped by an adapter; merge it into the model first (merge_and_unload)")
+    if not isinstance(module, SparseModule) and sparse_class(module) is None:
+        raise SparseError(f"{path} is a {type(module).__name__}, which cannot train in parts; dequantize it first")
 
 
 def original_class(module: SparseModule) -> type[nn.Module]:
@@ -258,22 +249,36 @@ def output_dim(module: nn.Module) -> int:
     return int(stack is not None and stack.transposed)
 
 
-@torch.no_grad()
-def is_linear(module: nn.Module) -> bool:
-    """Whether a projection multiplies its input by its weight and adds its bias, found by running it.
+def limit_checkpointing(model: nn.Module, trained: Iterable[TrainableSlice]) -> None:
+    """Lets checkpointing, where it is on, run a backward through the layers that train and those above only.
 
-    Compared on at most 64 of its outputs, so that no copy of a large weight is made.
+    transformers makes the embeddings need a gradient as soon as checkpointing is on, since reentrant checkpointing
+    drops the gradients of a layer whose input needs none. Then a backward runs through every layer. Here only the
+    layers that train get such an input.
     """
-    projection = projection_of(module, "")
-    assert projection is not None
-    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-    x = torch.randn(3, projection.inputs, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
-    chosen = torch.arange(0, projection.outputs, -(-projection.outputs // 64), device=weight.device)
-    matrix = weight.index_select(projection.output_dim, chosen).double()
-    expected = x.double() @ (matrix.t() if projection.output_dim == 0 else matrix)
-    expected += 0.0 if bias is None else bias[chosen].double()
-    found = type(module).forward(module, x)
-    if found.shape != (len(x), projection.outputs):
-        return False
-    # A product of n terms in 16 bits is off by a few units in the last place of its norm; another function is not.
-    return bool((found[:, chosen].double() - expected).norm() < 0.05 * expected.norm())
+    disable = getattr(model, "disable_input_require_grads", None)
+    if callable(disable):
+        disable()
+    paths = [one.path for one in trained]
+    for path, module in model.named_modules():
+        checkpoint: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+            trains = any(name.startswith(f"{path}.") for name in paths)
+            setattr(module, "_gradient_checkpointing_func", _Limited(checkpoint, trains))  # noqa: B010
+
+
+class _Limited:
+    """A reentrant checkpoint function: gives a layer that trains an input with a gradient, and skips those below."""
+
+    def __init__(self, checkpoint: Callable[..., Any], trains: bool) -> None:
+        self.checkpoint = checkpoint
+        self.trains = trains
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = list(args)
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
+            if not self.trains:
+                return function(*given)
+            place = next(i for i, v in enumerate(given) if isinstance(v, Tensor) and v.is_floating_point())
+            given[place] = given[place].detach().requires_grad_()
+        return self.checkpoint(function, *given, **kwargs)

@@ -1,10 +1,7 @@
-"""Learning rates by layer: what share of the first layer's rate every other layer trains at.
+"""Optimizers of the selected weights, all layers in one launch: AdamW, and SGD with momentum.
 
-What the optimizers of selected weights share: groups by layer, masters, checks, and their state.
-
-AdamW on the selected weights.
-
-Stochastic gradient descent on the selected weights.
+First the learning rate of each layer, then what both share (a parameter group per layer, values and rounding, checks,
+state), then the two rules.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast import ops
-from clue_fast.deprecated import precision, renamed_arguments
+from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SettingError, SparseError
-from clue_fast.sparse.slices import DDP, TrainedPart, trained_parts
+from clue_fast.sparse.slices import DDP, TrainableSlice, trainable_slices
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +89,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that write into the selected slices of the weights, all layers in one launch.
 
     There is one parameter group a layer, with the keys ``layer`` and ``layer_scale``, so that schedulers and
-    loggers see every rate. State exists for the trained part only.
+    loggers see every rate. State exists for what trains only.
 
     A step with a non-finite gradient changes nothing: it is logged with the weights concerned and counted in
     ``skipped_steps``.
@@ -116,7 +113,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     """
 
     moments: ClassVar[tuple[str, ...]] = ()
-    """Names of the float32 tensors kept for each part, beside "step"."""
+    """Names of the float32 tensors kept for each slice, beside "step"."""
 
     def __init__(
         self,
@@ -128,46 +125,48 @@ class SparseOptimizer(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
     ) -> None:
         check_not_below_zero(defaults, ("lr", "weight_decay"))
-        by_layer = _parts_by_layer(model)
-        check_precision(trained_parts(model), master_weights, stochastic_rounding)
+        by_layer = _slices_by_layer(model)
+        check_precision(trainable_slices(model), master_weights, stochastic_rounding)
         self.skipped_steps = 0
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         groups = []
-        for layer, parts in by_layer.items():
-            scale = layer_scale(layer_lr, layer, parts[0].layers)
-            parameters = [part.selected for part in parts]
+        for layer, slices in by_layer.items():
+            scale = layer_scale(layer_lr, layer, slices[0].layers)
+            parameters = [trained.values for trained in slices]
             groups.append({"params": parameters, "lr": defaults["lr"] * scale, "layer": layer, "layer_scale": scale})
         super().__init__(groups, defaults)
         self._take(by_layer)
 
-    def follow(self, model: nn.Module) -> None:
+    follow = RenamedAttribute("rebuild_param_groups")
+
+    def rebuild_param_groups(self, model: nn.Module) -> None:
         """Trains what the model trains now, after ``Sparse.reselect``; rates go on, moments and steps start anew.
 
         Raises:
             SparseError: the selection has units in other layers than before; schedulers could not follow.
         """
-        by_layer = _parts_by_layer(model)
+        by_layer = _slices_by_layer(model)
         layers = [group["layer"] for group in self.param_groups]
         if list(by_layer) != layers:
             raise SparseError(
                 f"units are selected in the layers {list(by_layer)} now, the rates are of {layers}; "
                 'keep to the same layers, as scope="layer" does'
             )
-        for group, parts in zip(self.param_groups, by_layer.values(), strict=True):
-            group["params"] = [part.selected for part in parts]
+        for group, slices in zip(self.param_groups, by_layer.values(), strict=True):
+            group["params"] = [trained.values for trained in slices]
         self.state.clear()
         self._take(by_layer)
 
-    def _take(self, by_layer: dict[int, list[TrainedPart]]) -> None:
-        self._part_of = {part.selected: part for parts in by_layer.values() for part in parts}
-        for number, part in enumerate(self._part_of.values()):
-            part.rounding_seed = (self.seed << 32) + number
-            part.keep_master(self.master_weights)
+    def _take(self, by_layer: dict[int, list[TrainableSlice]]) -> None:
+        self._slice_of = {trained.values: trained for slices in by_layer.values() for trained in slices}
+        for number, trained in enumerate(self._slice_of.values()):
+            trained.rounding_seed = (self.seed << 32) + number
+            trained.keep_values(self.master_weights)
 
-    def _launch(self, entries: list[tuple[TrainedPart, dict[str, Any]]]) -> None:
-        """Updates parts that share the settings of ``_settings``; their states have been advanced."""
+    def _launch(self, entries: list[tuple[TrainableSlice, dict[str, Any]]]) -> None:
+        """Updates slices that share the settings of ``_settings``; their states have been advanced."""
         raise NotImplementedError
 
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -176,10 +175,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates masters and weights. Parameters without a gradient are skipped.
+        """Updates values and weights. Parameters without a gradient are skipped.
 
         Raises:
-            SparseError: no parameter has a gradient, the masters are no longer float32, or the model holds
+            SparseError: no parameter has a gradient, the values are no longer float32, or the model holds
                 its original weights at the moment.
         """
         loss = None
@@ -187,114 +186,118 @@ class SparseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         updates = [
-            (self._part_of[p], group) for group in self.param_groups for p in group["params"] if p.grad is not None
+            (self._slice_of[p], group) for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
-        self._check_updates([part for part, _ in updates])
-        if self._has_finite_gradients([part for part, _ in updates]):
-            launches: dict[Any, list[tuple[TrainedPart, dict[str, Any]]]] = defaultdict(list)
-            for part, group in updates:
-                self._advance(part, group)
-                launches[self._settings(group), part.selected.device].append((part, group))
+        self._check_updates([trained for trained, _ in updates])
+        if self._has_finite_gradients([trained for trained, _ in updates]):
+            launches: dict[Any, list[tuple[TrainableSlice, dict[str, Any]]]] = defaultdict(list)
+            for trained, group in updates:
+                self._advance(trained, group)
+                launches[self._settings(group), trained.values.device].append((trained, group))
             for entries in launches.values():
                 self._launch(entries)
             # A forward from before this step must not be run backward with the weights from after it.
-            torch.autograd.graph.increment_version([getattr(part.module, part.name) for part, _ in updates])
+            torch.autograd.graph.increment_version([trained.parameter for trained, _ in updates])
         return loss
 
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Which of the moments a group needs."""
         return self.moments
 
-    def _advance(self, part: TrainedPart, group: dict[str, Any]) -> None:
-        state = self.state[part.selected]
+    def _advance(self, trained: TrainableSlice, group: dict[str, Any]) -> None:
+        state = self.state[trained.values]
         for name in self._kept(group):
             if name not in state:
-                state[name] = torch.zeros(part.selected.shape, device=part.selected.device)
+                state[name] = torch.zeros(trained.values.shape, device=trained.values.device)
         state["step"] = state.get("step", 0) + 1
 
-    def _check_updates(self, parts: list[TrainedPart]) -> None:
-        if not parts:
+    def _check_updates(self, slices: list[TrainableSlice]) -> None:
+        if not slices:
             raise SparseError(
                 "no selected weight has a gradient; call backward() first (reentrant gradient checkpointing "
                 "drops them: set use_reentrant=False, or call model.enable_input_require_grads())"
             )
-        for part in parts:
-            if part.swapped:
-                raise SparseError(f"{part.path} holds its original weights; step outside Sparse.original()")
-            if getattr(part.module, part.master_name, None) is not part.selected:
-                raise SparseError(f"the master values of {part.path} were replaced, as FSDP does; leave it out, {DDP}")
-            if part.selected.dtype != torch.float32:
+        for trained in slices:
+            if trained.swapped:
+                raise SparseError(f"{trained.path} holds its original weights; step outside Sparse.original()")
+            if getattr(trained.module, trained.values_name, None) is not trained.values:
                 raise SparseError(
-                    f"the master values of {part.path} are {part.selected.dtype}, they must stay float32; "
+                    f"the master values of {trained.path} were replaced, as FSDP does; leave it out, {DDP}"
+                )
+            if trained.values.dtype != torch.float32:
+                raise SparseError(
+                    f"the master values of {trained.path} are {trained.values.dtype}, they must stay float32; "
                     "cast the model before sparsify, not its parameters after"
                 )
 
-    def _has_finite_gradients(self, parts: list[TrainedPart]) -> bool:
-        gradients = [gradient(part) for part in parts]
+    def _has_finite_gradients(self, slices: list[TrainableSlice]) -> bool:
+        gradients = [gradient(trained) for trained in slices]
         # The maximum norm takes 18 times as long on a CPU; only the other overflows for finite gradients.
         finite = _are_finite(torch._foreach_norm(gradients))
         if not all(finite):
             finite = _are_finite(torch._foreach_norm(gradients, float("inf")))
-        bad = [part.path for part, ok in zip(parts, finite, strict=True) if not ok]
+        bad = [trained.path for trained, ok in zip(slices, finite, strict=True) if not ok]
         if bad:
             self.skipped_steps += 1
             # Clipping by a norm that is not finite spoils every gradient; then the first name says little.
-            where = "all of them" if len(bad) == len(parts) else ", ".join(bad[:4])
+            where = "all of them" if len(bad) == len(slices) else ", ".join(bad[:4])
             logger.warning(
                 "skipped a step, the %d. so far: gradient not finite in %s (%d of %d weights)",
-                self.skipped_steps, where, len(bad), len(parts),
+                self.skipped_steps, where, len(bad), len(slices),
             )  # fmt: skip
         return not bad
 
-    def _numbers(self, entries: list[tuple[TrainedPart, dict[str, Any]]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rate, weight decay and step of each part, as operators take them."""
+    def _numbers(self, entries: list[tuple[TrainableSlice, dict[str, Any]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rate, weight decay and step of each, as operators take them."""
         return (
             torch.tensor([float(group["lr"]) for _, group in entries], dtype=torch.float64, device="cpu"),
             torch.tensor([float(group["weight_decay"]) for _, group in entries], dtype=torch.float64, device="cpu"),
-            torch.tensor([self.state[part.selected]["step"] for part, _ in entries], dtype=torch.int64, device="cpu"),
+            torch.tensor([self.state[one.values]["step"] for one, _ in entries], dtype=torch.int64, device="cpu"),
         )
 
-    def _masters(self, parts: list[TrainedPart]) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Master values, or the seeds of stochastic rounding in their place, or neither."""
+    def _values(self, slices: list[TrainableSlice]) -> tuple[list[Tensor] | None, Tensor | None]:
+        """Values, or the seeds of stochastic rounding in their place, or neither."""
         if self.master_weights:
-            return matrices(part.selected.detach() for part in parts), None
+            return as_2d(trained.values.detach() for trained in slices), None
         if not self.stochastic_rounding:
             return None, None
-        return None, torch.tensor([part.rounding_seed for part in parts], dtype=torch.int64, device="cpu")
+        return None, torch.tensor([trained.rounding_seed for trained in slices], dtype=torch.int64, device="cpu")
 
-    def _moments(self, name: str, parts: list[TrainedPart]) -> list[Tensor]:
-        return matrices(self.state[part.selected][name] for part in parts)
+    def _moments(self, name: str, slices: list[TrainableSlice]) -> list[Tensor]:
+        return as_2d(self.state[trained.values][name] for trained in slices)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, and also every ``master``, which a bfloat16 weight cannot hold, with its ``index``."""
+        """As in torch, and also every ``values`` as "master", which a bfloat16 weight cannot hold, with its index."""
         saved = super().state_dict()
         state = {
             number: {
                 **saved["state"].get(number, {}),
-                "master": part.selected.detach() if self.master_weights else part.read(),
-                "index": part.index,
+                "master": trained.values.detach() if self.master_weights else trained.read(),
+                "index": trained.index,
             }
-            for number, part in enumerate(self._parts())
+            for number, trained in enumerate(self._slices())
         }
         return {**saved, "state": state, "skipped_steps": self.skipped_steps, "seed": self.seed}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores moments, steps, learning rates and masters, and writes the masters into the weights.
+        """Restores moments, steps, learning rates and values, and writes the values into the weights.
 
         Raises:
             SparseError: the state belongs to another selection, or to another optimizer.
         """
-        parts = self._parts()
+        slices = self._slices()
         state = state_dict["state"]
         groups = {number: group for group in state_dict["param_groups"] for number in group["params"]}
-        for number, part in enumerate(parts):
+        for number, trained in enumerate(slices):
             saved = state.get(number, {})
-            fits = "master" in saved and saved["master"].shape == part.selected.shape
+            fits = "master" in saved and saved["master"].shape == trained.values.shape
             if not fits or ("step" in saved and set(saved) != {"master", "index", "step", *self._kept(groups[number])}):
-                raise SparseError(f"the optimizer state does not fit {part.path}; it is of another model or optimizer")
-            if not torch.equal(saved["index"].cpu(), part.index.cpu()):
-                raise SparseError(f"the optimizer state has other units of {part.path}; load its own selection")
+                raise SparseError(
+                    f"the optimizer state does not fit {trained.path}; it is of another model or optimizer"
+                )
+            if not torch.equal(saved["index"].cpu(), trained.index.cpu()):
+                raise SparseError(f"the optimizer state has other units of {trained.path}; load its own selection")
         # Copies, since torch would go on with the very tensors it is given.
         moments = {
             number: {"step": saved["step"], **{name: saved[name].clone() for name in self.moments if name in saved}}
@@ -303,25 +306,25 @@ class SparseOptimizer(torch.optim.Optimizer):
         }
         super().load_state_dict({**state_dict, "state": moments})
         self.seed = state_dict.get("seed", self.seed)
-        for number, part in enumerate(parts):
-            part.set_values(state[number]["master"].to(part.selected.device))
-            part.rounding_seed = (self.seed << 32) + number
+        for number, trained in enumerate(slices):
+            trained.set_values(state[number]["master"].to(trained.values.device))
+            trained.rounding_seed = (self.seed << 32) + number
         self.skipped_steps = state_dict.get("skipped_steps", 0)
 
-    def _parts(self) -> list[TrainedPart]:
-        return [self._part_of[p] for group in self.param_groups for p in group["params"]]
+    def _slices(self) -> list[TrainableSlice]:
+        return [self._slice_of[p] for group in self.param_groups for p in group["params"]]
 
 
-def _parts_by_layer(model: nn.Module) -> dict[int, list[TrainedPart]]:
-    by_layer: dict[int, list[TrainedPart]] = defaultdict(list)
-    for part in trained_parts(model):
-        by_layer[part.layer].append(part)
+def _slices_by_layer(model: nn.Module) -> dict[int, list[TrainableSlice]]:
+    by_layer: dict[int, list[TrainableSlice]] = defaultdict(list)
+    for trained in trainable_slices(model):
+        by_layer[trained.layer].append(trained)
     if not by_layer:
         raise SparseError("the model trains no selected weights; call clue_fast.sparsify(model, selection) first")
     return dict(sorted(by_layer.items()))
 
 
-def check_precision(parts: Iterable[TrainedPart], master_weights: bool, stochastic_rounding: bool) -> None:
+def check_precision(slices: Iterable[TrainableSlice], master_weights: bool, stochastic_rounding: bool) -> None:
     """Raises SettingError unless updates below the resolution of a 16-bit weight are kept, in one way."""
     if master_weights and stochastic_rounding:
         raise SettingError(
@@ -330,21 +333,21 @@ def check_precision(parts: Iterable[TrainedPart], master_weights: bool, stochast
         )
     if master_weights or stochastic_rounding:
         return
-    for part in parts:
-        if part.weight.dtype != torch.float32:
+    for trained in slices:
+        if trained.weight.dtype != torch.float32:
             raise SettingError(
-                f"{part.path} is {part.weight.dtype}, which drops small updates; set master_weights or "
+                f"{trained.path} is {trained.weight.dtype}, which drops small updates; set master_weights or "
                 "stochastic_rounding"
             )
 
 
-def gradient(part: TrainedPart) -> Tensor:
-    """Returns the gradient of a part, which has one."""
-    assert part.selected.grad is not None
-    return part.selected.grad
+def gradient(trained: TrainableSlice) -> Tensor:
+    """Returns the gradient of slices, which have one."""
+    assert trained.values.grad is not None
+    return trained.values.grad
 
 
-def matrices(tensors: Iterable[Tensor]) -> list[Tensor]:
+def as_2d(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Returns biases as matrices of one column, which the operators take, and matrices as they are."""
     return [tensor[:, None] if tensor.dim() == 1 else tensor for tensor in tensors]
 
@@ -362,7 +365,7 @@ def check_not_below_zero(values: dict[str, Any], names: Iterable[str]) -> None:
 
 
 class SparseAdamW(SparseOptimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on the trained part of a sparse model.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on what trains in a sparse model.
 
     The update of a master value is that of ``torch.optim.AdamW``. See ``SparseOptimizer`` for the rest.
 
@@ -404,18 +407,18 @@ class SparseAdamW(SparseOptimizer):
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(group["betas"]), group["eps"]
 
-    def _launch(self, entries: list[tuple[TrainedPart, dict[str, Any]]]) -> None:
-        parts = [part for part, _ in entries]
+    def _launch(self, entries: list[tuple[TrainableSlice, dict[str, Any]]]) -> None:
+        slices = [trained for trained, _ in entries]
         group = entries[0][1]
-        values, seeds = self._masters(parts)
+        values, seeds = self._values(slices)
         ops.sparse_adamw_(
             values,
-            matrices(gradient(part) for part in parts),
-            self._moments("exp_avg", parts),
-            self._moments("exp_avg_sq", parts),
-            matrices(part.weight for part in parts),
-            [part.index for part in parts],
-            [part.dim for part in parts],
+            as_2d(gradient(trained) for trained in slices),
+            self._moments("exp_avg", slices),
+            self._moments("exp_avg_sq", slices),
+            as_2d(trained.weight for trained in slices),
+            [trained.index for trained in slices],
+            [trained.dim for trained in slices],
             *self._numbers(entries),
             group["betas"],
             group["eps"],
@@ -424,7 +427,7 @@ class SparseAdamW(SparseOptimizer):
 
 
 class SparseSGD(SparseOptimizer):
-    """SGD with momentum (Sutskever et al. 2013) on the trained part of a sparse model, as ``torch.optim.SGD``.
+    """SGD with momentum (Sutskever et al. 2013) on what trains in a sparse model, as ``torch.optim.SGD``.
 
     See ``SparseOptimizer`` for what it shares with ``SparseAdamW``.
 
@@ -466,17 +469,17 @@ class SparseSGD(SparseOptimizer):
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return (group["momentum"],)
 
-    def _launch(self, entries: list[tuple[TrainedPart, dict[str, Any]]]) -> None:
-        parts = [part for part, _ in entries]
+    def _launch(self, entries: list[tuple[TrainableSlice, dict[str, Any]]]) -> None:
+        slices = [trained for trained, _ in entries]
         momentum = entries[0][1]["momentum"]
-        values, seeds = self._masters(parts)
+        values, seeds = self._values(slices)
         ops.sparse_sgd_(
             values,
-            matrices(gradient(part) for part in parts),
-            self._moments("momentum_buffer", parts) if momentum else None,
-            matrices(part.weight for part in parts),
-            [part.index for part in parts],
-            [part.dim for part in parts],
+            as_2d(gradient(trained) for trained in slices),
+            self._moments("momentum_buffer", slices) if momentum else None,
+            as_2d(trained.weight for trained in slices),
+            [trained.index for trained in slices],
+            [trained.dim for trained in slices],
             *self._numbers(entries),
             momentum,
             seed=seeds,

@@ -1,10 +1,14 @@
-"""Trained parts: the slices of one parameter that train, with their float32 master values.
+"""What trains: the selected slices of a parameter, their values, and how they get their gradient.
 
-Grafts the gradient of some slices of a weight onto what a layer has computed, without computing it again.
+A selection becomes one ``TrainableSlice`` per parameter and category (``plan``); ``clue_fast.sparse.modules`` gives it
+to the layer that owns the parameter. From then on the layer is where it is held: ``trainable_slices(model)`` finds it
+again for the optimizer, for checkpoints and for ``Sparse``. The layer computes what it always did, and
+``add_slice_grad`` makes the backward fill the gradient of the values.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
+from clue_fast.deprecated import RenamedAttribute
 from clue_fast.errors import SparseError
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, Selection
 from clue_fast.sites import ParamSlice
@@ -26,113 +31,174 @@ DDP = (
 """What to do instead of sharding."""
 
 
-class Pass(NamedTuple):
+class BatchLayout(NamedTuple):
     """What a forward pass runs over: the first ``forget`` of ``records`` are to be forgotten, of ``tokens`` each."""
 
     forget: int
     records: int
     tokens: int
 
-
-@dataclass(eq=False)
-class Reach:
-    """Which records train the units that matter to the forget set only: the forget records of a pass.
-
-    Announced for one pass, and kept until the next, since gradient checkpointing runs layers again in backward.
-
-    Attributes:
-        announced: what the next pass of the model runs over; None if nobody said.
-        current: what the pass under way runs over; None if all records train all units.
-    """
-
-    announced: Pass | None = None
-    current: Pass | None = None
-
-    def begin(self) -> None:
-        """Starts a pass."""
-        self.announced, self.current = None, self.announced
-
-    def rows(self, x: Tensor, path: str) -> int:
+    def forget_rows(self, x: Tensor, path: str) -> int:
         """Returns how many leading rows of [rows, features] or [records, tokens, features] are to be forgotten.
 
         Raises:
-            SparseError: the rows are not the records of the pass.
+            SparseError: the rows are not the records of the batch.
         """
-        if self.current is None:
-            return len(x)
-        forget, records, tokens = self.current
-        if x.dim() > 2 and len(x) == records:
-            return forget
-        if x.dim() == 2 and len(x) == records * tokens:
-            return forget * tokens
+        if x.dim() > 2 and len(x) == self.records:
+            return self.forget
+        if x.dim() == 2 and len(x) == self.records * self.tokens:
+            return self.forget * self.tokens
         raise SparseError(
-            f"the input of {path} is {list(x.shape)} in a batch of {records} records of {tokens} tokens, so forget and "
-            "retain records cannot be told apart in it; select its units as conflict units"
+            f"the input of {path} is {list(x.shape)} in a batch of {self.records} records of {self.tokens} tokens, so "
+            "forget and retain records cannot be told apart in it; select its units as conflict units"
         )
 
 
 @dataclass(eq=False)
-class TrainedPart:
-    """Slices of one parameter that train.
+class ForwardPass:
+    """The layout of the batch that the model runs over, which says who trains the units of the category "forget".
+
+    Set for one pass, and kept until the next begins, since gradient checkpointing runs layers again in backward.
 
     Attributes:
-        module: owns the parameter.
-        name: of the parameter in it, such as "weight".
-        path: of the parameter in the model.
-        lead: index into the first dimension of a parameter that stacks those of several experts, or None.
-        dim: dimension along which the slices lie, of the parameter or of ``parameter[lead]``.
-        output_dim: dimension that counts the outputs of the layer: 0 as in ``nn.Linear``, 1 as in Conv1D.
-        index: the slices, int64 [k], sorted.
-        category: of their units, "forget" or "conflict".
-        selected: master values, float32, shaped as the slices; the only thing that trains.
-        original: the slices as they were before training, in the dtype of the parameter.
-        layer, layers: index of the transformer layer, and how many layers there are.
-        reach: which records train units of the category "forget".
-        swapped: whether the parameter holds the original values at the moment.
-        rounding_seed: of stochastic rounding, where there are no master values.
+        next: layout of the next pass of the model; None if nobody said.
+        layout: of the pass under way; None if all records train all units.
     """
 
-    module: nn.Module = field(repr=False)
-    name: str
-    path: str
-    lead: int | None
-    dim: int
-    output_dim: int
-    index: Tensor = field(repr=False)
+    next: BatchLayout | None = None
+    layout: BatchLayout | None = None
+
+    def begin(self) -> None:
+        """Starts a pass."""
+        self.next, self.layout = None, self.next
+
+
+@dataclass(eq=False)
+class SliceIndex:
+    """Which slices, int64 [k], sorted; shared by the parameters of a layer that train the same ones, so moved once."""
+
+    tensor: Tensor
+
+
+@dataclass(eq=False)
+class TrainableSlice:
+    """Slices of one parameter that train: which they are, and, once ``bind`` has given them to a layer, their state.
+
+    Attributes:
+        where: one of the units' slices of the parameter, which says the parameter, ``dim`` and ``expert_index``.
+        shared_index: see ``index``.
+        category: of their units, "forget" or "conflict".
+        layer, layers: index of the transformer layer, and how many layers there are.
+        module: the layer that owns the parameter.
+        output_dim: dimension of the weight that counts the outputs of the layer: 0 as in ``nn.Linear``, 1 as in Conv1D.
+        values: float32, shaped as the slices; the only parameter that trains.
+        original: the slices as they were before training, in the dtype of the parameter.
+        forward_pass: shared by all slices of a model; says which records train units of the category "forget".
+        has_values: whether ``values`` hold anything, or have a shape and no storage, see ``keep_values``.
+        swapped: whether the parameter holds the original values at the moment.
+        rounding_seed: of stochastic rounding, where there are no values.
+    """
+
+    where: ParamSlice
+    shared_index: SliceIndex = field(repr=False)
     category: str
-    selected: nn.Parameter = field(repr=False)
-    original: Tensor = field(repr=False)
     layer: int
     layers: int
-    reach: Reach = field(repr=False)
-    swapped: bool = False
-    rounding_seed: int = 0
-    has_master: bool = True
+    module: nn.Module = field(init=False, repr=False)
+    output_dim: int = field(init=False)
+    values: nn.Parameter = field(init=False, repr=False)
+    original: Tensor = field(init=False, repr=False)
+    forward_pass: ForwardPass = field(init=False, repr=False)
+    has_values: bool = field(init=False, default=True)
+    swapped: bool = field(init=False, default=False)
+    rounding_seed: int = field(init=False, default=0)
+    selected = RenamedAttribute("values")
+    lead = RenamedAttribute("expert_index")
+    has_master = RenamedAttribute("has_values")
+    master_name = RenamedAttribute("values_name")
 
     @property
-    def master_name(self) -> str:
-        """Name of the master values in the module."""
-        lead = "" if self.lead is None else f"_{self.lead}"
-        return f"selected_{self.name}{lead}_{self.category}"
+    def path(self) -> str:
+        """Path of the parameter in the model."""
+        return self.where.parameter
+
+    @property
+    def module_path(self) -> str:
+        """Path of the layer in the model."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter in the layer, such as "weight"."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def dim(self) -> int:
+        """Dimension along which the slices lie, of the parameter or of ``parameter[expert_index]``."""
+        return self.where.dim
+
+    @property
+    def expert_index(self) -> int | None:
+        """Index into the first dimension of a parameter that stacks those of several experts, or None."""
+        return self.where.expert_index
+
+    @property
+    def index(self) -> Tensor:
+        """The slices, int64 [k], sorted."""
+        return self.shared_index.tensor
+
+    @property
+    def values_name(self) -> str:
+        """Name of the values in the layer."""
+        expert = "" if self.expert_index is None else f"_{self.expert_index}"
+        return f"values_{self.name}{expert}_{self.category}"
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter, whole."""
+        parameter: Tensor = getattr(self.module, self.name)
+        return parameter
 
     @property
     def weight(self) -> Tensor:
         """What ``dim`` counts in: the parameter, or the part of it that belongs to one expert, as a view."""
-        parameter: Tensor = getattr(self.module, self.name).detach()
-        return parameter if self.lead is None else parameter[self.lead]
+        return self.where.of(self.parameter.detach())
 
-    def keep_master(self, keep: bool) -> None:
-        """Keeps master values, made from the parameter, or none: then ``selected`` has a shape and no storage.
+    def bind(self, module: nn.Module, output_dim: int, forward_pass: ForwardPass) -> None:
+        """Takes the values from the layer that owns the parameter."""
+        self.module, self.output_dim, self.forward_pass = module, output_dim, forward_pass
+        self._move_index()
+        self.original = self.read()
+        self.values = nn.Parameter(self.original.to(torch.float32, copy=True))
+
+    def follow_weight(self, values: Tensor) -> None:
+        """Goes where the weight is now.
+
+        Args:
+            values: as they were before it went. ``.to(bfloat16)`` casts every parameter; the values exist to keep what
+                bfloat16 would drop.
+        """
+        if self.values.dtype != torch.float32 or not self.has_values:
+            self.values.data = values.to(self.weight.device)
+            self.values.grad = None
+        self._move_index()
+        self.original = self.original.to(self.weight)
+
+    def _move_index(self) -> None:
+        self.shared_index.tensor = self.shared_index.tensor.to(self.weight.device)
+
+    def keep_values(self, keep: bool) -> None:
+        """Keeps values, made from the parameter, or none: then they have a shape and no storage.
 
         DistributedDataParallel cannot do without the storage, so there it stays, unused.
         """
-        if keep == self.has_master:
+        if keep == self.has_values:
             return
-        self.has_master = keep
+        self.has_values = keep
         if keep:
-            self.selected.data = self.read().float()
+            self.values.data = self.read().float()
         elif not distributed.is_initialized():
-            self.selected.data = torch.zeros((), device=self.selected.device).expand(self.selected.shape)
+            self.values.data = torch.zeros((), device=self.values.device).expand(self.values.shape)
 
     @torch.no_grad()
     def read(self) -> Tensor:
@@ -142,42 +208,32 @@ class TrainedPart:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Writes values of the slices into the parameter, rounded to nearest even."""
-        parameter = getattr(self.module, self.name)
-        self.weight.index_copy_(self.dim, self.index, values.to(parameter.dtype))
+        self.weight.index_copy_(self.dim, self.index, values.to(self.parameter.dtype))
         # A forward from before must not be run backward with the weights from after it.
-        torch.autograd.graph.increment_version(parameter)
+        torch.autograd.graph.increment_version(self.parameter)
 
     def set_values(self, values: Tensor) -> None:
-        """Gives the slices these values, in the parameter and in the masters."""
+        """Gives the slices these values, in the parameter and, where they are kept, in ``values``."""
         self.write(values)
-        self.set_master(values)
+        self.refresh(values)
 
-    def set_master(self, values: Tensor) -> None:
-        """Gives the masters, if there are any, these values."""
-        if self.has_master:
-            self.selected.detach().copy_(values)
+    def refresh(self, values: Tensor) -> None:
+        """Sets ``values``, where they are kept, and leaves the parameter alone."""
+        if self.has_values:
+            self.values.detach().copy_(values)
 
-
-@dataclass(frozen=True)
-class Slices:
-    """Which slices of a parameter are to be trained: the plan of a ``TrainedPart``.
-
-    Attributes:
-        part: says which parameter, and along which dimension.
-        index: the slices, int64, sorted.
-        category: of their units.
-        layer, layers: index of the transformer layer, and how many layers there are.
-    """
-
-    part: ParamSlice
-    index: Tensor
-    category: str
-    layer: int
-    layers: int
+    def only(self, places: Tensor) -> TrainableSlice:
+        """Returns some of the slices, by their places in the index, as they were before; they have no values."""
+        some = copy.copy(self)
+        some.shared_index = SliceIndex(self.index[places])
+        some.original = self.original.index_select(self.dim, places)
+        some.has_values = False
+        vars(some).pop("values", None)
+        return some
 
 
-def plan(selection: Selection) -> list[Slices]:
-    """Returns what is to be trained of each parameter, in the order of the sites.
+def plan(selection: Selection) -> list[TrainableSlice]:
+    """Returns what is to be trained of each parameter, in the order of the sites, bound to no model yet.
 
     Parameters of one layer with the same slices, such as a weight and its bias, share one index.
 
@@ -188,25 +244,26 @@ def plan(selection: Selection) -> list[Slices]:
     for site in selection.sites:
         for category in TRAINED:
             units = torch.nonzero(selection.categories[site] == category).flatten()
-            for part in site.slices if len(units) else ():
-                key = (part.parameter, part.expert_index, part.dim, category)
-                found.setdefault(key, (part, site.layer, []))[2].append(part.index(units))
+            for owned in site.slices if len(units) else ():
+                key = (owned.parameter, owned.expert_index, owned.dim, category)
+                found.setdefault(key, (owned, site.layer, []))[2].append(owned.index(units))
     layers = 1 + max((site.layer for site in selection.sites), default=0)
-    plans: list[Slices] = []
-    shared: dict[tuple[str, int], list[Tensor]] = {}
-    for (parameter, _, _, category), (part, layer, indices) in found.items():
+    planned: list[TrainableSlice] = []
+    shared: dict[tuple[str, int], list[SliceIndex]] = {}
+    for (parameter, _, _, category), (owned, layer, indices) in found.items():
         index = torch.cat(indices).sort().values
         known = shared.setdefault((parameter.rpartition(".")[0], category), [])
-        known.append(next((other for other in known if torch.equal(other, index)), index))
-        plans.append(Slices(part, known[-1], CATEGORIES[category], layer, layers))
-    _check_disjoint(plans)
-    return plans
+        same = next((other for other in known if torch.equal(other.tensor, index)), None)
+        known.append(same or SliceIndex(index))
+        planned.append(TrainableSlice(owned, known[-1], CATEGORIES[category], layer, layers))
+    _check_disjoint(planned)
+    return planned
 
 
-def trained_parts(model: nn.Module) -> Iterator[TrainedPart]:
-    """Yields the trained parts of all modules of a model, in the order of the modules."""
+def trainable_slices(model: nn.Module) -> Iterator[TrainableSlice]:
+    """Yields what trains in all modules of a model, in the order of the modules."""
     for module in model.modules():
-        yield from getattr(module, "trained_parts", ())
+        yield from getattr(module, "trainable_slices", ())
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -214,49 +271,58 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
 
 
-def _check_disjoint(plans: list[Slices]) -> None:
+def _check_disjoint(planned: list[TrainableSlice]) -> None:
     seen: dict[tuple[str, int | None], tuple[int, Tensor]] = {}
-    for slices in plans:
-        part = slices.part
-        dim, before = seen.get((part.parameter, part.expert_index), (part.dim, slices.index[:0]))
-        if dim != part.dim:
-            raise SparseError(f"units own both rows and columns of {part.parameter}; select in one of their sites only")
-        joined = torch.cat([before, slices.index]).sort().values
+    for one in planned:
+        dim, before = seen.get((one.path, one.expert_index), (one.dim, one.index[:0]))
+        if dim != one.dim:
+            raise SparseError(f"units own both rows and columns of {one.path}; select in one of their sites only")
+        joined = torch.cat([before, one.index]).sort().values
         if bool((joined[1:] == joined[:-1]).any()):
-            raise SparseError(f"two selected units own the same slice of {part.parameter}; select one of them")
-        seen[part.parameter, part.expert_index] = (dim, joined)
+            raise SparseError(f"two selected units own the same slice of {one.path}; select one of them")
+        seen[one.path, one.expert_index] = (dim, joined)
 
 
-def graft(out: Tensor, x: Tensor, part: TrainedPart, rows: slice | Tensor | None = None) -> Tensor:
-    """Returns the output of a linear layer, through which the slices of its weight or bias get their gradient.
+def add_slice_grad(out: Tensor, x: Tensor, trained: TrainableSlice, rows: slice | Tensor | None = None) -> Tensor:
+    """Returns the output of a linear layer, through which slices of its weight or bias get their gradient.
+
+    Nothing is computed again: the output is the same, with another history.
 
     Args:
         out: [..., out_features], what the layer computed with the whole weight.
         x: [..., in_features], its input.
-        part: of the layer's weight or bias.
-        rows: those of x that train the part; by default those that may, see ``Reach``.
+        trained: slices of the layer's weight or bias.
+        rows: those of x that train them; by default all, or those to be forgotten, see ``ForwardPass``.
     """
-    if not part.selected.requires_grad or not torch.is_grad_enabled():
+    if not trained.values.requires_grad or not torch.is_grad_enabled():
         return out
     if rows is None:
-        rows = slice(part.reach.rows(x, part.path) if part.category == "forget" else len(x))
+        rows = slice(training_rows(x, trained))
     kept = x.detach()[rows]
     if len(kept) == 0:
         return out
-    if part.selected.dim() == 1:
-        grafted: Tensor = _Bias.apply(out, part.selected, part.index, rows)  # type: ignore[no-untyped-call]
+    if trained.values.dim() == 1:
+        same: Tensor = _Bias.apply(out, trained.values, trained.index, rows)  # type: ignore[no-untyped-call]
     else:
-        transposed = part.output_dim == 1
-        grafted = _Weight.apply(  # type: ignore[no-untyped-call]
-            out, kept, rows, part.selected, part.index, part.dim, transposed
+        transposed = trained.output_dim == 1
+        same = _Weight.apply(  # type: ignore[no-untyped-call]
+            out, kept, rows, trained.values, trained.index, trained.dim, transposed
         )
-    return grafted
+    return same
+
+
+def training_rows(x: Tensor, trained: TrainableSlice) -> int:
+    """Returns how many leading rows of the input of a layer train slices of it."""
+    layout = trained.forward_pass.layout
+    if layout is None or trained.category != CATEGORIES[FORGET]:
+        return len(x)
+    return layout.forget_rows(x, trained.path)
 
 
 class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, rows: Any, selected: Tensor, index: Tensor, dim: int, transposed: bool
+        ctx: Any, out: Tensor, x: Tensor, rows: Any, values: Tensor, index: Tensor, dim: int, transposed: bool
     ) -> Tensor:
         kept = x if dim == int(transposed) else x.index_select(-1, index)
         ctx.save_for_backward(kept.to(out.dtype), index)
@@ -273,7 +339,7 @@ class _Weight(torch.autograd.Function):
 
 class _Bias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, selected: Tensor, index: Tensor, rows: Any) -> Tensor:
+    def forward(ctx: Any, out: Tensor, values: Tensor, index: Tensor, rows: Any) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = rows
         return _same(ctx, out)

@@ -1,88 +1,45 @@
-"""What is kept of trained units while a model turns from one selection to the next.
+"""Makes a model train its selected units only, without changing what it computes or how it is saved.
 
-Makes a model train its selected units only, without changing what it computes or how it is saved.
-
-The slices of the selected units (rows of gate and up, columns of down) get a float32 copy, the master values: the
-only parameters that train. The forward reads the full weights, as ever; the backward fills the gradient of the
-masters alone; the optimizer writes them back into the weights.
+The slices of the selected units (rows of gate and up, columns of down) get a float32 copy, their values: the only
+parameters that train. The forward reads the full weights, as ever; the backward fills the gradient of the values
+alone; the optimizer writes them back into the weights. When the model turns to another selection, slices that stay
+keep their values, and what no longer trains keeps its weights (``transfer_state``).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from clue_fast.deprecated import RenamedAttribute
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
+from clue_fast.sites.projection import is_linear
 from clue_fast.sparse.modules import (
     SparseModule,
     SparseProjection,
-    is_linear,
+    check_layer,
+    inject,
     limit_checkpointing,
-    original_class,
-    output_dim,
+    restore,
     sparse_class,
 )
-from clue_fast.sparse.slices import DDP, DTYPES, Pass, Reach, Slices, TrainedPart, is_sharded, plan, trained_parts
+from clue_fast.sparse.slices import DDP, DTYPES, BatchLayout, TrainableSlice, is_sharded, plan, trainable_slices
 
 
-@dataclass
-class Kept:
-    """Original and master values of every slice that trains or has trained, part by part."""
+class Removable(Protocol):
+    """A hook, until it is removed."""
 
-    trained: list[tuple[TrainedPart, Tensor | None]]
-
-    @classmethod
-    def of(cls, parts: Iterable[TrainedPart], retired: Iterable[TrainedPart]) -> Kept:
-        """Takes them from the parts, whose master values are about to go."""
-        masters = [(part, part.selected.detach() if part.has_master else None) for part in parts]
-        return cls([*masters, *((part, None) for part in retired)])
-
-    def check(self, plans: Iterable[Slices]) -> None:
-        """Raises SparseError if a parameter that trained by rows is to train by columns, or the other way round."""
-        dims = {(part.path, part.lead): part.dim for part, _ in self.trained}
-        for part in (slices.part for slices in plans):
-            dim = dims.get((part.parameter, part.expert_index), part.dim)
-            if dim != part.dim:
-                raise SparseError(f"{part.parameter} trained along dimension {dim}; keep to it")
-
-    def give(self, parts: list[TrainedPart]) -> list[TrainedPart]:
-        """Gives new parts the values of the slices that they share with those kept.
-
-        Returns:
-            Parts of the slices that are in none of the new ones.
-        """
-        retired = []
-        of_weight: defaultdict[tuple[str, int | None], list[TrainedPart]] = defaultdict(list)
-        for part in parts:
-            of_weight[part.path, part.lead].append(part)
-        for before, master in self.trained:
-            gone = torch.ones_like(before.index, dtype=torch.bool)
-            for part in of_weight[before.path, before.lead]:
-                mine, theirs = _shared(part.index, before.index)
-                gone[theirs] = False
-                part.original.index_copy_(part.dim, mine, before.original.index_select(part.dim, theirs))
-                if master is not None:
-                    part.selected.detach().index_copy_(part.dim, mine, master.index_select(part.dim, theirs))
-            if bool(gone.any()):
-                left = torch.nonzero(gone).flatten()
-                original = before.original.index_select(before.dim, left)
-                retired.append(replace(before, index=before.index[left], original=original))
-        return retired
-
-
-def _shared(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the values that two sorted indices have in common, in each of them."""
-    places = torch.searchsorted(other, one).clamp_max(len(other) - 1)
-    found = torch.nonzero(other[places] == one).flatten()
-    return found, places[found]
+    def remove(self) -> None:
+        """Removes it."""
 
 
 class Sparse:
@@ -93,88 +50,103 @@ class Sparse:
     Attributes:
         model: the model, changed in place.
         selection: what trains in it.
-        parts: the trained parts, in the order of the sites.
-        retired: parts that trained before ``reselect`` chose others; they keep their trained values, and ``original``
+        retired: slices that trained before ``reselect`` chose others; they keep their trained values, and ``original``
             still takes them back.
-        hooks: on the model, to be removed with ``restore``.
+        hooks: to be removed with ``restore``: on the model, and of trainers.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection, parts: list[TrainedPart]) -> None:
+    parts = RenamedAttribute("slices")
+    reach = RenamedAttribute("set_batch_layout")
+
+    def __init__(self, model: nn.Module, selection: Selection, planned: Sequence[TrainableSlice]) -> None:
         self.model = model
         self.selection = selection
-        self.retired: list[TrainedPart] = []
-        self.hooks: list[RemovableHandle] = []
-        self._take(parts)
-        masters = {id(part.selected) for part in parts}
-        self._flags = [(p, p.requires_grad) for p in model.parameters() if id(p) not in masters]
+        self.retired: list[TrainableSlice] = []
+        self.hooks: list[Removable] = []
+        self._restored = False
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        inject(model, planned)
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
             parameter.grad = None
+        self._watch_passes()
 
-    def _take(self, parts: list[TrainedPart]) -> None:
-        self.parts = parts
-        self._reach = reach = parts[0].reach
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
-        if any(part.category == "forget" for part in parts):
-            self.hooks.append(self.model.register_forward_pre_hook(lambda *_: reach.begin()))
+    def _watch_passes(self) -> None:
+        """Has the model say when a pass begins, where it matters who trains what."""
+        slices = self.slices
+        self._forward_pass = forward_pass = slices[0].forward_pass
+        self._pass_hook: RemovableHandle | None = None
+        if any(trained.category == "forget" for trained in slices):
+            self._pass_hook = self.model.register_forward_pre_hook(lambda *_: forward_pass.begin())
+
+    def _unwatch_passes(self) -> None:
+        if self._pass_hook is not None:
+            self._pass_hook.remove()
+            self._pass_hook = None
+
+    @property
+    def slices(self) -> list[TrainableSlice]:
+        """What trains, in the order of the modules that hold it."""
+        return [] if self._restored else list(trainable_slices(self.model))
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The master values of every part, float32."""
-        return [part.selected for part in self.parts]
+        """The values of all slices, float32."""
+        return [trained.values for trained in self.slices]
 
     def restore(self) -> None:
         """Puts classes and ``requires_grad`` flags back to what they were; trained weights stay."""
-        self._turn_back()
+        self._restore_layers()
+        self._unwatch_passes()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for hook in self.hooks:
             hook.remove()
-        self.parts, self.retired, self._flags, self.hooks = [], [], [], []
+        self.retired, self._flags, self.hooks, self._restored = [], [], [], True
 
     def reselect(self, selection: Selection) -> None:
         """Trains other units from now on. What was trained before stays as it is, and trains no more.
 
-        Units that stay selected keep their master values. ``original`` and ``revert`` still take back everything
-        that ever trained. The masters are new parameters: tell the optimizer (``SparseOptimizer.follow``), or make a
-        new one.
+        Units that stay selected keep their values. ``original`` and ``revert`` still take back everything that ever
+        trained. The values are new parameters: tell the optimizer (``SparseOptimizer.rebuild_param_groups``), or make
+        a new one.
 
         Raises:
             SelectionError, SparseError, NonFiniteError: see ``sparsify``; the model then trains what it did.
         """
-        if any(part.swapped for part in self.parts):
+        before = self.slices
+        if any(trained.swapped for trained in before):
             raise SparseError("the model holds its original weights; select anew outside Sparse.original()")
         selection.check(self.model)
-        plans = plan(selection)
-        before = Kept.of(self.parts, self.retired)
-        before.check(plans)
-        self._turn_back()
+        planned = plan(selection)
+        _check_dims([*before, *self.retired], planned)
+        self._restore_layers()
         try:
-            _check(self.model, plans)
+            check_model(self.model, planned)
         except Exception:
-            plans = plan(self.selection)
+            planned = plan(self.selection)
             raise
         else:
             self.selection = selection
         finally:
-            parts = make_parts(self.model, plans)
-            self.retired = before.give(parts)
-            self._take(parts)
+            inject(self.model, planned)
+            self.retired = transfer_state([*before, *self.retired], planned)
+            self._unwatch_passes()
+            self._watch_passes()
 
-    def _turn_back(self) -> None:
-        for module in {part.module: None for part in self.parts}:
-            _turn_back(module)
+    def _restore_layers(self) -> None:
+        for module in {trained.module: None for trained in self.slices}:
+            assert isinstance(module, SparseModule)
+            restore(module)
 
     def train_only(self, *categories: str) -> None:
         """Trains the units of these categories, of "forget" and "conflict", and freezes the others."""
-        for part in self.parts:
-            part.selected.requires_grad_(part.category in categories)
-            if part.category not in categories:
-                part.selected.grad = None
+        for trained in self.slices:
+            trained.values.requires_grad_(trained.category in categories)
+            if trained.category not in categories:
+                trained.values.grad = None
 
-    def reach(self, forget: int, records: int, tokens: int) -> None:
+    def set_batch_layout(self, forget: int, records: int, tokens: int) -> None:
         """Says what the next forward pass runs over, so that retain records train conflict units only.
 
         Unless it is said, all records train all units.
@@ -184,14 +156,14 @@ class Sparse:
             records: how many records there are.
             tokens: how many tokens each of them has in the batch.
         """
-        self._reach.announced = Pass(forget, records, tokens)
+        self._forward_pass.next = BatchLayout(forget, records, tokens)
 
     def limit_checkpointing(self) -> None:
         """Keeps the backward above the lowest selected layer; call it after gradient checkpointing is turned on.
 
         Trainers of this package do. Without it checkpointing is as correct, and runs a backward through all layers.
         """
-        limit_checkpointing(self.model, self.parts)
+        limit_checkpointing(self.model, self.slices)
 
     @contextmanager
     def original(self) -> Iterator[nn.Module]:
@@ -204,51 +176,63 @@ class Sparse:
         Raises:
             SparseError: inside another such context.
         """
-        if any(part.swapped for part in self.parts):
+        slices = self.slices
+        if any(trained.swapped for trained in slices):
             raise SparseError("the model holds its original weights already; do not nest Sparse.original()")
         with torch.no_grad():
-            current: list[tuple[TrainedPart, Tensor]] = []
+            current: list[tuple[TrainableSlice, Tensor]] = []
             try:
-                for part in [*self.parts, *self.retired]:
-                    current.append((part, part.read()))
-                    part.swapped = True
-                    part.write(part.original)
+                for trained in [*slices, *self.retired]:
+                    current.append((trained, trained.read()))
+                    trained.swapped = True
+                    trained.write(trained.original)
                 yield self.model
             finally:
-                for part, values in current:
-                    part.write(values)
-                    part.swapped = False
+                for trained, weights in current:
+                    trained.write(weights)
+                    trained.swapped = False
 
     def revert(self) -> None:
-        """Puts the original values back for good, into weights and masters; optimizer state is left alone."""
-        for part in self.parts:
-            part.set_values(part.original)
-        for part in self.retired:
-            part.write(part.original)
+        """Puts the original values back for good, into weights and values; optimizer state is left alone."""
+        for trained in self.slices:
+            trained.set_values(trained.original)
+        for retired in self.retired:
+            retired.write(retired.original)
 
-    def bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+    def memory_footprint(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Counts the bytes that exist right now, tensor by tensor.
 
         Returns:
-            weights: of the model without masters; trainable: masters; original: kept for ``original()``;
+            weights: of the model without the values of slices; values: of slices; original: kept for ``original()``;
             gradients: of every parameter; optimizer_state: all tensors in the optimizer, 0 without one.
         """
-        masters = {id(p) for p in self.trainable_parameters}
+        slices = self.slices
+        values = {id(trained.values) for trained in slices}
         parameters = list(self.model.parameters())
         state = [] if optimizer is None else [t for entry in optimizer.state.values() for t in entry.values()]
         return {
-            "weights": sum(p.nbytes for p in parameters if id(p) not in masters),
-            "trainable": sum(part.selected.nbytes for part in self.parts if part.has_master),
-            "original": sum(part.original.nbytes for part in [*self.parts, *self.retired]),
+            "weights": sum(p.nbytes for p in parameters if id(p) not in values),
+            "values": sum(trained.values.nbytes for trained in slices if trained.has_values),
+            "original": sum(trained.original.nbytes for trained in [*slices, *self.retired]),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "optimizer_state": sum(t.nbytes for t in state if isinstance(t, Tensor)),
         }
+
+    def bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+        """The name that ``memory_footprint`` had, with "trainable" for the values."""
+        warnings.warn(
+            "Sparse.bytes is memory_footprint now, and its trainable values; the old name goes with the next release",
+            FutureWarning,
+            stacklevel=2,
+        )
+        found = self.memory_footprint(optimizer)
+        return {"trainable" if name == "values" else name: size for name, size in found.items()}
 
     def __repr__(self) -> str:
         trained = sum(p.numel() for p in self.trainable_parameters)
         total = sum(p.numel() for p in self.model.parameters()) - trained
         return (
-            f"Sparse({len(self.selection)} units in {len({part.module for part in self.parts})} modules: "
+            f"Sparse({len(self.selection)} units in {len({trained.module for trained in self.slices})} modules: "
             f"{trained:,} of {total:,} weights train, {trained / total:.2%})"
         )
 
@@ -278,28 +262,59 @@ def sparsify(model: nn.Module, selection: Selection) -> Sparse:
             plain linear).
         NonFiniteError: a selected weight is NaN or infinite; names the parameter.
     """
-    if next(trained_parts(model), None) is not None:
+    if next(trainable_slices(model), None) is not None:
         raise SparseError("the model is sparse already; call restore() of the Sparse that made it so")
     selection.check(model)
-    plans = plan(selection)
-    _check(model, plans)
-    return Sparse(model, selection, make_parts(model, plans))
+    planned = plan(selection)
+    check_model(model, planned)
+    return Sparse(model, selection, planned)
 
 
-def make_parts(model: nn.Module, plans: list[Slices]) -> list[TrainedPart]:
-    """Turns the layers of the planned slices sparse, whatever they hold. Raises SparseError if one cannot be."""
-    for slices in plans:
-        _check_layer(model, slices)
-    reach = Reach()
-    indices: dict[int, Tensor] = {}  # on the device of the model, one for all parts of a layer that have the same
-    return [_turn_sparse(model, slices, reach, indices) for slices in plans]
+def transfer_state(before: Iterable[TrainableSlice], after: Iterable[TrainableSlice]) -> list[TrainableSlice]:
+    """Gives what trains now the original weights and the values of the slices that trained before.
+
+    Returns:
+        What trained before, or had by then, and does not now.
+    """
+    retired = []
+    of_weight: defaultdict[tuple[str, int | None], list[TrainableSlice]] = defaultdict(list)
+    for new in after:
+        of_weight[new.path, new.expert_index].append(new)
+    for old in before:
+        gone = torch.ones_like(old.index, dtype=torch.bool)
+        for new in of_weight[old.path, old.expert_index]:
+            mine, theirs = _common(new.index, old.index)
+            gone[theirs] = False
+            new.original.index_copy_(new.dim, mine, old.original.index_select(new.dim, theirs))
+            if old.has_values:
+                new.values.detach().index_copy_(new.dim, mine, old.values.detach().index_select(new.dim, theirs))
+        if bool(gone.any()):
+            retired.append(old.only(torch.nonzero(gone).flatten()))
+    return retired
 
 
-def _check(model: nn.Module, plans: list[Slices]) -> None:
+def _common(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the values that two sorted indices have in common, in each of them."""
+    places = torch.searchsorted(other, one).clamp_max(len(other) - 1)
+    found = torch.nonzero(other[places] == one).flatten()
+    return found, places[found]
+
+
+def _check_dims(before: Iterable[TrainableSlice], planned: Iterable[TrainableSlice]) -> None:
+    """Raises SparseError if a parameter that trained by rows is to train by columns, or the other way round."""
+    dims = {(trained.path, trained.expert_index): trained.dim for trained in before}
+    for one in planned:
+        dim = dims.get((one.path, one.expert_index), one.dim)
+        if dim != one.dim:
+            raise SparseError(f"{one.path} trained along dimension {dim}; keep to it")
+
+
+def check_model(model: nn.Module, planned: Iterable[TrainableSlice]) -> None:
+    """Raises SparseError or NonFiniteError unless all of this can train in a model, see ``sparsify``."""
     shared = _shared_weights(model)
-    for slices in plans:
-        _check_layer(model, slices)
-        _check_weight(model, slices, shared)
+    for one in planned:
+        check_layer(model, one)
+        _check_weight(model, one, shared)
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -310,17 +325,8 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _check_layer(model: nn.Module, slices: Slices) -> None:
-    path = slices.part.parameter.rpartition(".")[0]
-    module = model.get_submodule(path)
-    if "base_layer" in path.split("."):
-        raise SparseError(f"{path} is wrapped by an adapter; merge it into the model first (merge_and_unload)")
-    if not isinstance(module, SparseModule) and sparse_class(module) is None:
-        raise SparseError(f"{path} is a {type(module).__name__}, which cannot train in parts; dequantize it first")
-
-
-def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]) -> None:
-    name = slices.part.parameter
+def _check_weight(model: nn.Module, planned: TrainableSlice, shared: dict[int, list[str]]) -> None:
+    name = planned.path
     parameter = model.get_parameter(name)
     if is_sharded(parameter):
         raise SparseError(f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); load the model whole, {DDP}")
@@ -332,58 +338,18 @@ def _check_weight(model: nn.Module, slices: Slices, shared: dict[int, list[str]]
         raise SparseError(f"{name} is not contiguous; set it to its contiguous()")
     if others := [other for other in shared[parameter.data_ptr()] if other != name]:
         raise SparseError(f"{name} is tied to {', '.join(others)}; untie it")
-    weight = parameter.detach() if slices.part.expert_index is None else parameter.detach()[slices.part.expert_index]
-    index = slices.index.to(weight.device)
-    if int(index[-1]) >= weight.shape[slices.part.dim] or int(index[0]) < 0:
+    weight = planned.where.of(parameter.detach())
+    index = planned.index.to(weight.device)
+    if int(index[-1]) >= weight.shape[planned.dim] or int(index[0]) < 0:
         raise SparseError(
-            f"{name} has {weight.shape[slices.part.dim]} slices along dimension {slices.part.dim}, a selected unit "
+            f"{name} has {weight.shape[planned.dim]} slices along dimension {planned.dim}, a selected unit "
             f"owns {int(index[-1])}; localize on this model"
         )
-    if not bool(weight.index_select(slices.part.dim, index).isfinite().all()):
+    if not bool(weight.index_select(planned.dim, index).isfinite().all()):
         raise NonFiniteError(f"{name} holds NaN or infinite values; load the model again")
-    module = model.get_submodule(name.rpartition(".")[0])
+    module = model.get_submodule(planned.module_path)
     cls = sparse_class(module)
     if cls is not None and issubclass(cls, SparseProjection) and not is_linear(module):
         raise SparseError(
             f"{name} is that of a {type(module).__name__}, which does more than multiply by it; merge or dequantize it"
         )
-
-
-def _turn_sparse(model: nn.Module, slices: Slices, reach: Reach, indices: dict[int, Tensor]) -> TrainedPart:
-    path, _, name = slices.part.parameter.rpartition(".")
-    module = model.get_submodule(path)
-    if not isinstance(module, SparseModule):
-        cls = sparse_class(module)
-        assert cls is not None
-        module.__class__ = cls
-        module.trained_parts = []  # type: ignore[assignment]
-    assert isinstance(module, SparseModule)
-    part = TrainedPart(
-        module=module,
-        name=name,
-        path=slices.part.parameter,
-        lead=slices.part.expert_index,
-        dim=slices.part.dim,
-        output_dim=output_dim(module),
-        index=indices.setdefault(id(slices.index), slices.index.to(getattr(module, name).device)),
-        category=slices.category,
-        selected=nn.Parameter(torch.empty(0, device="cpu")),
-        original=torch.empty(0, device="cpu"),
-        layer=slices.layer,
-        layers=slices.layers,
-        reach=reach,
-    )
-    part.original = part.read()
-    part.selected = nn.Parameter(part.original.to(torch.float32, copy=True))
-    module.register_parameter(part.master_name, part.selected)
-    module.trained_parts.append(part)
-    return part
-
-
-def _turn_back(module: nn.Module) -> None:
-    assert isinstance(module, SparseModule)
-    for part in module.trained_parts:
-        delattr(module, part.master_name)
-    del module.trained_parts
-    before = original_class(module)
-    module.__class__ = before  # type: ignore[assignment]

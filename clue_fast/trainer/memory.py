@@ -26,16 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clue_fast.data import answer_mask, head_of
-from clue_fast.deprecated import precision, renamed_arguments
+from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SparseError
 from clue_fast.objectives import Batch
 from clue_fast.objectives.base import join, run
 from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
 from clue_fast.recording import patched_of
 from clue_fast.selection import Selection
-from clue_fast.sparse import TrainedPart
-from clue_fast.sparse.slices import plan, trained_parts
-from clue_fast.sparse.sparse import make_parts
+from clue_fast.sparse import TrainableSlice
+from clue_fast.sparse.modules import inject
+from clue_fast.sparse.slices import plan, trainable_slices
 from clue_fast.trainer.mixin import fused
 
 
@@ -45,7 +45,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters and buffers of the model.
-        masters: float32 master values of the selected weights.
+        values: float32 values of the selected weights, where they are kept.
         original: the selected weights as they were, for objectives that ask the original model.
         gradients: of the selected weights.
         optimizer_state: moments of the selected weights.
@@ -54,12 +54,13 @@ class MemoryEstimate:
     """
 
     weights: int
-    masters: int
+    values: int
     original: int
     gradients: int
     optimizer_state: int
     activations: int
     peak: int
+    masters = RenamedAttribute("values")
 
     def __str__(self) -> str:
         return "\n".join(
@@ -87,16 +88,16 @@ def estimate_memory(
         SparseError: the model is sparse already, a selected layer cannot train in parts, or what is allocated
             depends on the data, as with experts.
     """
-    if next(trained_parts(model), None) is not None:
+    if next(trainable_slices(model), None) is not None:
         raise SparseError("the model is sparse already; estimate before sparsify, or restore() it first")
     batches = [batch] if "labels" in batch else list(batch.values())
     joined = join(batches)  # type: ignore[arg-type]
-    counted, plans = _positions(model, joined), plan(selection)
+    counted, planned = _positions(model, joined), plan(selection)
     with fused(model), FakeTensorMode(allow_non_fake_inputs=True) as mode, _reference_backend():
         shadow = _shadow(model)
-        parts = make_parts(shadow, plans)
+        inject(shadow, planned)
         inputs: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in joined.items()}
-        kept = [*shadow.parameters(), *shadow.buffers(), *(t for p in parts for t in (p.original, p.index))]
+        kept = [*shadow.parameters(), *shadow.buffers(), *(t for one in planned for t in (one.original, one.index))]
         with _Allocations([*kept, *inputs.values(), counted]) as allocations:
             try:
                 loss = _loss(shadow, inputs, counted)
@@ -108,19 +109,19 @@ def estimate_memory(
             activations = allocations.live()
             loss.backward()
             del loss
-    return _estimate(shadow, parts, master_weights, activations, allocations.peak)
+    return _estimate(shadow, planned, master_weights, activations, allocations.peak)
 
 
 def _estimate(
-    shadow: nn.Module, parts: list[TrainedPart], master_weights: bool, activations: int, transient: int
+    shadow: nn.Module, slices: list[TrainableSlice], master_weights: bool, activations: int, transient: int
 ) -> MemoryEstimate:
-    masters = {id(part.selected) for part in parts}
-    tensors = [*(p for p in shadow.parameters() if id(p) not in masters), *shadow.buffers()]
-    selected = sum(part.selected.numel() for part in parts)
+    values = {id(trained.values) for trained in slices}
+    tensors = [*(p for p in shadow.parameters() if id(p) not in values), *shadow.buffers()]
+    selected = sum(trained.values.numel() for trained in slices)
     constant = {
         "weights": sum(size for _, size in {(_storage(t), t.untyped_storage().nbytes()) for t in tensors}),
-        "masters": 4 * selected if master_weights else 4 * len(parts),
-        "original": sum(part.original.nbytes for part in parts),
+        "values": 4 * selected if master_weights else 4 * len(slices),
+        "original": sum(trained.original.nbytes for trained in slices),
         "optimizer_state": 8 * selected,
     }
     return MemoryEstimate(

@@ -21,7 +21,7 @@ from clue_fast.recording import Patched, patch, patched_of
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate, Sparse, SparseAdamW, SparseSGD, sparsify
 from clue_fast.sparse.optimizer import SparseOptimizer, check_precision
-from clue_fast.sparse.slices import DDP, trained_parts
+from clue_fast.sparse.slices import DDP, trainable_slices
 from clue_fast.trainer.checkpoints import WholeCheckpoints
 from clue_fast.trainer.stages import UNITS
 
@@ -58,7 +58,7 @@ class SparseTraining(WholeCheckpoints, _Base):
     Attributes:
         sparse: the ``Sparse`` of the model.
         layer_lr, master_weights, stochastic_rounding: see ``SparseOptimizer``.
-        memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
+        memory: bytes by kind (see ``Sparse.memory_footprint``) as counted right after the first optimizer step.
         patched: the model, whose MLPs are fused while it trains: they keep gate and up for the backward, and nothing
             else of their width. None outside of ``train``, or where there is nothing to fuse.
         further_logs: called whenever a loss is logged, for figures to log beside it.
@@ -80,7 +80,7 @@ class SparseTraining(WholeCheckpoints, _Base):
                 optimizer that cannot train selected weights.
             SettingError: see ``check_precision``.
         """
-        check_precision(sparse.parts, master_weights, stochastic_rounding)
+        check_precision(sparse.slices, master_weights, stochastic_rounding)
         self.sparse, self.layer_lr, self.memory = sparse, layer_lr, {}
         self.master_weights, self.stochastic_rounding = master_weights, stochastic_rounding
         self.patched, self._fusing, self.further_logs = None, ExitStack(), []
@@ -134,7 +134,7 @@ class SparseTraining(WholeCheckpoints, _Base):
             self.args.warmup_steps = given
 
     def reselect(self, selection: Selection) -> None:
-        """Goes on with other units, see ``Sparse.reselect`` and ``SparseOptimizer.follow``.
+        """Goes on with other units, see ``Sparse.reselect`` and ``SparseOptimizer.rebuild_param_groups``.
 
         Raises:
             SparseError: several processes train, and DistributedDataParallel keeps to the parameters it began with;
@@ -153,7 +153,7 @@ class SparseTraining(WholeCheckpoints, _Base):
         finally:
             if was_fused:
                 self._fuse()
-        self.inner_optimizer.follow(self.sparse.model)
+        self.inner_optimizer.rebuild_param_groups(self.sparse.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the steps skipped so far, and ``further_logs``, to the logs of the training."""
@@ -176,7 +176,7 @@ class _Bookkeeping(TrainerCallback):
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.memory:
-            self.trainer.memory = self.trainer.sparse.bytes(self.trainer.inner_optimizer)
+            self.trainer.memory = self.trainer.sparse.memory_footprint(self.trainer.inner_optimizer)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.sparse.train_only(*UNITS)
@@ -221,7 +221,7 @@ def _check_optimizer(trainer: SparseTraining) -> None:
             f"{type(optimizer).__name__} would train master values and never write them into the weights; "
             "use SparseAdamW, or leave the optimizer to the trainer"
         )
-    own = {id(part.selected) for part in trained_parts(trainer.sparse.model)}
+    own = {id(trained.values) for trained in trainable_slices(trainer.sparse.model)}
     if not {id(p) for group in optimizer.param_groups for p in group["params"]} <= own:
         raise SparseError("the optimizer trains another model; make it on the model of this trainer, after sparsify")
 
@@ -269,7 +269,7 @@ def attach(
     try:
         attached: Any = trainer
         attached.host(sparse, layer_lr, master_weights, stochastic_rounding)
-        if any(part.category == "forget" for part in sparse.parts):
+        if any(trained.category == "forget" for trained in sparse.slices):
             attached.tell_sides_apart()
     except BaseException:
         trainer.__class__ = before
@@ -307,7 +307,7 @@ class _Attached(SparseTraining):
             own = {id(tensor) for tensor in _tensors(self._inputs.get(side))}
             if any(id(tensor) in own for tensor in given):
                 records, tokens = given[0].shape[0], given[0].shape[1] if given[0].dim() > 1 else 1
-                self.sparse.reach(records if side == "forget" else 0, records, tokens)
+                self.sparse.set_batch_layout(records if side == "forget" else 0, records, tokens)
                 return
         raise SparseError(
             "the model is run on tensors that are neither of the forget nor of the retain inputs, so it cannot be "

@@ -79,7 +79,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
         objective: the ``Objective`` (of the stage under way).
         groups_tokens: whether batches say which tokens are to be forgotten and kept, for a patched model that records
             while it trains, see ``clue_fast.ConflictCallback``.
-        memory: bytes by kind (see ``Sparse.bytes``) as counted right after the first optimizer step.
+        memory: bytes by kind (see ``Sparse.memory_footprint``) as counted right after the first optimizer step.
 
     Raises:
         DataError: a data set is empty or unreadable, both share records, or there is no tokenizer to encode it.

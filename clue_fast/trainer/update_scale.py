@@ -43,12 +43,13 @@ def scale_update(sparse: Sparse, predicate: Callable[[], bool], steps: int = 5) 
     """
     if not predicate():
         return 1.0
-    originals = [part.original.float() for part in sparse.parts]
-    trained = [part.selected.detach().clone() if part.has_master else part.read().float() for part in sparse.parts]
+    slices = sparse.slices
+    originals = [one.original.float() for one in slices]
+    trained = [one.values.detach().clone() if one.has_values else one.read().float() for one in slices]
 
     def apply(scale: float) -> None:
-        for part, before, after in zip(sparse.parts, originals, trained, strict=True):
-            part.set_values(after if scale == 1.0 else torch.lerp(before, after, scale))
+        for one, before, after in zip(slices, originals, trained, strict=True):
+            one.set_values(after if scale == 1.0 else torch.lerp(before, after, scale))
 
     too_little, scale = 0.0, 1.0
     for _ in range(steps):

@@ -91,7 +91,7 @@ class Untrained:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def reach(self, forget: int, records: int, tokens: int) -> None:
+    def set_batch_layout(self, forget: int, records: int, tokens: int) -> None:
         assert 0 < forget <= records and tokens > 0
 
     def original(self) -> Any:

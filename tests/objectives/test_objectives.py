@@ -67,7 +67,7 @@ class Original:
         self.model, self.other = model, original
         self.reached: list[tuple[int, int, int]] = []
 
-    def reach(self, forget: int, records: int, tokens: int) -> None:
+    def set_batch_layout(self, forget: int, records: int, tokens: int) -> None:
         self.reached.append((forget, records, tokens))
 
     @contextmanager

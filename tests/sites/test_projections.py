@@ -162,9 +162,9 @@ def test_forget_units_among_conflict_units_of_one_weight(name: str) -> None:
     zeros = {site: torch.zeros(site.width) for site in sites}
     sparse = sparsify(model, Selection(sites, categories, zeros, {}, model_fingerprint(model)))
     batch = make_batch(name)
-    sparse.reach(0, len(batch["input_ids"]), batch["input_ids"].shape[1])
+    sparse.set_batch_layout(0, len(batch["input_ids"]), batch["input_ids"].shape[1])
     model(**batch).loss.backward()
-    found = {(part.category, part.selected.grad is None) for part in sparse.parts if part.name == "weight"}
+    found = {(part.category, part.values.grad is None) for part in sparse.slices if part.name == "weight"}
     assert found == {("forget", True), ("conflict", False)}
 
 
@@ -287,6 +287,6 @@ def test_a_selection_of_whole_heads_from_before_still_loads_and_trains(tmp_path:
             fields = {name: value for name, value in site.as_dict().items() if name != "reads_encoder"}
             assert Site.from_dict(fields) == site
         with sparsify(model, loaded) as sparse:
-            assert {part.path.rpartition(".")[0].rpartition(".")[2] for part in sparse.parts} == (
+            assert {part.path.rpartition(".")[0].rpartition(".")[2] for part in sparse.slices} == (
                 {"q_proj", "o_proj"} if kind == "attention_query" else {"k_proj", "v_proj"}
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 from clue_fast.errors import SparseError
 from clue_fast.objectives import GradientAscent, GradientDifference
 from clue_fast.sparse import sparsify
-from clue_fast.sparse.slices import Pass, Reach
+from clue_fast.sparse.slices import BatchLayout, ForwardPass
 
 
 def dense_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,13 +44,13 @@ def test_each_loss_reaches_its_units(checkpointing, make_model, make_selection, 
     dense = copy.deepcopy(model)
     forget, retain = (dense_gradients(dense, batches[side]) for side in ("forget", "retain"))
     sparse = sparsify(model, make_selection(model, units=5, forget=4))
-    assert sorted({(part.category, len(part.index)) for part in sparse.parts}) == [("conflict", 5), ("forget", 4)]
+    assert sorted({(part.category, len(part.index)) for part in sparse.slices}) == [("conflict", 5), ("forget", 4)]
     checkpointing(model)
     GradientDifference(retain_weight=0.7).loss(model, batches, sparse)[0].backward()
-    for part in sparse.parts:
+    for part in sparse.slices:
         reached = 0.7 * retain[part.path] if part.category == "conflict" else 0.0
         expected = (reached - forget[part.path]).index_select(part.dim, part.index)
-        assert (part.selected.grad - expected).norm() < 1e-5 * expected.norm(), part
+        assert (part.values.grad - expected).norm() < 1e-5 * expected.norm(), part
 
 
 @pytest.mark.slow
@@ -75,13 +75,13 @@ def test_a_pass_that_is_not_announced_reaches_all(make_model, make_selection, ma
     expected = dense_gradients(copy.deepcopy(model), batch)
     sparse = sparsify(model, make_selection(model, units=2, forget=3))
     GradientDifference().loss(model, {"forget": batch, "retain": batch}, sparse)[0].backward()
-    sparse.reach(0, 1, 1)
+    sparse.set_batch_layout(0, 1, 1)
     model(**make_batch(1))
     model.zero_grad()
     GradientAscent().loss(model, {"forget": batch}, sparse)[0].backward()
-    for part in sparse.parts:
+    for part in sparse.slices:
         found = -expected[part.path].index_select(part.dim, part.index)
-        assert (part.selected.grad - found).norm() < 1e-5 * found.norm(), part
+        assert (part.values.grad - found).norm() < 1e-5 * found.norm(), part
 
 
 def test_only_forget_units(make_model, make_selection, make_batch):
@@ -98,9 +98,9 @@ def test_only_forget_units(make_model, make_selection, make_batch):
 def test_retain_records_alone_leave_forget_units_alone(make_model, make_selection, make_batch):
     model, batch = make_model(), make_batch(3)
     sparse = sparsify(model, make_selection(model, units=2, forget=3))
-    sparse.reach(0, 3, batch["input_ids"].shape[1])
+    sparse.set_batch_layout(0, 3, batch["input_ids"].shape[1])
     model(**batch).loss.backward()
-    assert {(part.category, part.selected.grad is None) for part in sparse.parts} == {
+    assert {(part.category, part.values.grad is None) for part in sparse.slices} == {
         ("conflict", False),
         ("forget", True),
     }
@@ -116,15 +116,18 @@ def test_the_hook_goes_with_restore(make_model, make_selection):
 
 
 def test_rows_of_a_pass():
-    reach = Reach(announced=Pass(2, 5, 7))
-    assert reach.rows(torch.zeros(5, 7, 3), "x") == 5
-    reach.begin()
-    assert reach.rows(torch.zeros(5, 7, 3), "x") == 2
-    assert reach.rows(torch.zeros(5, 4, 3), "x") == 2  # the tokens of an encoder
-    assert reach.rows(torch.zeros(35, 3), "x") == 14  # flattened
+    layout = BatchLayout(2, 5, 7)
+    assert layout.forget_rows(torch.zeros(5, 7, 3), "x") == 2
+    assert layout.forget_rows(torch.zeros(5, 4, 3), "x") == 2  # the tokens of an encoder
+    assert layout.forget_rows(torch.zeros(35, 3), "x") == 14  # flattened
     for odd in (torch.zeros(6, 7, 3), torch.zeros(34, 3), torch.zeros(5, 3)):
         with pytest.raises(SparseError, match=r"layers\.0 is .* 5 records of 7 tokens"):
-            reach.rows(odd, "layers.0")
+            layout.forget_rows(odd, "layers.0")
+    forward_pass = ForwardPass(next=layout)
+    assert forward_pass.layout is None
+    for expected in (layout, None):
+        forward_pass.begin()
+        assert forward_pass.layout is expected
 
 
 def test_a_stage_runs_no_backward_below_its_lowest_unit(make_model, make_selection, make_batch):
@@ -137,9 +140,9 @@ def test_a_stage_runs_no_backward_below_its_lowest_unit(make_model, make_selecti
     reached: list[bool] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _, __, out: reached.append(out.requires_grad))
-    for part in sparse.parts:  # as if the units of layer 1 were all forget units
+    for part in sparse.slices:  # as if the units of layer 1 were all forget units
         part.category = "forget" if part.layer == 1 else "conflict"
     sparse.train_only("conflict")
     GradientDifference().loss(model, batches, sparse)[0].backward()
     assert reached == [False, False, False, True]
-    assert {part.layer for part in sparse.parts if part.selected.grad is not None} == {3}
+    assert {part.layer for part in sparse.slices if part.values.grad is not None} == {3}

@@ -15,7 +15,7 @@ from clue_fast.objectives import GradientDifference
 from clue_fast.selection import CONFLICT, FORGET, Selection
 from clue_fast.sites import find_sites, model_fingerprint
 from clue_fast.sparse import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
-from clue_fast.sparse.slices import trained_parts
+from clue_fast.sparse.slices import trainable_slices
 from tests.models.families import FAMILIES, make_batch, make_model
 
 QUICK = ["falcon grouped", "gpt2", "phi3", "bert", "opt", "t5 gated", "qwen2_moe", "gpt_oss"]
@@ -44,8 +44,7 @@ def eager(model: Any) -> Any:
 
 
 def selected(part: Any, parameter: torch.Tensor) -> torch.Tensor:
-    weight = parameter if part.lead is None else parameter[part.lead]
-    return weight.index_select(part.dim, part.index)
+    return part.where.of(parameter).index_select(part.dim, part.index)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -67,14 +66,14 @@ def test_trains_what_is_selected(name):
     assert torch.equal(found.logits, plain.logits) and torch.equal(found.loss, plain.loss)
     found.loss.backward()
     reached = 0
-    for part in sparse.parts:
+    for part in sparse.slices:
         expected = selected(part, gradients[part.path])
-        if part.selected.grad is None:
+        if part.values.grad is None:
             assert not expected.any(), part  # an expert that no token has chosen, or a layer that is not used
             continue
         reached += 1
-        assert (part.selected.grad - expected).norm() <= 1e-5 * expected.norm() + 1e-9, part
-    assert reached > 0.7 * len(sparse.parts)
+        assert (part.values.grad - expected).norm() <= 1e-5 * expected.norm() + 1e-9, part
+    assert reached > 0.7 * len(sparse.slices)
     optimizer = SparseAdamW(model, lr=1e-3, weight_decay=0.1)
     for _ in range(3):
         optimizer.step()
@@ -116,11 +115,11 @@ def test_retain_records_leave_forget_units_alone(name):
         }
     sparse = sparsify(model, selection)
     GradientDifference(retain_weight=0.7).loss(model, batches, sparse)[0].backward()
-    for part in sparse.parts:
+    for part in sparse.slices:
         expected = selected(part, gradients["forget"][part.path])
         if part.category == "conflict":
             expected = expected + selected(part, gradients["retain"][part.path])
-        found = torch.zeros_like(part.selected) if part.selected.grad is None else part.selected.grad
+        found = torch.zeros_like(part.values) if part.values.grad is None else part.values.grad
         assert (found - expected).norm() <= 3e-5 * expected.norm() + 1e-8, part
 
 
@@ -157,7 +156,7 @@ def test_refuses_experts_split_over_devices():
     model = eager(make_model("mixtral"))
     sparsify(model, some_units(model, ("expert",)))
     for module in model.modules():
-        if hasattr(module, "trained_parts"):
+        if hasattr(module, "trainable_slices"):
             module._is_expert_parallel = True
     with pytest.raises(SparseError, match="train without expert parallelism"):
         model(**make_batch("mixtral"))
@@ -170,6 +169,6 @@ def test_refuses_adapters_until_they_are_merged():
     selection = some_units(adapted, ("mlp",))
     with pytest.raises(SparseError, match=r"up_proj.base_layer is wrapped by an adapter; merge it"):
         sparsify(adapted, selection)
-    assert not list(trained_parts(adapted))
+    assert not list(trainable_slices(adapted))
     merged = adapted.merge_and_unload()
     sparsify(merged, some_units(merged, ("mlp",)))

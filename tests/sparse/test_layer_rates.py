@@ -60,7 +60,7 @@ def test_every_layer_moves_at_its_own_rate(layer_lr, expected, make_model, make_
     for group, scale in zip(optimizer.param_groups, expected, strict=True):
         assert len(group["params"]) == 3
         for parameter in group["params"]:
-            original = next(part.original for part in sparse.parts if part.selected is parameter)
+            original = next(part.original for part in sparse.slices if part.values is parameter)
             moved = (parameter.detach() - original).abs().median()
             assert float(moved) == pytest.approx(1e-3 * scale, rel=1e-3)
 

@@ -21,9 +21,9 @@ def compare(model: Any, selection: Any, batch: dict[str, Tensor]) -> None:
     dense, before = copy.deepcopy(model), snapshot(model)
     sparse = sparsify(model, selection)
     optimizer = SparseAdamW(model, lr=LR, weight_decay=DECAY, layer_lr=LAYER_LR)
-    start = {part.path: dense.get_parameter(part.path).detach().clone() for part in sparse.parts}
+    start = {part.path: dense.get_parameter(part.path).detach().clone() for part in sparse.slices}
     groups = [
-        {"params": [dense.get_parameter(part.path)], "lr": LR * LAYER_LR ** (part.layer / 2)} for part in sparse.parts
+        {"params": [dense.get_parameter(part.path)], "lr": LR * LAYER_LR ** (part.layer / 2)} for part in sparse.slices
     ]
     reference = torch.optim.AdamW(groups, weight_decay=DECAY)
     for _ in range(STEPS):
@@ -32,11 +32,11 @@ def compare(model: Any, selection: Any, batch: dict[str, Tensor]) -> None:
             one(**batch).loss.backward()
             chosen.step()
         with torch.no_grad():
-            for part in sparse.parts:
+            for part in sparse.slices:
                 weight = dense.get_parameter(part.path)
                 kept = weight.index_select(part.dim, part.index)
                 weight.copy_(start[part.path]).index_copy_(part.dim, part.index, kept)
-    for part in sparse.parts:
+    for part in sparse.slices:
         expected = dense.get_parameter(part.path).index_select(part.dim, part.index)
         moved = (part.read() - part.original, expected - part.original)
         assert (moved[0] - moved[1]).norm() < 1e-3 * moved[1].norm(), part.path

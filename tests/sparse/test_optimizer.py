@@ -101,14 +101,14 @@ def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_bat
     selection = make_selection(model)
     sparse = sparsify(model, selection)
     optimizer = SparseAdamW(model, lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    trained = {part.path: dense.get_parameter(part.path) for part in sparse.parts}
+    trained = {part.path: dense.get_parameter(part.path) for part in sparse.slices}
     reference = torch.optim.AdamW(trained.values(), lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     start = {path: weight.detach().clone() for path, weight in trained.items()}
     for _ in range(20):
         backward(dense, batch)
         reference.step()
         with torch.no_grad():
-            for part in sparse.parts:
+            for part in sparse.slices:
                 kept = trained[part.path].index_select(part.dim, part.index)
                 trained[part.path].copy_(start[part.path]).index_copy_(part.dim, part.index, kept)
         steps(model, optimizer, batch, 1)
@@ -125,7 +125,7 @@ def test_sgd_equals_torch_sgd_through_a_model(momentum, make_model, make_selecti
     dense = copy.deepcopy(model)
     sparse = sparsify(model, make_selection(model))
     optimizer = SparseSGD(model, lr=0.1, momentum=momentum, weight_decay=0.1)
-    weights = {part.path: dense.get_parameter(part.path) for part in sparse.parts}
+    weights = {part.path: dense.get_parameter(part.path) for part in sparse.slices}
     start = {path: weight.detach().clone() for path, weight in weights.items()}
     reference = torch.optim.SGD(weights.values(), lr=0.1, momentum=momentum, weight_decay=0.1)
     for _ in range(10):
@@ -133,14 +133,14 @@ def test_sgd_equals_torch_sgd_through_a_model(momentum, make_model, make_selecti
             backward(one, batch)
             chosen.step()
         with torch.no_grad():
-            for part in sparse.parts:
+            for part in sparse.slices:
                 kept = weights[part.path].index_select(part.dim, part.index)
                 weights[part.path].copy_(start[part.path]).index_copy_(part.dim, part.index, kept)
     for path, expected in weights.items():
         assert (model.get_parameter(path) - expected).norm() < 1e-6 * expected.norm(), path
         assert not torch.equal(model.get_parameter(path), start[path])
     trained = sum(p.nbytes for p in sparse.trainable_parameters)
-    assert sparse.bytes(optimizer)["optimizer_state"] == (trained if momentum else 0)
+    assert sparse.memory_footprint(optimizer)["optimizer_state"] == (trained if momentum else 0)
     adamw = SparseAdamW(model)
     steps(model, adamw, batch, 1)
     for one, other in ((optimizer, adamw), (adamw, optimizer)):
@@ -165,8 +165,8 @@ def test_bf16_loses_no_update(make_model, make_selection, make_batch):
         reference.step()
     expected = torch.cat([p.detach().flatten() for p in copies])
     assert (masters(model) - expected).norm() < 1e-6 * expected.norm()
-    for part in sparse.parts:
-        assert torch.equal(part.read(), part.selected.detach().to(torch.bfloat16))
+    for part in sparse.slices:
+        assert torch.equal(part.read(), part.values.detach().to(torch.bfloat16))
     own = changed_inside(before, model, selection)
     torch_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6, weight_decay=0.1)
     steps(plain, torch_optimizer, batch, 60)
@@ -195,11 +195,11 @@ def test_stochastic_rounding_keeps_no_masters_and_follows_the_fp32_trajectory(ma
     """Fed the same gradients, in the mean: within three standard errors of the distance along the way of fp32."""
     model, batch = make_model(torch.bfloat16, initializer_range=0.02), make_batch()
     sparse = sparsify(model, make_selection(model, units=24))
-    start = [part.read().float() for part in sparse.parts]
+    start = [part.read().float() for part in sparse.slices]
     copies = [torch.nn.Parameter(values.clone()) for values in start]
     optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1, **STOCHASTIC)
     assert {p.untyped_storage().nbytes() for p in sparse.trainable_parameters} == {4}
-    assert sparse.bytes()["trainable"] == 0
+    assert sparse.memory_footprint()["values"] == 0
     reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
     for _ in range(100):
         backward(model, batch)
@@ -207,7 +207,7 @@ def test_stochastic_rounding_keeps_no_masters_and_follows_the_fp32_trajectory(ma
             copied.grad = p.grad.clone()
         optimizer.step()
         reference.step()
-    moved = torch.cat([(part.read().float() - s).flatten() for part, s in zip(sparse.parts, start, strict=True)])
+    moved = torch.cat([(part.read().float() - s).flatten() for part, s in zip(sparse.slices, start, strict=True)])
     exact = torch.cat([(copied.detach() - s).flatten() for copied, s in zip(copies, start, strict=True)])
     along = moved @ exact / (exact @ exact)
     error = ((moved - exact) * exact).norm() / (exact @ exact)
@@ -227,13 +227,13 @@ def test_masters_can_be_given_up_and_made_again(make_model, make_selection, make
     twin = copy.deepcopy(model)
     steps(twin, SparseAdamW(twin, lr=1e-3, **STOCHASTIC), batch, 1)
     exact = SparseAdamW(model, lr=1e-3)
-    for part in sparse.parts:
-        assert torch.equal(part.selected, part.read().float())
+    for part in sparse.slices:
+        assert torch.equal(part.values, part.read().float())
     exact.load_state_dict(rough.state_dict())
     steps(model, exact, batch, 1)
     sparse.revert()
-    for part in sparse.parts:
-        assert torch.equal(part.selected, part.original.float())
+    for part in sparse.slices:
+        assert torch.equal(part.values, part.original.float())
 
 
 def test_small_updates_are_kept_in_one_way(make_model, make_selection, make_batch):
@@ -258,7 +258,7 @@ def test_every_seed_rounds_otherwise(make_model, make_selection, make_batch):
         model = make_model(torch.bfloat16)
         sparse = sparsify(model, make_selection(model))
         steps(model, SparseAdamW(model, lr=1e-4, **STOCHASTIC, seed=seed), make_batch(), 1)
-        return torch.cat([part.read().flatten() for part in sparse.parts])
+        return torch.cat([part.read().flatten() for part in sparse.slices])
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
@@ -273,8 +273,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
     steps(model, optimizer, batch, 2)
     weights, state = snapshot(model), copy.deepcopy(optimizer.state_dict())
     backward(model, batch)
-    part = sparse.parts[4]
-    part.selected.grad[1, 2] = value
+    part = sparse.slices[4]
+    part.values.grad[1, 2] = value
     with caplog.at_level(logging.WARNING):
         optimizer.step()
     assert optimizer.skipped_steps == 1

@@ -14,7 +14,7 @@ from torch import nn
 from clue_fast.errors import NonFiniteError, SelectionError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.sparse import SparseAdamW, snapshot, sparsify
-from clue_fast.sparse.slices import trained_parts
+from clue_fast.sparse.slices import trainable_slices
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -50,11 +50,11 @@ def test_masters_are_the_selected_weights(dtype, make_model, make_selection):
     for site in selection.sites:
         units = selection.units(site)
         for path, dim in ((site.inputs[0], 0), (site.inputs[1], 0), (site.output, 1)):
-            (part,) = [part for part in sparse.parts if part.path == f"{path}.weight"]
+            (part,) = [part for part in sparse.slices if part.path == f"{path}.weight"]
             weight = model.get_submodule(path).weight.double()
             expected = torch.stack([weight.select(dim, int(u)) for u in units], dim)
-            assert part.selected.dtype == torch.float32
-            assert torch.equal(part.selected.double(), expected)
+            assert part.values.dtype == torch.float32
+            assert torch.equal(part.values.double(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,12 +66,12 @@ def test_gradient_is_that_of_the_dense_weight(dtype, make_model, make_selection,
         other(**batch).loss.backward()
     sparse = sparsify(model, make_selection(model))
     model(**batch).loss.backward()
-    for part in sparse.parts:
+    for part in sparse.slices:
         true, own = (
             other.get_parameter(part.path).grad.double().index_select(part.dim, part.index) for other in (exact, dense)
         )
         allowed = 2 * (own - true).norm() + 1e-7 * true.norm()
-        assert (part.selected.grad.double() - true).norm() <= allowed, part.path
+        assert (part.values.grad.double() - true).norm() <= allowed, part.path
 
 
 def test_only_masters_train_and_nothing_runs_below_the_lowest_layer(make_model, make_selection, make_batch):
@@ -83,7 +83,7 @@ def test_only_masters_train_and_nothing_runs_below_the_lowest_layer(make_model, 
     model(**batch).loss.backward()
     assert reached == [False, False, True, True]
     assert [name for name, p in model.named_parameters() if p.grad is not None] == [
-        f"model.layers.2.mlp.{name}_proj.selected_weight_conflict" for name in ("gate", "up", "down")
+        f"model.layers.2.mlp.{name}_proj.values_weight_conflict" for name in ("gate", "up", "down")
     ]
     assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in sparse.trainable_parameters]
 
@@ -94,14 +94,14 @@ def test_bytes_are_counted_for_the_selected_part_only(make_model, make_selection
     sparse = sparsify(model, make_selection(model, units=5))
     optimizer = train(model, make_batch(), 2)
     trained = 3 * 3 * 5 * 32 * 4  # layers, projections, units, hidden size, float32
-    assert sparse.bytes(optimizer) == {
+    assert sparse.memory_footprint(optimizer) == {
         "weights": weights,
-        "trainable": trained,
+        "values": trained,
         "original": trained // 2,
         "gradients": trained,
         "optimizer_state": 2 * trained,
     }
-    assert sparse.bytes()["optimizer_state"] == 0
+    assert sparse.memory_footprint()["optimizer_state"] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,7 +117,7 @@ def test_checkpoint_is_plain(dtype, make_model, make_selection, make_batch, tmp_
     loaded, report = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(bits(model.eval()(**batch).logits), bits(loaded(**batch).logits))
-    assert not list(trained_parts(loaded))
+    assert not list(trainable_slices(loaded))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -126,8 +126,8 @@ def test_load_state_dict_refreshes_the_masters(strict, make_model, make_selectio
     sparse = sparsify(model, make_selection(model))
     result = model.load_state_dict(other.state_dict(), strict=strict)
     assert not result.missing_keys and not result.unexpected_keys
-    for part in sparse.parts:
-        assert torch.equal(part.selected, part.read().float())
+    for part in sparse.slices:
+        assert torch.equal(part.values, part.read().float())
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({}, strict=True)
 
@@ -201,8 +201,8 @@ def test_revert_undoes_the_training(make_model, make_selection, make_batch):
     train(model, batch, 5)
     sparse.revert()
     assert all(torch.equal(before[name], now) for name, now in snapshot(model).items())
-    for part in sparse.parts:
-        assert torch.equal(part.selected, part.original.float())
+    for part in sparse.slices:
+        assert torch.equal(part.values, part.original.float())
 
 
 def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
@@ -211,9 +211,9 @@ def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
     optimizer = train(model, batch, 2)
     masters = [p.clone() for p in sparse.trainable_parameters]
     model.to(torch.bfloat16)
-    for part, master in zip(sparse.parts, masters, strict=True):
+    for part, master in zip(sparse.slices, masters, strict=True):
         assert part.weight.dtype == part.original.dtype == torch.bfloat16
-        assert torch.equal(part.selected, master)
+        assert torch.equal(part.values, master)
     model(**batch).loss.backward()
     optimizer.step()
 
@@ -253,10 +253,10 @@ def test_autocast(make_model, make_selection, make_batch):
             losses.append(one(**batch).loss)
         losses[-1].backward()
     assert torch.equal(*losses)
-    for part in sparse.parts:
+    for part in sparse.slices:
         expected = dense.get_parameter(part.path).grad.index_select(part.dim, part.index)
         # The dense gradient is rounded to bfloat16, by half a unit in its last place: 2 ** -9.
-        torch.testing.assert_close(part.selected.grad, expected, rtol=2**-8, atol=float(expected.abs().max()) * 2**-9)
+        torch.testing.assert_close(part.values.grad, expected, rtol=2**-8, atol=float(expected.abs().max()) * 2**-9)
 
 
 class Doubled(nn.Linear):
@@ -353,7 +353,7 @@ def test_refuses_units_that_overlap_or_do_not_exist(make_model, make_selection):
         bad = Selection(sites, categories, scores, {}, selection.fingerprint)
         with pytest.raises(error, match=message):
             sparsify(model, bad)
-        assert not list(trained_parts(model)) and all(p.requires_grad for p in model.parameters())
+        assert not list(trainable_slices(model)) and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_weight_and_its_bias_go_through_one_operator(make_model, make_selection, make_batch):
@@ -368,10 +368,10 @@ def test_a_weight_and_its_bias_go_through_one_operator(make_model, make_selectio
         layer.mlp.up_proj.register_forward_hook(lambda _, __, out: nodes.add(type(out.grad_fn).__name__))
     model(**batch).loss.backward()
     assert nodes == {"_DirectBackward"}
-    biases = [part for part in sparse.parts if part.name == "bias"]
+    biases = [part for part in sparse.slices if part.name == "bias"]
     assert len(biases) == 6
     for part in biases:
-        weight = next(p for p in part.module.trained_parts if p.name == "weight")
+        weight = next(p for p in part.module.trainable_slices if p.name == "weight")
         assert part.index is weight.index
         expected = dense.get_parameter(part.path).grad[part.index]
-        assert (part.selected.grad - expected).norm() < 0.05 * expected.norm()  # the weights were rounded on the way
+        assert (part.values.grad - expected).norm() < 0.05 * expected.norm()  # the weights were rounded on the way

@@ -79,7 +79,7 @@ def main(root: Path, kind: str) -> None:
     traffic.trainer = trainer
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     rank = trainer.args.process_index
-    masters = {p.master_name + p.path: p.selected.detach() for p in trainer.sparse.parts if p.has_master}
+    masters = {p.values_name + p.path: p.values.detach() for p in trainer.sparse.slices if p.has_values}
     own = {id(p): p.nbytes for p in trainer.sparse.trainable_parameters}
     torch.save(
         {

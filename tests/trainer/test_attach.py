@@ -13,7 +13,7 @@ import clue_fast
 from clue_fast.data import Collator
 from clue_fast.errors import SelectionError, SparseError
 from clue_fast.sparse import SparseAdamW, changed_inside, changed_outside, snapshot, sparsify
-from clue_fast.sparse.slices import trained_parts
+from clue_fast.sparse.slices import trainable_slices
 from clue_fast.trainer import attach
 from clue_fast.trainer.pairing import PairCollator
 
@@ -82,7 +82,7 @@ def test_trains_the_selection_only(dtype, make_model, make_selection, make_forei
     assert trainer.evaluate() == {"evaluated": 1.0}
     assert trainer.memory["optimizer_state"] == 2 * trainer.memory["gradients"]
     sparse.restore()
-    assert not list(trained_parts(model))
+    assert not list(trainable_slices(model))
 
 
 def test_is_the_foreign_training(make_model, make_selection, make_foreign):
@@ -125,7 +125,7 @@ def test_retain_passes_leave_forget_units_alone(make_model, make_selection, make
         trainer.alpha = alpha
         sparse = attach(trainer, make_selection(model, units=3, forget=4))
         trainer.train()
-        finals.append({(part.path, part.category): part.selected.detach().clone() for part in sparse.parts})
+        finals.append({(part.path, part.category): part.values.detach().clone() for part in sparse.slices})
         sparse.restore()
         assert not model._forward_pre_hooks
     for (path, category), values in finals[0].items():
@@ -154,7 +154,7 @@ def test_refuses_what_cannot_be(make_model, make_selection, make_foreign):
         attach(dense, selection)
     with pytest.raises(SparseError, match="gradient checkpointing"):
         attach(make_foreign(model, gradient_checkpointing=True), forget)
-    assert type(trainer) is GradDiff and not list(trained_parts(model)) and not model._forward_pre_hooks
+    assert type(trainer) is GradDiff and not list(trainable_slices(model)) and not model._forward_pre_hooks
     attach(trainer, selection)
     with pytest.raises(SparseError, match="attach to it once"):
         attach(trainer, selection)

@@ -117,10 +117,10 @@ def test_units_that_stay_selected_keep_their_masters(optimizer, make_model, make
     trained = optimizer(model, lr=1e-6)  # less than bfloat16 can show
     model(**make_batch()).loss.backward()
     trained.step()
-    kept = {(p.path, int(i)): p.selected.select(p.dim, n).clone() for p in sparse.parts for n, i in enumerate(p.index)}
+    kept = {(p.path, int(i)): p.values.select(p.dim, n).clone() for p in sparse.slices for n, i in enumerate(p.index)}
     sparse.reselect(one | other)
-    trained.follow(model)
-    again = {(p.path, int(i)): p.selected.select(p.dim, n) for p in sparse.parts for n, i in enumerate(p.index)}
+    trained.rebuild_param_groups(model)
+    again = {(p.path, int(i)): p.values.select(p.dim, n) for p in sparse.slices for n, i in enumerate(p.index)}
     assert set(kept) < set(again) and all(torch.equal(kept[key], again[key]) for key in kept)
     model(**make_batch()).loss.backward()
     trained.step()
@@ -143,11 +143,11 @@ def test_a_selection_that_cannot_be_keeps_the_old_one(make_model, make_selection
     with pytest.raises(ArithmeticError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
         sparse.reselect(everything)
     assert sparse.selection is before
-    optimizer.follow(model)
+    optimizer.rebuild_param_groups(model)
     fewer = make_selection(model, layers=[0, 2])
     sparse.reselect(fewer)
     with pytest.raises(SparseError, match=r"layers \[0, 2\] now, the rates are of \[0, 1, 2\]"):
-        optimizer.follow(model)
+        optimizer.rebuild_param_groups(model)
 
 
 def test_refuses_by_name(make_trainer, make_model, make_arguments, make_examples, make_selection):

@@ -98,8 +98,8 @@ def test_loads_the_best_model(best, kept, make_model, make_saving, monkeypatch):
     assert trainer.state.best_model_checkpoint == str(folder)
     assert json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"] == str(folder)
     assert all(torch.equal(at_best[name], now) for name, now in snapshot(model).items())
-    for part in trainer.sparse.parts:
-        assert torch.equal(part.selected.detach(), part.read().float())
+    for part in trainer.sparse.slices:
+        assert torch.equal(part.values.detach(), part.read().float())
     assert changed_outside(before, model, trainer.sparse.selection) == 0
     assert changed_inside(before, model, trainer.sparse.selection) > 0
 

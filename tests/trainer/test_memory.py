@@ -15,7 +15,7 @@ from clue_fast.data import Collator
 from clue_fast.errors import SparseError
 from clue_fast.objectives import SimNPO
 from clue_fast.sparse import SparseAdamW, snapshot, sparsify
-from clue_fast.sparse.slices import trained_parts
+from clue_fast.sparse.slices import trainable_slices
 from clue_fast.trainer import estimate_memory
 from tests.models.families import make_batch as make_family_batch
 from tests.models.families import make_model as make_family
@@ -61,12 +61,12 @@ def test_estimate_is_what_is_then_measured(dtype, checkpointing, layers, make_bi
     SimNPO().loss(model, batches, sparse)[0].backward()
     optimizer.step()
     model.zero_grad()
-    counted = sparse.bytes(optimizer)
+    counted = sparse.memory_footprint(optimizer)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert found.weights == counted["weights"] + buffers
-    assert (found.masters, found.original) == (counted["trainable"], counted["original"])
+    assert (found.values, found.original) == (counted["values"], counted["original"])
     assert found.optimizer_state == counted["optimizer_state"]
-    constant = found.weights + found.masters + found.original + found.optimizer_state
+    constant = found.weights + found.values + found.original + found.optimizer_state
     activations, _ = measure(lambda: SimNPO().loss(model, batches, sparse)[0])
     _, most = measure(lambda: SimNPO().loss(model, batches, sparse)[0].backward())
     assert found.gradients == sum(p.grad.nbytes for p in sparse.trainable_parameters)
@@ -83,7 +83,7 @@ def test_allocates_nothing_and_changes_nothing(make_big, make_selection, make_ba
     assert most < 0.1 * sum(p.nbytes for p in model.parameters())
     assert all(torch.equal(before[name], now) for name, now in snapshot(model).items())
     assert all(p.requires_grad for p in model.parameters()) and not model._forward_pre_hooks
-    assert not list(trained_parts(model)) and "CLUE_FAST_BACKEND" not in os.environ
+    assert not list(trainable_slices(model)) and "CLUE_FAST_BACKEND" not in os.environ
 
 
 def test_a_model_without_data_and_without_masters(make_model, make_selection, make_batch):
@@ -95,11 +95,11 @@ def test_a_model_without_data_and_without_masters(make_model, make_selection, ma
     exact, rough = (estimate_memory(model, selection, make_batch(8), master_weights=m) for m in (True, False))
     weights = sum(p.nbytes for p in model.parameters())
     assert weights <= exact.weights < weights + 2**20
-    assert exact.masters == exact.gradients == 4 * 3 * 410 * 2048 * 3
-    assert exact.optimizer_state == 2 * exact.masters and exact.original == exact.masters // 2
-    assert rough.masters < 2**10 and rough.peak == exact.peak - exact.masters + rough.masters
+    assert exact.values == exact.gradients == 4 * 3 * 410 * 2048 * 3
+    assert exact.optimizer_state == 2 * exact.values and exact.original == exact.values // 2
+    assert rough.values < 2**10 and rough.peak == exact.peak - exact.values + rough.values
     assert exact.peak > sum(getattr(exact, f.name) for f in fields(exact) if f.name not in ("peak", "gradients"))
-    assert str(exact).splitlines()[1].split() == ["masters", f"{exact.masters / 2**20:.1f}", "MiB"]
+    assert str(exact).splitlines()[1].split() == ["values", f"{exact.values / 2**20:.1f}", "MiB"]
 
 
 def test_refuses_a_sparse_model(make_model, make_selection, make_batch):

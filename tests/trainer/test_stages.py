@@ -51,10 +51,10 @@ def test_the_published_schedule(make_model, make_staged):
 
     def watched(*_: Any) -> None:
         moved.append(set())
-        for part, master in zip(trainer.sparse.parts, masters, strict=True):
-            if not torch.equal(part.selected, master):
+        for part, master in zip(trainer.sparse.slices, masters, strict=True):
+            if not torch.equal(part.values, master):
                 moved[-1].add(part.category)
-            master.copy_(part.selected.detach())
+            master.copy_(part.values.detach())
 
     trainer.create_optimizer().register_step_post_hook(watched)
     trainer.train()

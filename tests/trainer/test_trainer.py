@@ -17,7 +17,7 @@ from clue_fast.data import Collator
 from clue_fast.errors import DataError, SelectionError, SparseError, UnknownNameError
 from clue_fast.objectives import NPO, OBJECTIVES, RMU
 from clue_fast.sparse import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
-from clue_fast.sparse.slices import trained_parts
+from clue_fast.sparse.slices import trainable_slices
 from clue_fast.trainer import UnlearnTrainer
 from clue_fast.trainer.pairing import PairCollator, PairedRecords, PairSampler
 from tests.models.families import make_model as make_family
@@ -70,7 +70,7 @@ def test_trains_the_selection_only_and_logs_its_terms(
     trainer = make_trainer(model, selection, settings, objective=objective, **sets)
     trainer.train()
     assert changed_outside(before, model, selection) == 0
-    reached = [p.selected for p in trainer.sparse.parts if objective_reaches(trainer.objective, p.layer)]
+    reached = [p.values for p in trainer.sparse.slices if objective_reaches(trainer.objective, p.layer)]
     assert changed_inside(before, model, selection) > 0.9 * sum(p.numel() for p in reached)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 9
@@ -213,14 +213,14 @@ def test_refuses_what_shards_or_copies_the_weights(
         monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda _: 2))
     with pytest.raises(SparseError, match=message):
         make_trainer(model, selection)
-    assert not list(trained_parts(model)) and all(p.requires_grad for p in model.parameters())
+    assert not list(trainable_slices(model)) and all(p.requires_grad for p in model.parameters())
 
 
 def test_memory_is_counted_at_the_first_step(make_trainer):
     trainer = make_trainer()
     trainer.train()
     trained = sum(p.nbytes for p in trainer.sparse.trainable_parameters)
-    assert trainer.memory["gradients"] == trainer.memory["trainable"] == trained
+    assert trainer.memory["gradients"] == trainer.memory["values"] == trained
     assert trainer.memory["optimizer_state"] == 2 * trained
     assert trained < 0.1 * trainer.memory["weights"]
 
@@ -383,7 +383,7 @@ def test_a_refused_trainer_leaves_nothing_behind(make_model, make_selection, mak
     for wrong, error, message in cases:
         with pytest.raises(error, match=message):
             make_trainer(model, **wrong)
-        assert not list(trained_parts(model))
+        assert not list(trainable_slices(model))
         assert all(p.requires_grad for p in model.parameters())
     assert not (tmp_path / "run").exists()
 

@@ -38,9 +38,9 @@ def test_keeps_the_smallest_share_that_is_enough(needed, trained):
     assert needed - 0.01 < share < needed + 2**-6 + 0.01  # 0.01 for weights in bfloat16
     assert needed * whole <= moved(sparse, before) < (share + 0.01) * whole
     assert changed_outside(before, sparse.model, selection) == 0
-    for part in sparse.parts:
-        if part.has_master:
-            assert torch.equal(part.selected.to(part.original.dtype), part.read())
+    for part in sparse.slices:
+        if part.has_values:
+            assert torch.equal(part.values.to(part.original.dtype), part.read())
 
 
 @pytest.mark.parametrize("steps", [0, 5])
