@@ -25,6 +25,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "ops.selected_update": ("ops.sparse_optimizer",),
     "ops.sparse_adamw": ("ops.sparse_optimizer",),
     "ops.sparse_sgd": ("ops.sparse_optimizer",),
+    "ops.unit_statistics": ("ops.expert_statistics", "ops.unit_attribution"),
     "patching": ("recording", "criteria"),
     "people": ("demo.people",),
     "pretraining": ("demo.pretraining",),

@@ -250,6 +250,11 @@ def launch(op: str, name: str, device: torch.device, backend: str | None) -> Lau
     return _launch(op, name, device.type, backend or os.environ.get(ENVIRONMENT_VARIABLE) or None, backend is not None)
 
 
+def launch_for(op: str, name: str, x: torch.Tensor, backend: str | None) -> Launch:
+    """The launch function for activations x; float64 is for the reference alone."""
+    return launch(op, name, x.device, "reference" if x.dtype == torch.float64 else backend)
+
+
 @cache
 def _launch(op: str, name: str, device: str, forced: str | None, explicit: bool) -> Launch:
     # `forced` is in the key so that a change of the environment variable is seen.
@@ -290,19 +295,19 @@ def _fake_nothing(*_: Any) -> None:
     return None
 
 
-def is_traced(x: Any) -> bool:
-    """Whether what is called now is traced: by torch.compile, or with a tensor that has no data."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-
-
 def run(name: str, eager: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs the operator `clue_fast::NAME` where it is traced, and `eager` with the same arguments otherwise.
+    """Runs the operator `clue_fast::NAME` under torch.compile, and `eager` with the same arguments otherwise.
 
-    The dispatcher costs some 60 us a call, more than a small kernel. The first argument is a tensor or a list of them.
+    The dispatcher costs some 60 us a call, more than a small kernel.
     """
-    if is_traced(arguments[0]):
+    if torch.compiler.is_compiling():
         return getattr(torch.ops.clue_fast, name)(*arguments)
     return eager(*arguments)
+
+
+def has_no_data(x: torch.Tensor) -> bool:
+    """Whether a tensor is a fake one, which no launch function can read."""
+    return isinstance(x, FakeTensor)
 
 
 def below_autograd() -> AbstractContextManager[None]:

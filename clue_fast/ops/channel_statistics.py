@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -56,6 +54,11 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def wide(x: Tensor) -> Tensor:
+    """X in the precision that is computed in: float32, or float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def check_group(group: Tensor | None, x: Tensor) -> None:
     """Raise ValueError unless group is one int8 for each token of x [..., channels], on the same device."""
     if group is None:
@@ -92,36 +95,26 @@ def _check_accumulator(name: str, accumulator: Tensor, fields: int, x: Tensor) -
 
 
 def _statistics(x: Tensor, group: Tensor, statistics: Tensor, backend: str | None = None) -> None:
-    _launch("channel_statistics", x, backend)(rows(x), group.reshape(-1), statistics)
+    launch = backends.launch_for("channel_statistics", "channel_statistics", x, backend)
+    launch(rows(x), group.reshape(-1), statistics)
 
 
 def _attribution(
     x: Tensor, grad: Tensor, group: Tensor, gradient_statistics: Tensor, backend: str | None = None
 ) -> None:
-    _launch("channel_attribution", x, backend)(rows(x), rows(grad), group.reshape(-1), gradient_statistics)
-
-
-def _launch(name: str, x: Tensor, backend: str | None) -> backends.Launch:
-    if x.dtype == torch.float64:
-        backend = "reference"
-    return backends.launch("channel_statistics", name, x.device, backend)
-
-
-def _fake(*_: Any) -> None:
-    return None
+    launch = backends.launch_for("channel_statistics", "channel_attribution", x, backend)
+    launch(rows(x), rows(grad), group.reshape(-1), gradient_statistics)
 
 
 define(
     "channel_statistics(Tensor x, Tensor group, Tensor(a!) statistics, str? backend=None) -> ()",
     _statistics,
-    _fake,
 )
 
 
 define(
     "channel_attribution(Tensor x, Tensor grad, Tensor group, Tensor(a!) gradient_statistics, str? backend=None) -> ()",
     _attribution,
-    _fake,
 )
 
 
@@ -145,10 +138,7 @@ def channel_statistics(x: Tensor, group: Tensor, statistics: Tensor, *, backend:
     """
     check_group(group, x)
     check_statistics(x, statistics, None)
-    if torch.compiler.is_compiling():
-        torch.ops.clue_fast.channel_statistics(x.detach(), group, statistics, backend)
-    else:
-        _statistics(x, group, statistics, backend)
+    backends.run("channel_statistics", _statistics, x.detach(), group, statistics, backend)
 
 
 @torch.no_grad()
@@ -176,7 +166,5 @@ def channel_attribution(
         raise ValueError(f"x and grad differ: {list(x.shape)} {x.dtype} against {list(grad.shape)} {grad.dtype}")
     check_group(group, x)
     check_statistics(x, None, gradient_statistics)
-    if torch.compiler.is_compiling():
-        torch.ops.clue_fast.channel_attribution(x.detach(), grad.detach(), group, gradient_statistics, backend)
-    else:
-        _attribution(x, grad, group, gradient_statistics, backend)
+    arguments = x.detach(), grad.detach(), group, gradient_statistics, backend
+    backends.run("channel_attribution", _attribution, *arguments)

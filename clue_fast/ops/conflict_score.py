@@ -116,12 +116,9 @@ def conflict_score(
         BackendError: the backend cannot run here.
     """
     _check(statistics, count, offsets, criterion, gradient_statistics)
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.clue_fast.conflict_score(
-            statistics, gradient_statistics, count, offsets, criterion, backend
-        )
-        return out
-    return _score(statistics, gradient_statistics, count, offsets, criterion, backend)
+    arguments = statistics, gradient_statistics, count, offsets, criterion, backend
+    out: Tensor = backends.run("conflict_score", _score, *arguments)
+    return out
 
 
 def _check(

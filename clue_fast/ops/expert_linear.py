@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clue_fast.ops import backend as backends
 from clue_fast.ops.backend import define, define_autograd
-from clue_fast.ops.unit_statistics import expert_ranges
+from clue_fast.ops.expert_statistics import expert_ranges
 
 
 def _forward(x: Tensor, weight: Tensor, bounds: Tensor, transposed: bool) -> Tensor:
@@ -39,7 +40,7 @@ class _ExpertLinear(torch.autograd.Function):
         ctx.transposed, ctx.traced = transposed, traced
         if not traced:
             return _forward(x, weight, bounds, transposed)
-        with torch._C._AutoDispatchBelowAutograd():
+        with backends.below_autograd():
             y: Tensor = torch.ops.clue_fast.expert_linear(x, weight, bounds, transposed)
             return y
 
@@ -55,8 +56,13 @@ class _ExpertLinear(torch.autograd.Function):
         return grad_x, _weight_gradient(*arguments) if needs_weight else None, None, None, None
 
 
-def _autograd(x: Tensor, weight: Tensor, bounds: Tensor, transposed: bool) -> Tensor:
+def _traced(x: Tensor, weight: Tensor, bounds: Tensor, transposed: bool) -> Tensor:
     y: Tensor = _ExpertLinear.apply(x, weight, bounds, transposed, True)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _eager(x: Tensor, weight: Tensor, bounds: Tensor, transposed: bool) -> Tensor:
+    y: Tensor = _ExpertLinear.apply(x, weight, bounds, transposed, False)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -74,7 +80,7 @@ define(
 )
 
 
-define_autograd("expert_linear", _autograd)
+define_autograd("expert_linear", _traced)
 
 
 def expert_linear(x: Tensor, weight: Tensor, bounds: Tensor, transposed: bool = False) -> Tensor:
@@ -92,8 +98,5 @@ def expert_linear(x: Tensor, weight: Tensor, bounds: Tensor, transposed: bool = 
     y: Tensor
     with torch.autocast(x.device.type, enabled=False):  # it would cast inside forward and not inside backward
         x = x.to(weight.dtype)
-        if torch.compiler.is_compiling():
-            y = torch.ops.clue_fast.expert_linear(x, weight, bounds, transposed)
-        else:
-            y = _ExpertLinear.apply(x, weight, bounds, transposed, False)  # type: ignore[no-untyped-call]
+        y = backends.run("expert_linear", _eager, x, weight, bounds, transposed)
     return y

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from clue_fast.errors import UnknownNameError
@@ -23,6 +22,7 @@ from clue_fast.ops.channel_statistics import (
     reference_attribution,
     reference_statistics,
     rows,
+    wide,
 )
 
 SQRT_HALF = 0.5**0.5
@@ -75,13 +75,9 @@ VALUE: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = tuple(VALUE)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def reference(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     """Out = act(gate) * up."""
-    out.copy_(VALUE[activation](_wide(gate)) * _wide(up))
+    out.copy_(VALUE[activation](wide(gate)) * wide(up))
 
 
 def reference_record(gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor) -> None:
@@ -94,9 +90,9 @@ def reference_backward(
     grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, activation: str
 ) -> None:
     """grad_gate = grad * up * act'(gate) and grad_up = grad * act(gate)."""
-    value, slope = VALUE_AND_SLOPE[activation](_wide(gate))
-    grad_gate.copy_(_wide(grad) * _wide(up) * slope)
-    grad_up.copy_(_wide(grad) * value)
+    value, slope = VALUE_AND_SLOPE[activation](wide(gate))
+    grad_gate.copy_(wide(grad) * wide(up) * slope)
+    grad_up.copy_(wide(grad) * value)
 
 
 def reference_backward_record(
@@ -132,9 +128,7 @@ backends.register(
 
 
 def _launch(name: str, like: Tensor, backend: str | None) -> backends.Launch:
-    if like.dtype == torch.float64:
-        backend = "reference"
-    return backends.launch("gated_activation", name, like.device, backend)
+    return backends.launch_for("gated_activation", name, like, backend)
 
 
 def _forward(
@@ -295,7 +289,7 @@ class _GatedActivation(torch.autograd.Function):
         arguments = gate, up, activation, group, statistics, gradient_statistics, backend
         if not traced:
             return _forward(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
+        with backends.below_autograd():
             return _dispatch(*arguments)
 
     @staticmethod
@@ -383,7 +377,7 @@ def gated_activation(
         check_group(group, gate)
         check_statistics(gate, statistics, gradient_statistics)
     arguments = gate, up, activation, group, statistics, gradient_statistics, backend
-    if torch.compiler.is_compiling() or isinstance(gate, FakeTensor):
+    if torch.compiler.is_compiling() or backends.has_no_data(gate):
         return _dispatch(*arguments)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _apply(False, *arguments)

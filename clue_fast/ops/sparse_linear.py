@@ -81,9 +81,7 @@ def _selected_grad(
 
 
 def _launch(name: str, x: Tensor, backend: str | None) -> backends.Launch:
-    if x.dtype == torch.float64:
-        backend = "reference"
-    return backends.launch("sparse_linear", name, x.device, backend)
+    return backends.launch_for("sparse_linear", name, x, backend)
 
 
 def _selected_shape(grad: Tensor, kept: Tensor, index: Tensor, dim: int, transposed: bool) -> tuple[int, int]:
@@ -287,13 +285,16 @@ def sparse_linear(
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
     arguments = (x, weight, bias, selected, selected_bias, index, dim, transposed, backend)
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.clue_fast.sparse_linear(*arguments)
-    elif torch.is_grad_enabled():
-        out = _Direct.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        out = _forward(x, weight, bias, transposed)
+    out: Tensor = backends.run("sparse_linear", _eager, *arguments)
     return out
+
+
+def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        out: Tensor = _Direct.apply(x, weight, bias, *others)  # type: ignore[no-untyped-call]
+        return out
+    transposed: bool = others[4]
+    return _forward(x, weight, bias, transposed)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

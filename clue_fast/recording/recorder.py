@@ -9,7 +9,8 @@ from torch import Tensor
 
 from clue_fast import ops
 from clue_fast.errors import PatchError
-from clue_fast.ops.unit_statistics import add_statistics, unit_activations, watch_gradient
+from clue_fast.ops.expert_statistics import add_statistics, unit_activations
+from clue_fast.ops.unit_attribution import watch_gradient
 from clue_fast.recording.tokens import IMAGES, Batch, TokenGroups
 from clue_fast.sites import Site
 from clue_fast.statistics import Statistics

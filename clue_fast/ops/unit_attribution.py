@@ -1,0 +1,122 @@
+"""a·∂L/∂a of units, added to accumulators in the backward pass: of one site, or of stacked experts at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from clue_fast.ops import backend as backends
+from clue_fast.ops.channel_statistics import channel_attribution, wide
+from clue_fast.ops.expert_statistics import expert_ranges
+
+
+def _add_attribution(
+    h: Tensor,
+    grad: Tensor,
+    group: Tensor,
+    statistics: Tensor,
+    channels: int = 1,
+    bounds: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    h, grad, group = h.flatten(0, -2), grad.flatten(0, -2), group.flatten()
+    if channels > 1:
+        h = (wide(h) * wide(grad)).reshape(len(h), -1, channels).sum(-1).double()
+        grad = torch.ones_like(h)
+    if bounds is None:
+        channel_attribution(h, grad, group, statistics, backend=backend)
+        return
+    width = h.shape[-1]
+    for expert, (start, end) in expert_ranges(bounds):
+        rows, columns = slice(start, end), slice(expert * width, (expert + 1) * width)
+        channel_attribution(h[rows], grad[rows], group[rows], statistics[:, :, columns], backend=backend)
+
+
+class _Attribution(torch.autograd.Function):
+    """Passes h on; backward adds h·∂L/∂h to the accumulators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        group: Tensor,
+        statistics: Tensor,
+        channels: int,
+        bounds: Tensor | None,
+        backend: str | None,
+        traced: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(h, group, bounds)
+        # The accumulators stay aside, since other steps may add to them before this backward runs.
+        ctx.statistics, ctx.channels, ctx.backend, ctx.traced = statistics, channels, backend, traced
+        return h.clone() if traced else h.view_as(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, group, bounds = ctx.saved_tensors
+        run = torch.ops.clue_fast.unit_attribution if ctx.traced else _add_attribution
+        run(h, grad, group, ctx.statistics, ctx.channels, bounds, ctx.backend)
+        return grad, None, None, None, None, None, None
+
+
+def _traced(
+    h: Tensor,
+    group: Tensor,
+    statistics: Tensor,
+    channels: int = 1,
+    bounds: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    out: Tensor = _Attribution.apply(h, group, statistics, channels, bounds, backend, True)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _eager(h: Tensor, *arguments: Any) -> Tensor:
+    out: Tensor = _Attribution.apply(h, *arguments, False)  # type: ignore[no-untyped-call]
+    return out
+
+
+# Schema, fake and autograd, for torch.compile, which cannot look into loops over the tokens of experts.
+
+backends.define(
+    "unit_attribution(Tensor x, Tensor grad, Tensor group, Tensor(a!) statistics, int channels=1, "
+    "Tensor? bounds=None, str? backend=None) -> ()",
+    _add_attribution,
+)
+
+
+backends.define(
+    "watch_gradient(Tensor x, Tensor group, Tensor statistics, int channels=1, Tensor? bounds=None, "
+    "str? backend=None) -> Tensor",
+    lambda x, *_: x.clone(),
+    lambda x, *_: torch.empty_like(x),
+)
+
+
+backends.define_autograd("watch_gradient", _traced)
+
+
+def watch_gradient(
+    h: Tensor,
+    group: Tensor,
+    statistics: Tensor,
+    channels: int = 1,
+    bounds: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Returns h such that backward adds its a·∂L/∂a to the accumulators.
+
+    Args:
+        h: [..., units * channels].
+        group: [tokens] int8.
+        statistics: [groups, gradient fields, units] float64, or [..., experts * units] with bounds.
+        channels: of one unit, see ``unit_activations``.
+        bounds: see ``add_statistics``.
+        backend: forces one.
+    """
+    out: Tensor = backends.run("watch_gradient", _eager, h, group, statistics, channels, bounds, backend)
+    return out
