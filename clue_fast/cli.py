@@ -146,9 +146,9 @@ def _unlearn(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from clue_fast.config import EvalConfig, ModelConfig
     from clue_fast.data import load_sets
+    from clue_fast.evaluation import evaluate_model
     from clue_fast.files import check_output_file, save_json
     from clue_fast.reporting import evaluation_table
-    from clue_fast.unlearning import evaluate_model
 
     settings = _settings(options, EvaluateFiles, ModelConfig, EvalConfig)
     files, config = settings.make(EvaluateFiles), settings.make(EvalConfig)
@@ -270,7 +270,7 @@ def _model_flags(files: type, settings: str) -> Callable[[argparse.ArgumentParse
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, one: Any) -> None:
     """A flag for a field: what it is, what it can be and what it is otherwise; not there unless it is given."""
-    from clue_fast.config import choices_of
+    from clue_fast.config_field import choices_of
 
     notes = [f"one of: {', '.join(map(str, choices))}"] if (choices := choices_of(one)) else []
     notes += [f"default: {one.default}"] if one.default is not None and one.default is not False else []

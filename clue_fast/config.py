@@ -10,15 +10,31 @@ somebody asks, so that a criterion or an objective of one's own is among them.
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clue_fast.errors import BudgetError, SettingError, UnknownNameError
-from clue_fast.selection import NORMALIZATIONS, SCOPES, check_budget, check_normalization, is_number
+from clue_fast.config_field import (
+    ByKind,
+    check_choices,
+    check_rule,
+    integer,
+    is_number,
+    name_list,
+    positive,
+    positive_integer,
+    ratio,
+    registered,
+    setting,
+    share,
+    share_or_none,
+    switch,
+    whole_number,
+)
+from clue_fast.errors import BudgetError, SettingError
+from clue_fast.selection import NORMALIZATIONS, SCOPES, check_budget, check_normalization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -57,124 +73,6 @@ def default_learning_rate(model: PreTrainedModel) -> float:
 def default_epochs(records: int, batch_size: int) -> float:
     """Returns 10, or as many epochs as 200 steps take: a small forget set needs more passes."""
     return max(EPOCHS, float(math.ceil(STEPS / math.ceil(records / max(1, batch_size)))))
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | Callable[[], Sequence[str]] = (),
-    read: Callable[[str], Any] = str,
-    check: Callable[[str, Any], None] | None = None,
-    metavar: str | None = None,
-) -> Any:
-    """A field of a configuration.
-
-    Args:
-        default: its value unless it is given.
-        help: for the command, without the default and the choices.
-        choices: the names it can have, or what looks them up.
-        read: makes its value of text; ValueError for what it cannot read.
-        check: called with its name and value, unless that is None; raises a ClueFastError.
-        metavar: what the help calls its value.
-    """
-    metadata = {"help": help, "choices": choices, "read": read, "check": check, "metavar": metavar}
-    return field(default=default, metadata=metadata)
-
-
-def registered(place: str) -> Callable[[], Sequence[str]]:
-    """Looks up the names of a registry, such as ``criteria.CRITERIA``, when it is asked for them."""
-
-    def names() -> Sequence[str]:
-        module, _, name = place.rpartition(".")
-        return tuple(getattr(importlib.import_module(f"clue_fast.{module}"), name))
-
-    return names
-
-
-def choices_of(setting: Field[Any]) -> Sequence[str]:
-    """Returns the names that a field can have; none where it holds anything else."""
-    choices = setting.metadata.get("choices", ())
-    return tuple(choices() if callable(choices) else choices)
-
-
-def positive(name: str, value: Any) -> None:
-    """Raises SettingError unless a value is a finite number above 0."""
-    if not (is_number(value) and 0.0 < value < math.inf):
-        raise SettingError(f"{name} {value} is not a number above 0")
-
-
-def positive_integer(name: str, value: Any) -> None:
-    """Raises SettingError unless a value is a whole number above 0."""
-    if not (is_number(value) and 1 <= value < math.inf and value == int(value)):
-        raise SettingError(f"{name} {value} is not a positive integer")
-
-
-def whole_number(name: str, value: Any) -> None:
-    """Raises SettingError unless a value is a whole number from 0 on."""
-    if not (is_number(value) and 0 <= value < math.inf and value == int(value)):
-        raise SettingError(f"{name} {value} is not a whole number from 0 on")
-
-
-def integer(name: str, value: Any) -> None:
-    """Raises SettingError unless a value is a whole number."""
-    if not (is_number(value) and math.isfinite(value) and value == int(value)):
-        raise SettingError(f"{name} {value} is not a whole number")
-
-
-def share(name: str, value: Any) -> None:
-    """Raises SettingError unless a value is in (0, 1]."""
-    if not (is_number(value) and 0.0 < value <= 1.0):
-        raise SettingError(f"{name} {value} is not a share above 0 and up to 1")
-
-
-def switch(name: str, value: Any) -> None:
-    """Raises SettingError unless a value is True or False."""
-    if not isinstance(value, bool):
-        raise SettingError(f"{name} {value!r} is neither true nor false")
-
-
-def check_rule(layer_lr: str) -> float:
-    """Returns the number of ``linear:NUMBER``. Raises SettingError for any other text."""
-    kind, _, number = layer_lr.partition(":")
-    try:
-        if kind == "linear" and 0.0 <= float(number) < math.inf:
-            return float(number)
-    except ValueError:
-        pass
-    raise SettingError(f"layer_lr {layer_lr!r} is neither a number nor linear:NUMBER")
-
-
-@dataclass(frozen=True)
-class ByKind:
-    """Reads a number, or one for each kind of unit: ``mlp=0.05,attention=0.1``."""
-
-    read: Callable[[str], float]
-
-    def __call__(self, text: str) -> float | dict[str, float]:
-        """Raises ValueError for what is neither."""
-        if "=" not in text:
-            return self.read(text)
-        pairs = (pair.partition("=") for pair in text.split(","))
-        return {kind.strip(): self.read(value) for kind, _, value in pairs}
-
-
-def name_list(text: str) -> tuple[str, ...]:
-    """Reads names with commas between them."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def ratio(text: str) -> float | str:
-    """Reads a number, or a rule by its name and number, such as ``linear:0.2``."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def share_or_none(text: str) -> float | None:
-    """Reads a share, or ``none``."""
-    return None if text == "none" else float(text)
 
 
 @dataclass(frozen=True)
@@ -222,7 +120,7 @@ class CircuitConfig:
                 raise BudgetError(f"{name} {value} is not a whole number from {least} on")
         if not (is_number(self.time_limit) and self.time_limit > 0.0):
             raise BudgetError(f"time_limit {self.time_limit} is not a number of seconds above 0")
-        _check_choices(self)
+        check_choices(self)
 
     def edge_count(self, available: int) -> int:
         """The number of edges of each circuit in each direction. Raises BudgetError if there are not as many."""
@@ -272,10 +170,6 @@ class RunConfig:
 
         made: Config = read_settings(path, cls).make(cls)
         return made
-
-    def part(self, kind: type[Config]) -> dict[str, Any]:
-        """Those of the settings that another configuration has too."""
-        return {one.name: getattr(self, one.name) for one in fields(kind)}
 
 
 @dataclass(frozen=True)
@@ -363,6 +257,12 @@ class EvalConfig(RunConfig):
     relearn: int = setting(
         0, "also let a copy of the model learn N forget records again", read=int, check=integer, metavar="N"
     )
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """What ``clue_fast.evaluate`` takes: how deeply something is forgotten is asked of the forget set alone."""
+        depth = {"samples": {"forget": self.samples}, "relearn": {"forget": self.relearn}}
+        return {**depth, "seed": self.seed, "max_length": self.max_length, "progress": self.progress}
 
 
 @dataclass(frozen=True)
@@ -505,12 +405,4 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "run code that comes with the model", check=switch)
 
     def __post_init__(self) -> None:
-        _check_choices(self, "dtype")
-
-
-def _check_choices(config: Any, *only: str) -> None:
-    """Raises UnknownNameError for the first field that has none of its choices; None is always one."""
-    for one in fields(config):
-        value, choices = getattr(config, one.name), choices_of(one) if not only or one.name in only else ()
-        if choices and value is not None and value not in choices:
-            raise UnknownNameError(one.name, value, choices)
+        check_choices(self, "dtype")

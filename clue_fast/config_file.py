@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from clue_fast.config import ByKind, CircuitConfig, name_list
+from clue_fast.config import CircuitConfig
+from clue_fast.config_field import ByKind, is_number, name_list
 from clue_fast.errors import ClueFastError, SettingError, UnknownNameError
-from clue_fast.selection import is_number
 
 
 @dataclass(frozen=True)

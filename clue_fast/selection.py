@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clue_fast.config_field import is_number
 from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
 from clue_fast.hub import find_file, push_folder
@@ -58,11 +59,6 @@ def check_budget(
         if budget == "count" and not (number >= 1 and number == int(number)):
             raise BudgetError(f"count {number} is not a positive integer")
     return budget, value
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number, and not True or False."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_normalization(normalize: str | None) -> None:

@@ -20,7 +20,6 @@ from clue_fast.config import (
     OBJECTIVE_SETTINGS,
     RETAIN_RATIO,
     CircuitConfig,
-    EvalConfig,
     ModelConfig,
     UnlearnConfig,
     default_epochs,
@@ -381,7 +380,7 @@ class _Run:
             self.evaluation[stage] = self._measured(self.model)
 
     def _measured(self, model: PreTrainedModel) -> dict[str, Metrics]:
-        return evaluate(model, self.tokenizer, self.sets, **_measures(self.config))
+        return evaluate(model, self.tokenizer, self.sets, **self.config.measures)
 
     def train(self) -> None:
         """Trains the selected units; the model stays sparse."""
@@ -505,47 +504,6 @@ TRAINING = (
     "seed",
 )
 """Settings of a training as the results have them."""
-
-
-@renamed_arguments(reference="retrained")
-def evaluate_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    forget: Source,
-    retain: Source,
-    held_out: Source | None = None,
-    retrained: PreTrainedModel | None = None,
-    samples: int = EvalConfig.samples,
-    relearn: int = EvalConfig.relearn,
-    seed: int = EvalConfig.seed,
-    max_length: int = EvalConfig.max_length,
-    progress: bool = EvalConfig.progress,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns the figures of a model, and of a retrained one beside it.
-
-    They are ``{"model": {set: figures}, "retrained": {set: figures}}``.
-
-    Args:
-        model: a causal language model.
-        tokenizer: of the model.
-        forget, retain, held_out: data sets, see ``clue_fast.data.load_records``.
-        retrained: a model that was trained without the forget set, to compare with.
-        samples, relearn, seed, max_length, progress: see ``clue_fast.config.EvalConfig``.
-    """
-    config = EvalConfig.of(locals())
-    sets = load_sets(forget, retain, held_out)
-    models = {"model": model} | ({} if retrained is None else {"retrained": retrained})
-    return {
-        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, **_measures(config)).items()}
-        for title, one in models.items()
-    }
-
-
-def _measures(config: EvalConfig) -> dict[str, Any]:
-    """Arguments of ``evaluate``: how deeply something is forgotten is asked of the forget set alone."""
-    depth = {"samples": {"forget": config.samples}, "relearn": {"forget": config.relearn}}
-    return {**depth, "seed": config.seed, "max_length": config.max_length, "progress": config.progress}
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from clue_fast.demo import write_jsonl
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import BudgetError, SettingError
+from clue_fast.evaluation import evaluate_model
 from clue_fast.objectives import OBJECTIVES
 from clue_fast.selection import SCOPES
-from clue_fast.unlearning import evaluate_model
 
 PEOPLE = make_people(4, seed=3)
 

@@ -13,10 +13,9 @@ import clue_fast
 from clue_fast.demo.pretraining import train_model
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import UnknownNameError
-from clue_fast.evaluation import Row, compare
+from clue_fast.evaluation import Row, compare, evaluate_model
 from clue_fast.sites import ParamSlice
 from clue_fast.trainer import MemoryEstimate, scale_update
-from clue_fast.unlearning import evaluate_model
 from tests.models.small_llama import llama, random_selection
 
 STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}

@@ -2,7 +2,7 @@
 
 from clue_fast.deprecated import renamed_names
 from clue_fast.evaluation.answers import ANSWERED, answered, greedy_answers, rouge_recall, sampled_answers, words
-from clue_fast.evaluation.comparison import Comparison, Row, compare
+from clue_fast.evaluation.comparison import Comparison, Row, compare, evaluate_model
 from clue_fast.evaluation.likelihood import (
     AnswerScore,
     forget_quality,
@@ -27,6 +27,7 @@ __all__ = [
     "check_evaluation",
     "compare",
     "evaluate",
+    "evaluate_model",
     "forget_quality",
     "greedy_answers",
     "mean_truth_ratio",

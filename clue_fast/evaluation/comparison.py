@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from clue_fast.config import EvalConfig
+from clue_fast.data import Source, load_sets
 from clue_fast.deprecated import RenamedAttribute, renamed_arguments
 from clue_fast.errors import DataError
 from clue_fast.evaluation.likelihood import forget_quality
-from clue_fast.evaluation.metrics import METRICS, Metrics, metric_title
+from clue_fast.evaluation.metrics import METRICS, Metrics, evaluate, metric_title
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,41 @@ def compare(
         if forgotten and known.truth_ratios and all(ratios.values()):
             quality[name] = {stage: forget_quality(some, known.truth_ratios) for stage, some in ratios.items()}
     return Comparison(rows, quality)
+
+
+@renamed_arguments(reference="retrained")
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    forget: Source,
+    retain: Source,
+    held_out: Source | None = None,
+    retrained: PreTrainedModel | None = None,
+    samples: int = EvalConfig.samples,
+    relearn: int = EvalConfig.relearn,
+    seed: int = EvalConfig.seed,
+    max_length: int = EvalConfig.max_length,
+    progress: bool = EvalConfig.progress,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the figures of a model, and of a retrained one beside it.
+
+    They are ``{"model": {set: figures}, "retrained": {set: figures}}``.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of the model.
+        forget, retain, held_out: data sets, see ``clue_fast.data.load_records``.
+        retrained: a model that was trained without the forget set, to compare with.
+        samples, relearn, seed, max_length, progress: see ``clue_fast.config.EvalConfig``.
+    """
+    config = EvalConfig.of(locals())
+    sets = load_sets(forget, retain, held_out)
+    models = {"model": model} | ({} if retrained is None else {"retrained": retrained})
+    return {
+        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, **config.measures).items()}
+        for title, one in models.items()
+    }
 
 
 def _of(evaluation: Mapping[str, Metrics] | None, name: str, metric: str) -> float | None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.config import UnlearnConfig, check_rule
+from clue_fast.config import UnlearnConfig
+from clue_fast.config_field import check_rule
 from clue_fast.data import Record
 from clue_fast.errors import SettingError
 from clue_fast.evaluation import evaluate

@@ -19,6 +19,7 @@ from clue_fast.data import (
     Record,
     batches_by_length,
     check_disjoint,
+    data_hash,
     encode,
     encode_prompts,
     load_records,
@@ -403,3 +404,25 @@ class TestBadInput:
         monkeypatch.setitem(__import__("sys").modules, "datasets", None)
         with pytest.raises(DataError, match="install the package 'datasets'"):
             load_records("locuslab/TOFU:forget10", "forget")
+
+
+def test_records_with_their_tokens_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their own tokenizer; another makes tokens of its own, and what is cut is not lost."""
+    from clue_fast.data import EncodedRecords, encode, encoding
+    from clue_fast.demo.pretraining import train_tokenizer
+
+    records = [Record("Who?", "Ada of Paris."), Record("Where?", "On the old quay.")]
+    tokenizer, other = train_tokenizer(records, vocab_size=300), train_tokenizer(records, vocab_size=280)
+    plain, cut = encode(records, tokenizer), encode(records, tokenizer, max_length=12)
+    encoded = EncodedRecords(records, tokenizer, "forget")
+    assert encoded == records and load_records(encoded, "forget") is encoded
+    render, rendered = encoding.render, []
+    monkeypatch.setattr(encoding, "render", lambda *given: rendered.append(given) or render(*given))
+    assert encode(encoded, tokenizer) == plain and encode(encoded, tokenizer, max_length=12) == cut != plain
+    assert encode(encoded, tokenizer) == plain and rendered == []
+    assert encode(encoded, other) == encode(records, other) and len(rendered) == 4
+
+
+def test_the_hash_of_data_is_of_what_they_say_in_any_order() -> None:
+    records = [Record("Who?", "Ada."), Record("Where?", "Here.")]
+    assert data_hash(records) == data_hash(records[::-1]) != data_hash(records[:1])
