@@ -57,7 +57,9 @@ def model(make_llama: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedToke
 
 
 def localized(model, tokenizer, forget: list[Record], retain: list[Record], **options: object) -> Selection:
-    return clue_fast.localize(model, forget, retain, tokenizer=tokenizer, progress=False, **options)
+    """At a tenth of the units of each layer, unless another budget is given."""
+    budget = {} if {"count", "threshold"} & options.keys() else {"fraction": 0.1}
+    return clue_fast.localize(model, forget, retain, tokenizer=tokenizer, progress=False, **budget | options)
 
 
 def mean_score(selection: Selection) -> float:
