@@ -12,7 +12,6 @@ from clue_fast.criteria.integrated_gradients import STEPS, IntegratedGradients
 from clue_fast.criteria.passes import (
     Batches,
     answer_target,
-    device_of,
     inference,
     logits_of,
     record_target,
@@ -27,7 +26,7 @@ from clue_fast.criteria.weight_gradients import (
 )
 from clue_fast.data import answer_mask, head_of
 from clue_fast.recording import Patched, patch
-from clue_fast.sites import Survey, model_fingerprint
+from clue_fast.sites import Survey, device_of, model_fingerprint
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 
 

@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from clue_fast.data import Collator, Example, answer_mask, shift_labels
 from clue_fast.errors import UnknownNameError
+from clue_fast.ops.channel_statistics import wide
+from clue_fast.sites import evaluation_mode
 from clue_fast.statistics import DEFAULT_GROUPS
 
 
@@ -108,10 +110,7 @@ def answer_target(logits: Tensor, labels: Tensor, target: str, head: str = "caus
     chosen = TARGETS[check_target(target)]
     answer = answer_mask(labels, head)
     rows = torch.nonzero(answer)[:, 0]
-    # float64 stays, as a reference may want it
-    selected = logits[answer]
-    wide = selected if selected.dtype == torch.float64 else selected.float()
-    return chosen(wide, shift_labels(labels, head)[answer][:, None]), rows
+    return chosen(wide(logits[answer]), shift_labels(labels, head)[answer][:, None]), rows
 
 
 def record_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> Tensor:
@@ -135,22 +134,14 @@ def token_groups(batch: dict[str, Tensor], groups: Tensor, head: str) -> Tensor:
     return answer_mask(batch["labels"], head).to(torch.int8) * groups[:, None].to(torch.int8)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter, which batches go to."""
-    return next(model.parameters()).device
-
-
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients of weights, for a while."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    model.eval()
     model.requires_grad_(False)
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import SiteError
+from clue_fast.ops.channel_statistics import wide
 from clue_fast.sites import ParamSlice, Site
+from clue_fast.sites.projection import is_linear, output_bias, projection_of, weight_matrix
 from clue_fast.statistics import Statistics
 
 ROWS, COLUMNS, BIAS = "rows", "columns", "bias"
@@ -76,28 +78,6 @@ def column_parts(owned: Sequence[Owned]) -> list[Owned]:
     return [part for part in owned if part.side == COLUMNS]
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes Wz + b: nn.Linear, or the Conv1D of GPT-2, whose weight is [in, out]."""
-    return isinstance(module, nn.Linear) or _is_transposed(module)
-
-
-def output_bias(module: nn.Module) -> Tensor | None:
-    """Returns the bias of a linear module, or None."""
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """Returns the weight of a linear module as [outputs, inputs]."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if _is_transposed(module) else weight
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor)
-
-
 def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, units: slice, site: Site) -> Owned:
     path, _, kind = part.parameter.rpartition(".")
     module = model.get_submodule(path)
@@ -106,11 +86,12 @@ def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, unit
             f"{part.parameter} of {site.name} belongs to no linear module; gradients of its weights cannot be reduced "
             "to units; choose a criterion that needs activations only, or attribution"
         )
-    outputs, inputs = matrix(module).shape
+    outputs, inputs = weight_matrix(module).shape
     if kind == "bias":
         side, features = BIAS, outputs
     else:
-        rows = (part.dim == 0) != _is_transposed(module)
+        projection = projection_of(module, path)
+        rows = projection is not None and part.dim == projection.output_dim
         side, features = (ROWS, outputs) if rows else (COLUMNS, inputs)
     index = part.index(torch.arange(site.width, device="cpu"))
     everything = len(index) == features and bool((index == torch.arange(features, device="cpu")).all())
@@ -183,7 +164,7 @@ class WeightInputRecorder:
         for path, parts in self._by_module.items():
             own = members.to(self._squares[path])
             rms = (own @ self._squares[path] / (own @ self._tokens[path]).clamp_min(1.0)).sqrt()
-            weight = matrix(self._model.get_submodule(path)).detach().abs().double()
+            weight = weight_matrix(self._model.get_submodule(path)).detach().abs().double()
             for owned in parts:
                 weighted = weight.sum(0) * rms if owned.side == COLUMNS else rms @ weight.T
                 found[:, owned.units] += owned.per_unit(owned.take(weighted)).to(found.device)
@@ -356,7 +337,7 @@ class MeanGradientRecorder(_BackwardRecorder):
         records = self.statistics.records
         for path, gradients in self._gradients.items():
             module = self._model.get_submodule(path)
-            weight, bias = matrix(module).detach(), output_bias(module)
+            weight, bias = weight_matrix(module).detach(), output_bias(module)
             counts = records.clamp_min(1).to(gradients)
             means = gradients.div_(counts[:, None, None])
             bias_means = (self._bias_gradients[path] / counts[:, None])[..., None]
@@ -398,7 +379,7 @@ def mean_gradient_recorders(
     for owned in owned_parts(model, statistics):
         modules[owned.module].append(owned)
     for path, parts in modules.items():
-        weight = matrix(model.get_submodule(path))
+        weight = weight_matrix(model.get_submodule(path))
         of_module = len(statistics.groups) * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
         if chunk and size + of_module > most:
             yield MeanGradientRecorder(model, statistics, chunk)
@@ -410,8 +391,7 @@ def mean_gradient_recorders(
 
 def _records(x: Tensor, groups: Tensor) -> Tensor:
     """Returns x as [records, tokens, features], in float32 or float64; some models flatten the first two."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return wide.reshape(len(groups), -1, x.shape[-1])
+    return wide(x).reshape(len(groups), -1, x.shape[-1])
 
 
 def _quadratic(gram: Tensor, own: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from clue_fast.data import Example, Record, batches_by_length, encode, padding_t
 from clue_fast.data.collator import check_examples, longest
 from clue_fast.data.encoding import special_tokens
 from clue_fast.errors import DataError, SettingError
+from clue_fast.sites import device_of, evaluation_mode
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,14 +31,8 @@ if TYPE_CHECKING:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradients; yields the model's device and restores the mode of every module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), torch.no_grad():
+        yield device_of(model)
 
 
 def progress_bar(total: int, description: str, shown: bool, unit: str = "record") -> tqdm[Any]:

@@ -5,8 +5,8 @@ What all objectives share: one forward pass a step, a forget term, a retain term
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -18,7 +18,7 @@ from torch.nn import functional
 from clue_fast.data import IGNORED_LABEL, answer_mask, head_of, shift_labels
 from clue_fast.data.labels import HEADS
 from clue_fast.errors import DataError, ObjectiveError
-from clue_fast.sites import unwrap
+from clue_fast.sites import evaluation_mode, unwrap
 
 Batch: TypeAlias = "Mapping[str, Tensor]"
 """Inputs of the model, and ``labels``: int64 [records, positions], or [records] for classification."""
@@ -200,7 +200,7 @@ class Objective:
         # The original goes first: swapping weights later would break the graph of the pass that trains.
         original: dict[str, Tensor] = {}
         if self.reference:
-            with torch.no_grad(), trained.original(), evaluating(model):
+            with torch.no_grad(), trained.original(), evaluation_mode(model):
                 asked = predict(model, {name: ungrouped(used[name]) for name in self.reference if name in used})
                 original = {name: self.remember(predictions) for name, predictions in asked.items()}
         announce(trained, used, self.forget_batches)
@@ -241,15 +241,3 @@ def _with_mask(batch: Batch) -> Batch:
     if "attention_mask" in batch or "input_ids" not in batch:
         return batch
     return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; a reference must not see dropout."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -29,12 +29,11 @@ from clue_fast.objectives.base import (
     Predictions,
     Trained,
     announce,
-    evaluating,
     join,
     run,
     ungrouped,
 )
-from clue_fast.sites import unwrap
+from clue_fast.sites import evaluation_mode, unwrap
 
 
 @dataclass(frozen=True)
@@ -309,7 +308,7 @@ class RMU(Objective):
         used = self.batches(batches, head)
         original: dict[str, Tensor] = {}
         if "retain" in used:
-            with torch.no_grad(), trained.original(), evaluating(model):
+            with torch.no_grad(), trained.original(), evaluation_mode(model):
                 original = self._activations(model, {"retain": ungrouped(used["retain"])})
         announce(trained, used, self.forget_batches)
         current = self._activations(model, used)

@@ -65,19 +65,19 @@ VALUE_AND_SLOPE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "relu": _relu,
     "relu2": _relu2,
 }
-VALUE: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-ACTIVATIONS = tuple(VALUE)
+"""By name, of gate; sites are told by the same table."""
 
 
 def reference(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     """Out = act(gate) * up."""
-    out.copy_(VALUE[activation](wide(gate)) * wide(up))
+    out.copy_(ACTIVATIONS[activation](wide(gate)) * wide(up))
 
 
 def reference_record(gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor) -> None:
@@ -371,8 +371,8 @@ def gated_activation(
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate and up differ: {list(gate.shape)} {gate.dtype} against {list(up.shape)} {up.dtype}")
-    if activation not in VALUE:
-        raise UnknownNameError("activation", activation, VALUE)
+    if activation not in ACTIVATIONS:
+        raise UnknownNameError("activation", activation, ACTIVATIONS)
     if statistics is not None or gradient_statistics is not None:
         check_group(group, gate)
         check_statistics(gate, statistics, gradient_statistics)

@@ -8,7 +8,6 @@ The forward of stacked experts while they are recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from clue_fast.errors import PatchError
 from clue_fast.ops.expert_linear import expert_linear
 from clue_fast.recording.recorder import Point, refuse_distributed
 from clue_fast.sites.experts import Stack
+from clue_fast.sites.internals import expert_gate, is_expert_parallel, own_parameters
 
 STATE = "_clue_fast"
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,12 +127,12 @@ class RecordedExperts(nn.Module):
         if not point.recorder.recording:
             y: Tensor = super().forward(*args, **kwargs)
             return y
-        if getattr(self, "_is_expert_parallel", False):
+        if is_expert_parallel(self):
             raise PatchError(f"{point.site.path} is split over devices by expert; record without expert parallelism")
         hidden, chosen, weights = (*args, *kwargs.values())
         refuse_distributed(point.site, hidden)
         group = point.recorder.groups_at(point, hidden).group
-        if torch.is_grad_enabled() and len(self._parameters) > len(state.stack.names):
+        if torch.is_grad_enabled() and len(own_parameters(self)) > len(state.stack.names):
             # Parts of the experts train, through a forward of their own, which does not show its activations.
             if point.recorder.gradients:
                 raise PatchError(f"{point.site.path} trains in parts; record its gradients before it does, or after")
@@ -168,7 +168,8 @@ class RecordedExperts(nn.Module):
         z = expert_linear(hidden[rows.token], getattr(self, stack.gate_up), rows.bounds, stack.transposed)
         z = z if stack.gate_up_bias is None else z + getattr(self, stack.gate_up_bias)[rows.expert]
         if state.activation is None:
-            gate_function: Callable[[Tensor], Tensor] = getattr(self, "_apply_gate")  # noqa: B009
+            gate_function = expert_gate(self)
+            assert gate_function is not None
             h = gate_function(z)
         else:
             gate, up = (z[..., part] for part in state.slices)

@@ -36,7 +36,8 @@ from clue_fast.recording.tokens import (
     tower_of,
 )
 from clue_fast.selection import Scores
-from clue_fast.sites import DEFAULT_KINDS, Survey, model_fingerprint, survey, unwrap
+from clue_fast.sites import DEFAULT_KINDS, Survey, device_of, model_fingerprint, survey, unwrap
+from clue_fast.sites.internals import is_replica
 from clue_fast.statistics import Statistics
 
 
@@ -167,8 +168,7 @@ class Patched:
         self.sites = found.sites
         self.unmatched = found.unmatched
         self._entry = entry(model)
-        device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        statistics = Statistics(self.sites, model_fingerprint(model), device=device)
+        statistics = Statistics(self.sites, model_fingerprint(model), device=device_of(model))
         self._recorder = Recorder(statistics, backend)
         self._image_token = image_token(self._entry)
         self._head = head_of(self._entry) if has_head(self._entry) else None
@@ -360,7 +360,7 @@ class Patched:
         decoder_given = kwargs.pop("decoder_token_group", None)
         recorder = self._recorder
         if recorder.recording:
-            if getattr(model, "_is_replica", False):
+            if is_replica(model):
                 raise PatchError("replicas of DataParallel cannot record; use one device, or DistributedDataParallel")
             if self._installation is not None and not torch.compiler.is_compiling():
                 self._installation.check()

@@ -12,7 +12,7 @@ from clue_fast.errors import PatchError
 from clue_fast.ops.expert_statistics import add_statistics, unit_activations
 from clue_fast.ops.unit_attribution import watch_gradient
 from clue_fast.recording.tokens import IMAGES, Batch, TokenGroups
-from clue_fast.sites import Site
+from clue_fast.sites import Site, internals
 from clue_fast.statistics import Statistics
 
 ON_NONFINITE = ("raise", "skip_batch", "count")
@@ -149,7 +149,7 @@ class Recorder:
         """
         if torch.compiler.is_compiling():
             return self.recording and not self.in_flight and bool(self.pending)
-        return torch._C._current_graph_task_id() != -1
+        return internals.is_recomputing()
 
     def groups_at(self, point: Point, h: Tensor) -> TokenGroups:
         """Returns the groups of the tokens of activations [..., channels] at a point.

@@ -23,8 +23,9 @@ from clue_fast.errors import NonFiniteError, PatchError, SiteError
 from clue_fast.ops import backend as backends
 from clue_fast.recording.fused import STATE, ExpertsState, FusedGatedMLP, GatedState, RecordedExperts
 from clue_fast.recording.recorder import Point, Recorder
-from clue_fast.sites import ParamSlice, Site
+from clue_fast.sites import ParamSlice, Site, device_of, evaluation_mode, mixed_class
 from clue_fast.sites.experts import find_stack
+from clue_fast.sites.internals import OLD_FORWARD
 from clue_fast.sites.projection import projection_of
 
 
@@ -83,14 +84,8 @@ def probe(site: Site, module: nn.Module, fused: Callable[..., Tensor], inputs: t
         NonFiniteError: the module gives NaN or infinity on finite input.
         SiteError: the forwards differ by more than rounding.
     """
-    modes = [(child, child.training) for child in module.modules()]
-    for child, _ in modes:
-        child.training = False
-    try:
+    with evaluation_mode(module):
         expected, found = module(*inputs), fused(*inputs)
-    finally:
-        for child, training in modes:
-            child.training = training
     if not bool(torch.isfinite(expected).all()):
         raise NonFiniteError(f"{site.path} gives NaN or infinity on finite input; check the weights of the model")
     expected, found = expected.double(), found.double()
@@ -110,18 +105,6 @@ def random_input(module: nn.Module, channels: int) -> Tensor:
     return torch.randn(1, TOKENS, channels, generator=generator, device="cpu").to(parameters[0].device, dtype)
 
 
-_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def mixed_class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
-    """Returns the subclass of a module's class whose forward is that of a mixin."""
-    key = mixin, original
-    if key not in _classes:
-        name = mixin.__name__.replace("MLP", "").replace("Experts", "").replace("Gated", "") + original.__name__
-        _classes[key] = type(name, (mixin, original), {"__module__": __name__})
-    return _classes[key]
-
-
 @dataclass(eq=False)
 class ForwardSwap:
     """A module with another forward.
@@ -139,19 +122,20 @@ class ForwardSwap:
         """Swaps the forward."""
         module = self.module
         self.original = type(module)
-        self.swapped = mixed_class(self.mixin, self.original)
+        name = self.mixin.__name__.replace("MLP", "").replace("Experts", "").replace("Gated", "")
+        self.swapped = mixed_class(self.mixin, self.original, name + self.original.__name__)
         self.aside: dict[str, Any] = {}
         module.__dict__[STATE] = self.state
         module.__class__ = self.swapped
-        if "_old_forward" in module.__dict__:
-            self.aside["_old_forward"] = module.__dict__["_old_forward"]
-            module.__dict__["_old_forward"] = types.MethodType(self.swapped.forward, module)
+        if OLD_FORWARD in module.__dict__:
+            self.aside[OLD_FORWARD] = module.__dict__[OLD_FORWARD]
+            module.__dict__[OLD_FORWARD] = types.MethodType(self.swapped.forward, module)
         elif "forward" in module.__dict__:
             self.aside["forward"] = module.__dict__.pop("forward")
         self.left = self._instance_forwards()
 
     def _instance_forwards(self) -> dict[str, Any]:
-        return {name: self.module.__dict__.get(name) for name in ("forward", "_old_forward")}
+        return {name: self.module.__dict__.get(name) for name in ("forward", OLD_FORWARD)}
 
     def hidden(self) -> str | None:
         """Returns why the forward that was put in place does not run, or None if it does."""
@@ -319,7 +303,7 @@ def _install_gated(model: nn.Module, module: nn.Module, point: Point, made: Inst
     slices = None if site.structure == "gated" else _slices(site)
     state = GatedState(point, site.activation, tuple(names[:-1]), slices, names[-1], dropout, site.multipliers)
     swap = ForwardSwap(site.path, module, FusedGatedMLP, state)
-    device = _device(module)
+    device = device_of(module)
     backends.choose("gated_activation", device, recorder.backend)
     unprobed = can_probe(module)
     if unprobed is None:
@@ -340,7 +324,7 @@ def _install_experts(module: nn.Module, point: Point, made: Installation) -> Ins
     site = point.site
     stack = find_stack(module)
     assert stack is not None
-    device = _device(module)
+    device = device_of(module)
     backends.choose("channel_statistics", device, point.recorder.backend)
     swap = ForwardSwap(site.path, module, RecordedExperts, ExpertsState(point, stack, site.activation, _slices(site)))
     unprobed = can_probe(module)
@@ -363,7 +347,7 @@ def _install_experts(module: nn.Module, point: Point, made: Installation) -> Ins
 
 def _install_hook(model: nn.Module, point: Point, made: Installation, note: str = "") -> Installed:
     projection = model.get_submodule(point.site.output)
-    device = _device(projection)
+    device = device_of(projection)
     backends.choose("channel_statistics", device, point.recorder.backend)
     if point.site.structure == "rows":
         handle = projection.register_forward_hook(RecordOutput(point))
@@ -394,7 +378,3 @@ def _slices(site: Site) -> tuple[slice, slice]:
 
 def _slice(owned: ParamSlice, width: int) -> slice:
     return slice(owned.offset, owned.offset + (width - 1) * owned.stride + 1, owned.stride)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))

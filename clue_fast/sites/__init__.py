@@ -5,9 +5,11 @@ happens between them), never by the name of its class, so that a model that nobo
 """
 
 from clue_fast.deprecated import renamed_names
+from clue_fast.ops import ACTIVATIONS
 from clue_fast.sites.find import DEFAULT_KINDS, KINDS, Survey, check_sites, find_sites, survey
-from clue_fast.sites.mlp import ACTIVATIONS, Unmatched
-from clue_fast.sites.site import HEAD_FAMILIES, ParamSlice, Site, model_fingerprint, unwrap
+from clue_fast.sites.mlp import Unmatched
+from clue_fast.sites.model import device_of, evaluation_mode, mixed_class, model_fingerprint, unwrap
+from clue_fast.sites.site import HEAD_FAMILIES, ParamSlice, Site
 
 __all__ = [
     "ACTIVATIONS",
@@ -19,7 +21,10 @@ __all__ = [
     "Survey",
     "Unmatched",
     "check_sites",
+    "device_of",
+    "evaluation_mode",
     "find_sites",
+    "mixed_class",
     "model_fingerprint",
     "survey",
     "unwrap",

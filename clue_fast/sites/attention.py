@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.sites.mlp import Unmatched
+from clue_fast.sites.model import device_of, evaluation_mode
 from clue_fast.sites.projection import Projection, projection_of
 from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import required_arguments, sample
@@ -288,7 +288,7 @@ def find_heads(model: nn.Module, families: Sequence[str] = ("attention",)) -> di
     ]
     if not cores:
         return {}
-    with _evaluating(model):
+    with evaluation_mode(model), torch.no_grad():
         failure = _watch(model, projections, cores, _text_run(model))
         for core in cores:
             inner = [p for path, p in projections.items() if path.startswith(f"{core.path}.")]
@@ -418,7 +418,7 @@ def _watch(
 def _text_run(model: nn.Module) -> Callable[[int], None]:
     body = getattr(model, "base_model", None)
     body = body if isinstance(body, nn.Module) else model
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = device_of(model)
     decodes = _decodes(model)
 
     def run(rows: int) -> None:
@@ -439,16 +439,3 @@ def _direct_run(module: nn.Module, channels: int) -> Callable[[int], None]:
         module(sample(1, TOKENS, channels, seed=0).to(like.device, like.dtype).expand(rows, TOKENS, channels))
 
     return run
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

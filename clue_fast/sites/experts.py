@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clue_fast.sites.mlp import ACTIVATIONS, Rows, Unmatched
+from clue_fast.ops import ACTIVATIONS
+from clue_fast.sites.internals import EagerExperts, expert_gate, own_parameters, variant
+from clue_fast.sites.mlp import Rows, Unmatched
 from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import sample
 
@@ -47,7 +47,7 @@ class Stack:
 
 def find_experts(module: nn.Module, path: str) -> list[Site] | Unmatched | None:
     """Returns one site for each expert stacked in a module, or why it is not understood, or None without a stack."""
-    stacked = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+    stacked = {name: p for name, p in own_parameters(module).items() if p.dim() == 3}
     if not any(_may_follow(second.shape, first.shape) for first in stacked.values() for second in stacked.values()):
         return None
     kind = type(module).__name__
@@ -76,7 +76,7 @@ def _may_follow(second: Sequence[int], first: Sequence[int]) -> bool:
 
 def find_stack(module: nn.Module) -> Stack | None:
     """Returns the parameters of a module as stacked experts, by their shapes alone."""
-    shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
+    shapes = {name: tuple(p.shape) for name, p in own_parameters(module).items()}
     stacked = {name: shape for name, shape in shapes.items() if len(shape) == 3}
     for gate_up, (experts, *first) in stacked.items():
         for down, (others, *second) in stacked.items():
@@ -89,18 +89,6 @@ def find_stack(module: nn.Module) -> Stack | None:
                 down_bias = next((n for n in flat if shapes[n] == (experts, hidden) and n != gate_up_bias), None)
                 return Stack(gate_up, down, gate_up_bias, down_bias, transposed, experts, width)
     return None
-
-
-class _Eager:
-    """A configuration that asks for the forward in which the experts are defined, not for a faster one."""
-
-    _experts_implementation = "eager"
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
 
 
 @torch.no_grad()
@@ -123,10 +111,8 @@ def _rehearse(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str |
         small[stack.gate_up_bias] = gate_up_bias
     if stack.down_bias:
         small[stack.down_bias] = down_bias
-    actor = copy.copy(module)
-    actor.__dict__["_parameters"] = module._parameters | {name: nn.Parameter(value) for name, value in small.items()}
-    if hasattr(module, "config"):
-        actor.__dict__["config"] = _Eager(module.config)
+    attributes = {"config": EagerExperts(module.config)} if hasattr(module, "config") else {}
+    actor = variant(module, {name: nn.Parameter(value) for name, value in small.items()}, **attributes)
     x, weights = draw(4, TOKENS, HIDDEN), draw(5, TOKENS, 2)
     chosen = torch.arange(2 * TOKENS, device="cpu").reshape(TOKENS, 2) % experts
     found = type(actor).forward(actor, x, chosen, weights)
@@ -144,8 +130,8 @@ def _rehearse(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str |
             for name, activation in ACTIVATIONS.items():
                 if agrees(activation(gate) * up):
                     return (order[0], order[1]), name
-    gate_function = getattr(actor, "_apply_gate", None)
-    if callable(gate_function) and agrees(gate_function(z)):
+    gate_function = expert_gate(actor)
+    if gate_function is not None and agrees(gate_function(z)):
         layout = next((rows for rows in LAYOUTS if _owns(gate_function, z, rows)), None)
         return None if layout is None else (layout, None)
     return None

@@ -19,17 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clue_fast.ops import ACTIVATIONS
 from clue_fast.sites.projection import Projection, child_projections, projection_of
 from clue_fast.sites.site import Site, layer_index
 from clue_fast.sites.trace import Rehearsal, rehearse, required_arguments, sample
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "gelu": nn.functional.gelu,
-    "relu": nn.functional.relu,
-    "relu2": lambda x: nn.functional.relu(x).square(),
-}
 
 
 def identify_gate(h: Tensor, gate: Tensor, up: Tensor) -> str | None:

@@ -75,12 +75,15 @@ def child_projections(module: nn.Module, path: str) -> dict[str, Projection]:
 
 @torch.no_grad()
 def is_linear(module: nn.Module) -> bool:
-    """Whether a projection multiplies its input by its weight and adds its bias, found by running it.
+    """Whether a module multiplies its input by a weight and adds a bias, found by running it.
 
     Compared on at most 64 of its outputs, so that no copy of a large weight is made.
     """
+    if type(module).forward is nn.Linear.forward:
+        return True
     projection = projection_of(module, "")
-    assert projection is not None
+    if projection is None:
+        return False
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
     x = torch.randn(3, projection.inputs, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     chosen = torch.arange(0, projection.outputs, -(-projection.outputs // 64), device=weight.device)
@@ -92,3 +95,18 @@ def is_linear(module: nn.Module) -> bool:
         return False
     # A product of n terms in 16 bits is off by a few units in the last place of its norm; another function is not.
     return bool((found[:, chosen].double() - expected).norm() < 0.05 * expected.norm())
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """Returns the weight of a projection as [outputs, inputs], whichever way it is stored."""
+    projection = projection_of(module, "")
+    assert projection is not None
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight if projection.output_dim == 0 else weight.T
+
+
+def output_bias(module: nn.Module) -> Tensor | None:
+    """Returns the bias of a projection, or None."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None

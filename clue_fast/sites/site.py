@@ -1,32 +1,16 @@
-"""Wrappers around a model that change nothing of what it is.
-
-What a site is: a family of units, where it lives, and what its units own of the parameters.
-
-The fingerprint of a model: what statistics and selections are tied to.
-"""
+"""What a site is: a family of units, where it lives, and which slices of the parameters belong to its units."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clue_fast.deprecated import RenamedAttribute, renamed_arguments
-
-_WRAPPED = {"_orig_mod", "module"}  # torch.compile; DistributedDataParallel and DataParallel
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside of torch.compile and DistributedDataParallel: paths and names are always of that."""
-    while len(children := dict(model.named_children())) == 1 and children.keys() <= _WRAPPED:
-        (model,) = children.values()
-    return model
-
 
 _IN_FILES = {"slices": "parts", "expert_index": "lead"}
 """What files have other names for."""
@@ -154,43 +138,3 @@ def layer_index(path: str) -> int:
     """Returns the first number in a path, or 0."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
     return int(numbers[0]) if numbers else 0
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Returns a short hash of what a model is: names and shapes of its weights, and a sample of its embedding.
-
-    Unlearning trains neither, so a model keeps its fingerprint through it, while another architecture, or the same
-    one with other weights, has another. The sample is rounded to bfloat16, so that loading in another precision
-    does not matter.
-    """
-    model = unwrap(model)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_saved_tensors(model).items()):
-        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
-    embedding = _input_embedding(model)
-    if embedding is not None and embedding.device.type != "meta":
-        whole: Tensor = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding  # sharded, or not
-        sample = whole.detach().reshape(-1)
-        stride = max(1, sample.numel() // 4096)
-        digest.update(sample[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of the model holds, by name."""
-    found: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        if any(hasattr(parameter, "quant_state") for parameter in module._parameters.values()):
-            # To save a layer of 4 bits rearranges its weight; its shape is known without.
-            found |= {f"{prefix}{name}": p for name, p in module._parameters.items() if p is not None}
-        else:
-            module._save_to_state_dict(found, prefix, keep_vars=True)
-    return found
-
-
-def _input_embedding(model: nn.Module) -> Tensor | None:
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    embedding = get_embeddings() if callable(get_embeddings) else None
-    weight = getattr(embedding, "weight", None)
-    return weight if isinstance(weight, Tensor) else None

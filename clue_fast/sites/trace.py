@@ -8,7 +8,6 @@ or not loaded at all, at any size in a fraction of a millisecond.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from clue_fast.sites.internals import NO_TORCH_FUNCTION, own_parameters, variant
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,13 @@ def rehearse(
             passing += [name] if max(dimensions) > 1 else []
         elif name not in fixed and _is_norm(child):
             fixed[name] = nn.Identity()
-    own = {
-        name: p if p is None or p.dim() > 1 else torch.ones(p.shape, device="cpu")
-        for name, p in module._parameters.items()
-    }
+    own = {name: torch.ones(p.shape, device="cpu") for name, p in own_parameters(module).items() if p.dim() <= 1}
     # How many things attention returns shows when they are unpacked.
     attempts = (2, 3) if passing else (1,)
     output = None
     for extra in attempts:
-        play = copy.copy(module)
-        play.__dict__["_modules"] = module._modules | fixed | {name: _PassOn(extra, blocks) for name in passing}
-        play.__dict__["training"] = training
-        play.__dict__["_parameters"] = own
+        children = fixed | {name: _PassOn(extra, blocks) for name in passing}
+        play = variant(module, own, children, training=training)
         try:
             with torch.random.fork_rng(devices=[]):
                 output = type(play).forward(play, *arguments)
@@ -158,7 +154,7 @@ class _First(Tensor):
     """The first of several things returned: used as a tensor it is that one, unpacked or indexed it is all of them."""
 
     returned: tuple[Tensor | None, ...]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = NO_TORCH_FUNCTION  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[Tensor | None]:
         return iter(self.returned)

@@ -16,7 +16,9 @@ from torch.nn import functional
 
 from clue_fast import ops
 from clue_fast.errors import SparseError
+from clue_fast.sites import mixed_class
 from clue_fast.sites.experts import Stack, find_stack
+from clue_fast.sites.internals import expert_gate, is_expert_parallel
 from clue_fast.sites.projection import projection_of
 from clue_fast.sparse.slices import ForwardPass, TrainableSlice, add_slice_grad, training_rows
 
@@ -129,7 +131,7 @@ class SparseExperts(SparseModule):
         if not torch.is_grad_enabled():
             y: Tensor = super().forward(*args, **kwargs)
             return y
-        if getattr(self, "_is_expert_parallel", False):
+        if is_expert_parallel(self):
             raise SparseError(
                 f"{self.trainable_slices[0].path} is split over devices by expert; train without expert parallelism"
             )
@@ -147,7 +149,8 @@ class SparseExperts(SparseModule):
             place, token = torch.where(chosen.t() == expert)
             rows = {category: _first(token, end, len(hidden)) for category, end in ends.items()}
             z = self._linear(hidden[token], stack, "gate_up", expert, rows)
-            gate: Callable[[Tensor], Tensor] = getattr(self, "_apply_gate")  # noqa: B009
+            gate = expert_gate(self)
+            assert gate is not None
             y = self._linear(gate(z), stack, "down", expert, rows)
             out.index_add_(0, token, (y * weights[token, place, None]).to(out.dtype))
         return out
@@ -174,9 +177,9 @@ def sparse_class(module: nn.Module) -> type[SparseModule] | None:
     if type(module) is nn.Linear:
         return SparseLinear
     if projection_of(module, "") is not None:
-        return _mixed(SparseProjection, type(module))
-    if find_stack(module) is not None and callable(getattr(module, "_apply_gate", None)):
-        return _mixed(SparseExperts, type(module))
+        return mixed_class(SparseProjection, type(module), f"Sparse{type(module).__name__}")
+    if find_stack(module) is not None and expert_gate(module) is not None:
+        return mixed_class(SparseExperts, type(module), f"Sparse{type(module).__name__}")
     return None
 
 
@@ -227,18 +230,6 @@ def original_class(module: SparseModule) -> type[nn.Module]:
     order = type(module).__mro__
     found: type[nn.Module] = order[order.index(SparseModule) + 1]
     return found
-
-
-def _mixed(mixin: type[SparseModule], original: type[nn.Module]) -> type[SparseModule]:
-    if (mixin, original) not in _classes:
-        name = f"Sparse{original.__name__}"
-        _classes[mixin, original] = type(
-            name, (mixin, original), {"__doc__": f"{original.__name__}, some of which trains."}
-        )
-    return _classes[mixin, original]
-
-
-_classes: dict[tuple[type[SparseModule], type[nn.Module]], type[SparseModule]] = {}
 
 
 def output_dim(module: nn.Module) -> int:

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from clue_fast.criteria.circuit.architecture import Architecture, Layer, Norm, Projection
 from clue_fast.criteria.circuit.graph import EdgeScores, Graph
 from clue_fast.criteria.passes import record_target
-from clue_fast.criteria.weight_gradients import matrix, output_bias
 from clue_fast.data import Collator, Example
 from clue_fast.errors import CircuitError, NonFiniteError
+from clue_fast.ops.channel_statistics import wide
+from clue_fast.sites.projection import output_bias, weight_matrix
 
 
 @dataclass
@@ -240,18 +241,18 @@ class Streams:
         A norm between attention and the stream acts on the sum of the heads; its scale is that of the run, so that
         what the heads add still sums to what attention adds.
         """
-        parts = [_wide(run.stream[tokens])[None]]
+        parts = [wide(run.stream[tokens])[None]]
         for layer, own in zip(self.graph.architecture.layers, run.layers, strict=True):
-            heads = self._behind_norm(layer, own, tokens)(self._heads(layer, _wide(own.heads[tokens])))
-            parts += [heads, _wide(own.mlp_added[tokens])[None]]
+            heads = self._behind_norm(layer, own, tokens)(self._heads(layer, wide(own.heads[tokens])))
+            parts += [heads, wide(own.mlp_added[tokens])[None]]
         return torch.cat(parts)
 
     @torch.no_grad()
     def changed(self, clean: Run, corrupted: Run, tokens: slice) -> Tensor:
         """``written`` by the clean run less that by the corrupted one."""
-        parts = [(_wide(clean.stream[tokens]) - _wide(corrupted.stream[tokens]))[None]]
+        parts = [(wide(clean.stream[tokens]) - wide(corrupted.stream[tokens]))[None]]
         for layer, one, other in zip(self.graph.architecture.layers, clean.layers, corrupted.layers, strict=True):
-            found = [_wide(own.heads[tokens]) for own in (one, other)]
+            found = [wide(own.heads[tokens]) for own in (one, other)]
             if layer.attention_post_norm is None:
                 heads = self._heads(layer, found[0] - found[1])
             else:
@@ -260,25 +261,25 @@ class Streams:
                     for own, z in zip((one, other), found, strict=True)
                 )
                 heads = first - second
-            parts += [heads, (_wide(one.mlp_added[tokens]) - _wide(other.mlp_added[tokens]))[None]]
+            parts += [heads, (wide(one.mlp_added[tokens]) - wide(other.mlp_added[tokens]))[None]]
         return torch.cat(parts)
 
     def _heads(self, layer: Layer, found: Tensor) -> Tensor:
         """What the heads write before any norm, [heads, tokens, width], from [tokens, heads * head width]."""
-        weight = _wide(matrix(self.model.get_submodule(layer.output)))
+        weight = wide(weight_matrix(self.model.get_submodule(layer.output)))
         weight = weight.reshape(len(weight), layer.heads, layer.head_dim).permute(1, 2, 0)
         return found.reshape(-1, layer.heads, layer.head_dim).transpose(0, 1) @ weight
 
     @torch.no_grad()
     def constant(self, run: Run, tokens: slice) -> Tensor:
         """What biases behind the heads add to the stream, [tokens, width] float32; no writer's."""
-        total = torch.zeros_like(_wide(run.stream[tokens]))
+        total = torch.zeros_like(wide(run.stream[tokens]))
         for layer, own in zip(self.graph.architecture.layers, run.layers, strict=True):
             bias = output_bias(self.model.get_submodule(layer.output))
             if bias is not None:
-                total += self._behind_norm(layer, own, tokens)(_wide(bias).expand(1, len(total), -1))[0]
+                total += self._behind_norm(layer, own, tokens)(wide(bias).expand(1, len(total), -1))[0]
             if layer.attention_post_norm is not None:
-                total += self._norm(layer.attention_post_norm, _wide(own.attention_written[tokens])).shift
+                total += self._norm(layer.attention_post_norm, wide(own.attention_written[tokens])).shift
         return total
 
     @torch.no_grad()
@@ -293,33 +294,33 @@ class Streams:
         if layer == len(run.layers):
             if run.final_gradient is None:
                 raise CircuitError("no gradient reached the final norm; run backward from the target")
-            return _wide(run.final_gradient[tokens])[None]
+            return wide(run.final_gradient[tokens])[None]
         architecture, own = self.graph.architecture.layers[layer], run.layers[layer]
         projected = torch.cat(
             [self._through(projection, own, tokens) for projection in (architecture.q, architecture.k, architecture.v)]
         )
         attention = self._before_norm(architecture.attention_norm, own.attention_read[tokens], projected)
-        mlp = _wide(own.gradients["mlp"][tokens])[None]
+        mlp = wide(own.gradients["mlp"][tokens])[None]
         return torch.cat([attention, self._before_norm(architecture.mlp_norm, own.mlp_read[tokens], mlp)])
 
     def _through(self, projection: Projection, own: LayerRun, tokens: slice) -> Tensor:
         """Gradient with respect to the input of a projection, of each head alone, [heads, tokens, width]."""
-        weight = matrix(self.model.get_submodule(projection.path))
+        weight = weight_matrix(self.model.get_submodule(projection.path))
         rows = projection.rows.to(weight.device)
-        gradient = _wide(own.gradients[projection.path][tokens][:, rows])
-        return gradient.transpose(0, 1) @ _wide(weight[rows])
+        gradient = wide(own.gradients[projection.path][tokens][:, rows])
+        return gradient.transpose(0, 1) @ wide(weight[rows])
 
     def _before_norm(self, norm: str | None, read: Tensor, gradient: Tensor) -> Tensor:
         """Gradient with respect to the input of a norm, given that with respect to its output."""
         if norm is None:
             return gradient
-        return self._norm(norm, _wide(read)).before(_wide(read), gradient)
+        return self._norm(norm, wide(read)).before(wide(read), gradient)
 
     def _behind_norm(self, layer: Layer, own: LayerRun, tokens: slice) -> Callable[[Tensor], Tensor]:
         """The linear map that a norm behind attention is at the scale it has in this run."""
         if layer.attention_post_norm is None:
             return lambda x: x
-        whole = _wide(own.attention_written[tokens])
+        whole = wide(own.attention_written[tokens])
         norm = self._norm(layer.attention_post_norm, whole)
         return lambda x: norm.part(whole, x)
 
@@ -327,10 +328,6 @@ class Streams:
         if path not in self._norms:
             self._norms[path] = Norm.of(self.model.get_submodule(path), like)
         return self._norms[path]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 CHUNK_BYTES = 64 * 2**20
