@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.criteria.weight_gradients import Owned, column_parts, owned_parts
+from clue_fast.criteria.weight_gradients import ModuleSlice, input_slices, module_slices
 from clue_fast.errors import SiteError
 from clue_fast.statistics import Statistics
 
@@ -37,8 +37,8 @@ class IntegratedGradients:
     def __init__(self, model: nn.Module, statistics: Statistics, steps: int = STEPS) -> None:
         self.statistics, self.steps = statistics, steps
         self._model = model
-        self._by_module: dict[str, list[Owned]] = defaultdict(list)
-        for owned in column_parts(owned_parts(model, statistics)):
+        self._by_module: dict[str, list[ModuleSlice]] = defaultdict(list)
+        for owned in input_slices(module_slices(model, statistics)):
             self._by_module[owned.module].append(owned)
         missing = set(range(len(statistics.sites))) - {p.site for parts in self._by_module.values() for p in parts}
         if missing:

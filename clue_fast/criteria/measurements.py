@@ -22,7 +22,7 @@ from clue_fast.criteria.weight_gradients import (
     SquaredGradientRecorder,
     WeightInputRecorder,
     mean_gradient_recorders,
-    owned_parts,
+    module_slices,
 )
 from clue_fast.data import answer_mask, head_of
 from clue_fast.recording import Patched, patch
@@ -200,15 +200,15 @@ class Measurement:
 MEASUREMENTS: dict[str, Measurement] = {
     "nothing": Measurement(record_nothing, (0, 0), by_blocks=False),
     "activations": Measurement(record_activations, (1, 0), counts="token", live=True),
-    "weight_inputs": Measurement(record_weight_inputs, (1, 0), check=owned_parts),
+    "weight_inputs": Measurement(record_weight_inputs, (1, 0), check=module_slices),
     "gradients": Measurement(record_gradients, (1, 1), counts="token", live=True, gradients=True),
-    "squared_gradients": Measurement(record_squared_gradients, (1, 1), check=owned_parts),
+    "squared_gradients": Measurement(record_squared_gradients, (1, 1), check=module_slices),
     "mean_gradients": Measurement(
         record_mean_gradients,
         (1, 1),
         each=" for every 8 GiB of gradients, 8 bytes a weight",
         by_blocks=False,
-        check=owned_parts,
+        check=module_slices,
     ),
     "integrated_gradients": Measurement(
         record_integrated_gradients,

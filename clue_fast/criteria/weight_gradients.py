@@ -1,13 +1,11 @@
-"""What a unit owns of the linear modules of a model, so that gradients of its weights can be reduced to one number.
+"""Weights of every unit with their gradients or inputs, reduced to a few numbers a unit.
 
-Weights times the size of their inputs, summed over the weights of every unit, from forward passes alone.
-
-Gradients of the weights of every unit, reduced to a few numbers a unit.
-
-Let z be the inputs of a linear module y = Wz + b and d = dL/dy, both over the tokens t of a record. The gradient of W
-is sum_t d_t z_t. What is a mean over records of something that is squared needs no gradient matrix: the squared norm
-of a unit's row is sum_tt' (d_t d_t') (z_t · z_t'), where one Gram matrix of the inputs serves all rows; of a column, z
-and d change places. What compares the mean gradients of two sets weight by weight needs both as matrices.
+``module_slices`` binds what a unit has of the parameters to the linear modules y = Wz + b that hold them. Let z and
+d = dL/dy be those of the tokens t of a record. The gradient of W is sum_t d_t z_t. What is a mean over records of
+something that is squared needs no gradient matrix: the squared norm of a unit's row is sum_tt' (d_t d_t') (z_t · z_t'),
+where one Gram matrix of the inputs serves all rows; of a column, z and d change places. What compares the mean
+gradients of two sets weight by weight needs both as matrices. The size of inputs times weights needs forward passes
+alone.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ ROWS, COLUMNS, BIAS = "rows", "columns", "bias"
 
 
 @dataclass(frozen=True, eq=False)
-class Owned:
+class ModuleSlice:
     """One part of the units of a site, bound to the linear module y = Wz + b that holds it.
 
     Attributes:
@@ -60,7 +58,7 @@ class Owned:
         return x.reshape(*x.shape[:-1], self.width, -1).sum(-1)
 
 
-def owned_parts(model: nn.Module, statistics: Statistics) -> list[Owned]:
+def module_slices(model: nn.Module, statistics: Statistics) -> list[ModuleSlice]:
     """Returns the parts of all sites, bound to their modules.
 
     Raises:
@@ -73,12 +71,12 @@ def owned_parts(model: nn.Module, statistics: Statistics) -> list[Owned]:
     ]
 
 
-def column_parts(owned: Sequence[Owned]) -> list[Owned]:
+def input_slices(owned: Sequence[ModuleSlice]) -> list[ModuleSlice]:
     """Returns the parts that read the activations of the units: columns of the module behind them."""
     return [part for part in owned if part.side == COLUMNS]
 
 
-def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, units: slice, site: Site) -> Owned:
+def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, units: slice, site: Site) -> ModuleSlice:
     path, _, kind = part.parameter.rpartition(".")
     module = model.get_submodule(path)
     if not is_linear(module) or kind not in ("weight", "bias") or part.expert_index is not None:
@@ -95,7 +93,7 @@ def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, unit
         side, features = (ROWS, outputs) if rows else (COLUMNS, inputs)
     index = part.index(torch.arange(site.width, device="cpu"))
     everything = len(index) == features and bool((index == torch.arange(features, device="cpu")).all())
-    return Owned(site_index, number, units, path, side, None if everything else index, site.width)
+    return ModuleSlice(site_index, number, units, path, side, None if everything else index, site.width)
 
 
 WEIGHTED_INPUT = "weighted_input"
@@ -121,8 +119,8 @@ class WeightInputRecorder:
         self.statistics = statistics
         self.groups = torch.zeros(0, 0, dtype=torch.int8, device="cpu")
         self._model = model
-        self._by_module: dict[str, list[Owned]] = defaultdict(list)
-        for owned in owned_parts(model, statistics):
+        self._by_module: dict[str, list[ModuleSlice]] = defaultdict(list)
+        for owned in module_slices(model, statistics):
             if owned.side != BIAS:
                 self._by_module[owned.module].append(owned)
         self._squares: dict[str, Tensor] = {}
@@ -207,10 +205,10 @@ class _BackwardRecorder:
         parts: what units own of them.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[Owned]) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[ModuleSlice]) -> None:
         self.groups = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._model = model
-        self._by_module: dict[str, list[Owned]] = defaultdict(list)
+        self._by_module: dict[str, list[ModuleSlice]] = defaultdict(list)
         for owned in parts:
             self._by_module[owned.module].append(owned)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -258,7 +256,7 @@ class SquaredGradientRecorder(_BackwardRecorder):
     """
 
     def __init__(self, model: nn.Module, statistics: Statistics) -> None:
-        super().__init__(model, owned_parts(model, statistics))
+        super().__init__(model, module_slices(model, statistics))
         self.statistics = statistics
         self._squares: dict[int, Tensor] = {}
         self._arrived: Counter[int] = Counter()
@@ -282,7 +280,7 @@ class SquaredGradientRecorder(_BackwardRecorder):
                 square = _quadratic(z_gram, owned.take(d))
             self._add_square(owned, owned.per_unit(square), groups)
 
-    def _add_square(self, owned: Owned, square: Tensor, groups: Tensor) -> None:
+    def _add_square(self, owned: ModuleSlice, square: Tensor, groups: Tensor) -> None:
         """Collects |g|² of all parts of a unit; once they are there, adds it."""
         self._squares[owned.site] = self._squares.get(owned.site, 0.0) + square.double().clamp_min(0.0)
         self._arrived[owned.site] += 1
@@ -307,7 +305,7 @@ class MeanGradientRecorder(_BackwardRecorder):
         parts: of the units of the statistics.
     """
 
-    def __init__(self, model: nn.Module, statistics: Statistics, parts: Sequence[Owned]) -> None:
+    def __init__(self, model: nn.Module, statistics: Statistics, parts: Sequence[ModuleSlice]) -> None:
         super().__init__(model, parts)
         self.statistics = statistics
         self._gradients: dict[str, Tensor] = {}
@@ -348,7 +346,7 @@ class MeanGradientRecorder(_BackwardRecorder):
                 else:
                     self._add_sums(owned, weight, means)
 
-    def _add_sums(self, owned: Owned, weight: Tensor, means: Tensor) -> None:
+    def _add_sums(self, owned: ModuleSlice, weight: Tensor, means: Tensor) -> None:
         """Takes the weight that a unit owns slices of, and the mean gradients of each group, [groups, *weight]."""
         dim = 0 if owned.side == COLUMNS else 1
         for row, mean in enumerate(means):
@@ -373,10 +371,10 @@ def mean_gradient_recorders(
     Raises:
         SiteError: the weights of a unit lie in no linear module.
     """
-    chunk: list[Owned] = []
+    chunk: list[ModuleSlice] = []
     size = 0
-    modules: dict[str, list[Owned]] = defaultdict(list)
-    for owned in owned_parts(model, statistics):
+    modules: dict[str, list[ModuleSlice]] = defaultdict(list)
+    for owned in module_slices(model, statistics):
         modules[owned.module].append(owned)
     for path, parts in modules.items():
         weight = weight_matrix(model.get_submodule(path))

@@ -1,9 +1,7 @@
-"""The forward that replaces that of a gated MLP, through the fused operator.
+"""The forwards that take the place of a module's own: a gated MLP through the fused operator, stacked experts recorded.
 
 A patched module keeps its children, its state and its place; only its class is swapped for a subclass of it with
 another forward. Classes of libraries are never modified.
-
-The forward of stacked experts while they are recorded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The report of a patched model: what runs at every site, and what it has counted.
-
-patch and unpatch: recording for one instance of a model, which can be undone without a trace.
-"""
+"""patch and unpatch: recording for one instance of a model, which can be undone without a trace, and its report."""
 
 from __future__ import annotations
 
@@ -188,7 +185,7 @@ class Patched:
 
     def accumulators(self) -> list[Any]:
         """Returns what holds the numbers recorded so far; a copy of the model would copy it."""
-        return [self._recorder.statistics, self._recorder.outside]
+        return [self._recorder.statistics, self._recorder.invalid_tokens]
 
     @contextmanager
     def record(
@@ -236,7 +233,7 @@ class Patched:
             recorder.statistics.allocate_gradients()
         recorder.recording, recorder.gradients = True, gradients
         recorder.tokens, recorder.on_nonfinite = tokens, on_nonfinite
-        recorder.settle()
+        recorder.commit()
         try:
             yield recorder.statistics
         finally:
@@ -272,7 +269,7 @@ class Patched:
         """
         if Patched.scorer is None:
             raise PatchError("no criteria are loaded to score by; import clue_fast.criteria first")
-        return Patched.scorer(self._recorder.so_far(), criterion, backend=self._recorder.backend)
+        return Patched.scorer(self._recorder.merged(), criterion, backend=self._recorder.backend)
 
     def report(self) -> Report:
         """Returns what runs at every site, and how many tokens were counted."""

@@ -58,8 +58,8 @@ class Recorder:
         generating: positions counted so far, by tower, while ``generate`` runs.
         pending: passes whose backward may still come.
         recomputed: whether gradient checkpointing has run one of them again.
-        outside: tokens in groups that there are not, seen by compiled code.
-        elsewhere: accumulators on other devices than that of ``statistics``.
+        invalid_tokens: tokens in groups that there are not, seen by compiled code.
+        per_device: accumulators on other devices than that of ``statistics``.
         snapshots: the accumulators before the batch in flight, to take it back.
     """
 
@@ -75,8 +75,8 @@ class Recorder:
     generating: dict[str, int] | None = None
     pending: list[Batch] = field(default_factory=list)
     recomputed: bool = False
-    outside: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"))
-    elsewhere: dict[torch.device, Statistics] = field(default_factory=dict)
+    invalid_tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"))
+    per_device: dict[torch.device, Statistics] = field(default_factory=dict)
     snapshots: list[Tensor] = field(default_factory=list)
 
     # Recording.
@@ -182,10 +182,10 @@ class Recorder:
 
     def begin(self, batch: Batch) -> None:
         """Takes the batch that a pass of the model starts with. Raises PatchError if it names no group there is."""
-        outside = batch.check()
-        if outside is not None:
-            self.outside += outside.to(self.outside.device)
-        self.settle()
+        invalid = batch.check()
+        if invalid is not None:
+            self.invalid_tokens += invalid.to(self.invalid_tokens.device)
+        self.commit()
         self.batch, self.in_flight = batch, True
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
@@ -193,14 +193,14 @@ class Recorder:
             self.pending, self.recomputed = [], False
         self.pending = [*self.pending[-PENDING:], batch]
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Makes what the last batch added final, or takes it back if it is not finite and such are to be skipped.
 
         No value is looked at from the host, so that compiled code can do it as well.
         """
         if self.on_nonfinite != "skip_batch":
             return
-        every = [self.statistics, *self.elsewhere.values()]
+        every = [self.statistics, *self.per_device.values()]
         tensors = [tensor for statistics in every for tensor in statistics.tensors()]
         if len(self.snapshots) != len(tensors):
             self.snapshots = [tensor.clone() for tensor in tensors]
@@ -213,28 +213,28 @@ class Recorder:
             snapshot.copy_(tensor)
         self.statistics.skipped += (~finite).to(torch.int64)
 
-    def so_far(self) -> Statistics:
+    def merged(self) -> Statistics:
         """Everything recorded until now, of all devices."""
         found = self.statistics
-        for other in self.elsewhere.values():
+        for other in self.per_device.values():
             found = found.merge(other)
         return found
 
     def finish(self) -> None:
         """Ends a recording: the accumulators of other devices join the first."""
-        self.settle()
-        for other in self.elsewhere.values():
+        self.commit()
+        for other in self.per_device.values():
             self.statistics.add(other)
-        self.elsewhere, self.snapshots, self.pending = {}, [], []
+        self.per_device, self.snapshots, self.pending = {}, [], []
         self.recording, self.gradients, self.recomputed, self.in_flight = False, False, False, False
         self.batch = None
 
     def check(self) -> None:
         """Raises what compiled code could not: PatchError if tokens were in groups that there are not."""
-        outside, self.outside = int(self.outside), torch.zeros_like(self.outside)
-        if outside:
+        invalid, self.invalid_tokens = int(self.invalid_tokens), torch.zeros_like(self.invalid_tokens)
+        if invalid:
             raise PatchError(
-                f"token_group named {outside} times a group outside 0..{len(self.statistics.groups)}, and those tokens "
+                f"token_group named {invalid} times a group outside 0..{len(self.statistics.groups)}, and those tokens "
                 "were not counted; correct it and record anew"
             )
 
@@ -266,14 +266,14 @@ class Recorder:
     def _accumulators(self, device: torch.device) -> Statistics:
         if device == self.statistics.values.device:
             return self.statistics
-        if device not in self.elsewhere:
+        if device not in self.per_device:
             other = self.statistics.empty(device)
             if self.gradients:
                 other.allocate_gradients()
-            self.elsewhere[device] = other
+            self.per_device[device] = other
             if self.snapshots:
                 self.snapshots += [tensor.clone() for tensor in other.tensors()]
-        return self.elsewhere[device]
+        return self.per_device[device]
 
     def _count(self, point: Point, statistics: Statistics, counts: Tensor) -> None:
         statistics.count[:, point.numbers] += counts

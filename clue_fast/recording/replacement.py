@@ -1,10 +1,7 @@
-"""Recording at a projection, by a hook on that one module: where nothing is there to be fused.
+"""What patching does to a model: hooks, forwards and methods of instances, each of which can be undone.
 
-The probe: a patched module against its own forward, on a few random tokens and its real weights.
-
-What patching does to a model, piece by piece, each of which can be undone.
-
-Installing the recording of every site of a model.
+A forward that replaces a module's own is first probed: compared with it on a few random tokens and the real weights.
+Where nothing can be fused, a hook on the one projection that reads or gives the activations records them.
 """
 
 from __future__ import annotations
@@ -146,7 +143,7 @@ class ForwardSwap:
             "unpatch, and patch again after what changed it"
         )
 
-    def obstacle(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Returns why this cannot be undone now, or None."""
         if self.mixin not in type(self.module).__mro__:  # given another class since, without this forward
             return None
@@ -173,7 +170,7 @@ class Hook:
 
     handle: RemovableHandle
 
-    def obstacle(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """A hook can always be removed."""
         return None
 
@@ -195,7 +192,7 @@ class Override:
         self.before = self.module.__dict__.get(self.name)
         self.module.__dict__[self.name] = self.method
 
-    def obstacle(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Returns why this cannot be undone now, or None."""
         if self.module.__dict__.get(self.name) is self.method:
             return None
@@ -234,9 +231,9 @@ class Installation:
 
     def undo(self) -> None:
         """Takes every change back, or none. Raises PatchError, naming what is in the way."""
-        obstacles = [obstacle for change in self.changes if (obstacle := change.obstacle())]
-        if obstacles:
-            raise PatchError(obstacles[0])
+        reasons = [reason for change in self.changes if (reason := change.unavailable_reason())]
+        if reasons:
+            raise PatchError(reasons[0])
         for change in reversed(self.changes):
             change.undo()
         self.changes.clear()

@@ -2,8 +2,6 @@
 
 A model has one or several towers, each with tokens of its own: the text of a causal language model; encoder and
 decoder of a sequence-to-sequence model; the images of a vision-language model beside its text.
-
-The towers of a model: which of its parts sees which tokens.
 """
 
 from __future__ import annotations
@@ -206,17 +204,17 @@ class Batch:
 
         Compiled code cannot raise: it returns how many tokens are in such a group, [] int64, or None.
         """
-        outside = None
+        invalid = None
         for name, given in (("token_group", self.given), ("decoder_token_group", self.decoder_given)):
             if given is None or given.numel() == 0:
                 continue
             wrong = ((given < 0) | (given > self.groups)).sum()
             if torch.compiler.is_compiling():
-                outside = wrong if outside is None else outside + wrong
+                invalid = wrong if invalid is None else invalid + wrong
             elif bool(wrong):
                 low, high = int(given.min()), int(given.max())
                 raise PatchError(f"{name} holds {low}..{high}, the recorded groups are 0..{self.groups}")
-        return outside
+        return invalid
 
     def _explicit(self, given: Tensor, shape: tuple[int, int], tower: str) -> Tensor:
         if tuple(given.shape) != shape:

@@ -1,15 +1,13 @@
-"""Heads: what they own of the projections of their attention, measured.
+"""Attention heads: which modules have them, and which channels of their projections each head has, by running them.
 
 How a model packs queries, keys and values, and how many heads share a key/value head, is not written in the shapes.
 So the attention runs on made-up values in place of what its projections give, and each row of the batch turns the sign
-of another stretch of channels of one projection. The stretch belongs to the heads whose part of the output
-projection's input changes. Turning signs keeps norms, so that a normalization over all heads does not couple them.
+of another block of channels of one projection. The block belongs to the heads whose channels of the output projection's
+input change. Turning signs keeps norms, so that a normalization over all heads does not couple them.
 
-Which stretches are queries, keys and values shows in the same way. What heads find is linear in the values: where the
+Which blocks are queries, keys and values shows in the same way. The output of a head is linear in the values: where the
 sign of some of them is turned, channels of it turn theirs and nothing else changes. The key of the first token is read
 by later tokens as well, its query by none of them.
-
-Attention: which modules have heads, in which order they call their projections, and how to make them run.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ class NoHeadsError(ValueError):
     """What a module calls heads are none that own anything, as those of a state-space model."""
 
 
-class Measurement:
+class HeadTrace:
     """One attention module, measured.
 
     Args:
@@ -69,7 +67,7 @@ class Measurement:
         self.model, self.path, self.size, self.run = model, path, size, run
         self.inputs, self.output = inputs, output
         self.width = output.inputs // size
-        self.stretch = {p.path: math.gcd(size, p.outputs, *self._per_head(p)) for p in inputs}
+        self.block_size = {p.path: math.gcd(size, p.outputs, *self._per_head(p)) for p in inputs}
 
     def heads(self) -> list[Site]:
         """Returns the heads: one site, or two where query heads share key/value heads.
@@ -118,7 +116,7 @@ class Measurement:
 
     @cached_property
     def owners(self) -> dict[str, list[Heads]]:
-        """The heads that each stretch of each projection leads to; only projections of which each leads to some."""
+        """The heads that each channel block of a projection leads to; only projections of which each block has some."""
         found: dict[str, list[Heads]] = {}
         for block in self._blocks(self.inputs):
             z = self._found(block)
@@ -131,7 +129,7 @@ class Measurement:
         return owners
 
     def _roles(self) -> dict[str, list[str]]:
-        """Whether each stretch of the projections that heads own is of queries, keys or values."""
+        """Whether each channel block of the projections that heads own is of queries, keys or values."""
         found: dict[str, list[str]] = {}
         for block in self._blocks([p for p in self.inputs if p.path in self.owners]):
             z, first = self._found(block), self._found(block, first_token=True)
@@ -168,20 +166,20 @@ class Measurement:
         return [projection.outputs // self.width] if projection.outputs % self.width == 0 else []
 
     def _blocks(self, projections: Sequence[Projection]) -> Iterator[list[tuple[Projection, int]]]:
-        """All stretches of projections, as many at a time as there are rows in a batch."""
-        jobs = [(p, c) for p in projections for c in range(p.outputs // self.stretch[p.path])]
+        """All channel blocks of projections, as many at a time as there are rows in a batch."""
+        jobs = [(p, c) for p in projections for c in range(p.outputs // self.block_size[p.path])]
         for start in range(0, len(jobs), ROWS):
             yield jobs[start : start + ROWS]
 
     def _found(self, jobs: Sequence[tuple[Projection, int]], first_token: bool = False) -> Tensor:
-        """What the heads find as it is, and with the sign of each stretch turned.
+        """What the heads find as it is, and with the sign of each channel block turned.
 
         Args:
-            jobs: the stretches.
+            jobs: the channel blocks.
             first_token: turn the sign for the first token only.
 
         Returns:
-            [1 + stretches, tokens, heads, size] float32.
+            [1 + blocks, tokens, heads, size] float32.
         """
         rows = 1 + len(jobs)
         seen: list[Tensor] = []
@@ -191,11 +189,11 @@ class Measurement:
                 if y.shape[0] != rows:
                     raise ValueError(f"{projection.path} does not see the rows of the batch apart")
                 values = (sample(*y.shape[1:], seed=seed) * SCALE).expand(y.shape).clone()
-                size = self.stretch[projection.path]
+                size = self.block_size[projection.path]
                 turned = values.view(rows, -1, projection.outputs)[:, : 1 if first_token else None]
-                for row, (other, stretch) in enumerate(jobs, start=1):
+                for row, (other, block) in enumerate(jobs, start=1):
                     if other is projection:
-                        turned[row, :, stretch * size : (stretch + 1) * size] *= -1.0
+                        turned[row, :, block * size : (block + 1) * size] *= -1.0
                 return values.to(y.device, y.dtype)
 
             return hook
@@ -220,10 +218,10 @@ class Measurement:
         """What units, each a set of heads, own of the projections."""
         slices: list[ParamSlice] = []
         for projection in self.inputs:
-            stretches = owners.get(projection.path, [])
+            blocks = owners.get(projection.path, [])
             runs: dict[Heads, list[tuple[int, int]]] = {unit: [] for unit in units}
             position = 0
-            for heads, members in groupby(stretches):
+            for heads, members in groupby(blocks):
                 length = len(list(members))
                 if heads in runs:
                     runs[heads].append((position, length))
@@ -234,8 +232,8 @@ class Measurement:
         return tuple(slices)
 
     def _regular(self, projection: Projection, runs: Sequence[Sequence[tuple[int, int]]]) -> list[ParamSlice]:
-        """Slices for the places of every unit's stretches, which must be the same distance apart."""
-        size = self.stretch[projection.path]
+        """Slices for the places of every unit's channel blocks, which must be the same distance apart."""
+        size = self.block_size[projection.path]
         slices: list[ParamSlice] = []
         for places in zip(*runs, strict=True):
             starts, lengths = [start for start, _ in places], {length for _, length in places}
@@ -260,7 +258,7 @@ def _distances(rows: Tensor, row: Tensor) -> Tensor:
     return distances
 
 
-FAMILIES = {"attention": Measurement.heads, "projection": Measurement.slices}
+FAMILIES = {"attention": HeadTrace.heads, "projection": HeadTrace.slices}
 HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 TOKENS = 4
 
@@ -338,7 +336,7 @@ class _Core:
         if self.run is not None and self.output is not None:
             inputs = list({p.path: p for p, _ in self.calls}.values())
             try:
-                measured = Measurement(model, self.path, self.size, inputs, self.output, self.run)
+                measured = HeadTrace(model, self.path, self.size, inputs, self.output, self.run)
                 return [self._crossed(site) for family in families for site in FAMILIES[family](measured)]
             except NoHeadsError:
                 return []

@@ -14,7 +14,7 @@ from clue_fast.sites.mlp import Rows, Unmatched
 from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import sample
 
-# A rehearsal has few channels; multiples of four, since grouped matrix products want strides of 16 bytes.
+# A trace has few channels; multiples of four, since grouped matrix products want strides of 16 bytes.
 HIDDEN, WIDTH, TOKENS = 16, 8, 24
 LAYOUTS = ((Rows("", 0), Rows("", WIDTH)), (Rows("", 0, 2), Rows("", 1, 2)))
 
@@ -56,9 +56,9 @@ def find_experts(module: nn.Module, path: str) -> list[Site] | Unmatched | None:
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
         return Unmatched(path, kind, f"its stacked parameters are not gate and up in one, and down: {shapes}", "expert")
     try:
-        found = _rehearse(module, stack)
+        found = _trace(module, stack)
     except Exception as error:
-        return Unmatched(path, kind, f"its forward cannot be rehearsed ({type(error).__name__}: {error})", "expert")
+        return Unmatched(path, kind, f"its forward cannot be traced ({type(error).__name__}: {error})", "expert")
     if found is None:
         return Unmatched(path, kind, "its experts do not compute the weighted sum of down(gate(x) · up(x))", "expert")
     layout, activation = found
@@ -92,7 +92,7 @@ def find_stack(module: nn.Module) -> Stack | None:
 
 
 @torch.no_grad()
-def _rehearse(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str | None] | None:
+def _trace(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str | None] | None:
     """Runs the module's forward with small weights, in float64; returns which rows are gate and up, and how they act.
 
     Raises what the forward raises.
@@ -112,10 +112,10 @@ def _rehearse(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str |
     if stack.down_bias:
         small[stack.down_bias] = down_bias
     attributes = {"config": EagerExperts(module.config)} if hasattr(module, "config") else {}
-    actor = variant(module, {name: nn.Parameter(value) for name, value in small.items()}, **attributes)
+    small_module = variant(module, {name: nn.Parameter(value) for name, value in small.items()}, **attributes)
     x, weights = draw(4, TOKENS, HIDDEN), draw(5, TOKENS, 2)
     chosen = torch.arange(2 * TOKENS, device="cpu").reshape(TOKENS, 2) % experts
-    found = type(actor).forward(actor, x, chosen, weights)
+    found = type(small_module).forward(small_module, x, chosen, weights)
 
     z = torch.einsum("nd,nkfd->nkf", x, gate_up[chosen]) + (gate_up_bias[chosen] if stack.gate_up_bias else 0.0)
 
@@ -130,7 +130,7 @@ def _rehearse(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str |
             for name, activation in ACTIVATIONS.items():
                 if agrees(activation(gate) * up):
                     return (order[0], order[1]), name
-    gate_function = expert_gate(actor)
+    gate_function = expert_gate(small_module)
     if gate_function is not None and agrees(gate_function(z)):
         layout = next((rows for rows in LAYOUTS if _owns(gate_function, z, rows)), None)
         return None if layout is None else (layout, None)

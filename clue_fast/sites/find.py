@@ -95,7 +95,7 @@ def survey(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> Survey:
                 sites.append(found)
     layers = {_layer(site.path) for site in sites if site.kind in DEFAULT_KINDS}
     # Recurrent layers and layers with an embedding of their own have the shapes of an MLP beside the one there is.
-    unmatched = [u for u in unmatched if u.rehearsed or not any(_holds(_layer(u.path), layer) for layer in layers)]
+    unmatched = [u for u in unmatched if u.traced or not any(_holds(_layer(u.path), layer) for layer in layers)]
 
     def is_wanted(found: Site | Unmatched) -> bool:
         return any(found.kind == kind or found.kind.startswith(f"{kind}_") for kind in wanted)

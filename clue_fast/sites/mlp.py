@@ -1,11 +1,10 @@
-"""Activations, known by what they compute.
-
-MLPs: two or three projections with something elementwise in between.
+"""MLPs: two or three projections with something elementwise in between.
 
 Which channels of which projections make up a unit, which of them is the gate and which activation follows is read
-off a rehearsal (see ``clue_fast.sites.trace``), not off names. So is what is none: two projections in a row, as of
-an embedding of another width; two with other tokens, another network or another argument in between, as in recurrent
-layers and gated attention; two whose output is not added to anything, as in routers.
+off a trace (see ``clue_fast.sites.trace``), not off names; activations are known by what they compute. So is what is
+no MLP: two projections in a row, as of an embedding of another width; two with other tokens, another network or another
+argument in between, as in recurrent layers and gated attention; two whose output is not added to anything, as in
+routers.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from clue_fast.deprecated import RenamedAttribute
 from clue_fast.ops import ACTIVATIONS
 from clue_fast.sites.projection import Projection, child_projections, projection_of
 from clue_fast.sites.site import Site, layer_index
-from clue_fast.sites.trace import Rehearsal, rehearse, required_arguments, sample
+from clue_fast.sites.trace import Trace, required_arguments, sample, trace_with_stubs
 
 
 def identify_gate(h: Tensor, gate: Tensor, up: Tensor) -> str | None:
@@ -45,14 +45,15 @@ class Unmatched:
         path, type: where it is, and its class.
         reason: why it is none.
         kind: of the sites that it looks like.
-        rehearsed: whether it was seen at work; otherwise nothing but its shapes speaks for it.
+        traced: whether it was seen at work; otherwise nothing but its shapes speaks for it.
     """
 
     path: str
     type: str
     reason: str
     kind: str = "mlp"
-    rehearsed: bool = True
+    traced: bool = True
+    rehearsed = RenamedAttribute("traced")
 
     def __str__(self) -> str:
         return f"{self.path} ({self.type}): {self.reason}"
@@ -74,7 +75,7 @@ class Rows:
 def find_mlp(module: nn.Module, path: str) -> Site | Unmatched | None:
     """Returns the MLP that the direct children of a module make up, or why they do not, or None without the shapes."""
     projections = child_projections(module, path)
-    reason, rehearsed = None, False
+    reason, traced = None, False
     for down, guesses in _guesses(projections):
         try:
             trial = _Trial(module, projections, down)
@@ -86,10 +87,10 @@ def find_mlp(module: nn.Module, path: str) -> Site | Unmatched | None:
                         break
                     return trial.site(path, rows)
             else:
-                reason, rehearsed = f"the input of {down} is no elementwise function of any other projection", True
+                reason, traced = f"the input of {down} is no elementwise function of any other projection", True
         except Exception as error:
-            reason = reason or f"its forward cannot be rehearsed ({type(error).__name__}: {error})".replace("\n", " ")
-    return None if reason is None else Unmatched(path, type(module).__name__, reason, rehearsed=rehearsed)
+            reason = reason or f"its forward cannot be traced ({type(error).__name__}: {error})".replace("\n", " ")
+    return None if reason is None else Unmatched(path, type(module).__name__, reason, traced=traced)
 
 
 def is_added(parent: nn.Module, child: nn.Module, site: Site) -> bool:
@@ -105,7 +106,7 @@ def is_added(parent: nn.Module, child: nn.Module, site: Site) -> bool:
     values = {other: sample(3, p.outputs, seed=1) for other, p in child_projections(parent, "").items()}
     values[name] = sample(3, down.outputs, seed=2)
     try:
-        return _effect(lambda v: _first(rehearse(parent, arguments, v).output), values, {name}) != "nonlinear"
+        return _effect(lambda v: _first(trace_with_stubs(parent, arguments, v).output), values, {name}) != "nonlinear"
     except Exception:  # containers have no forward, and others take other arguments
         return True
 
@@ -142,7 +143,7 @@ def _guesses(projections: Mapping[str, Projection]) -> Iterator[tuple[str, list[
 
 
 class _Trial:
-    """Rehearsals of a module, to decide whether ``down`` reads units made of certain channels."""
+    """Traces of a module, to decide whether ``down`` reads units made of certain channels."""
 
     def __init__(self, module: nn.Module, projections: Mapping[str, Projection], down: str) -> None:
         self.module, self.projections, self.down = module, projections, down
@@ -152,11 +153,13 @@ class _Trial:
         self.values = {name: sample(tokens, p.outputs, seed=seed) for seed, (name, p) in enumerate(projections.items())}
         self.h = self.input_of_down(self.values)
 
-    def run(self, values: Mapping[str, Tensor], **how: Any) -> Rehearsal:
-        return rehearse(self.module, self.arguments, values, **how)
+    def run(self, values: Mapping[str, Tensor], **how: Any) -> Trace:
+        return trace_with_stubs(self.module, self.arguments, values, **how)
 
     def input_of_down(self, values: Mapping[str, Tensor], **how: Any) -> Tensor:
-        seen = rehearse(self.module, how.pop("arguments", self.arguments), values, until=self.down, **how).inputs
+        seen = trace_with_stubs(
+            self.module, how.pop("arguments", self.arguments), values, until=self.down, **how
+        ).inputs
         return seen.get(self.down, torch.empty(0, device="cpu"))
 
     def is_something_else(self) -> bool:
@@ -181,7 +184,7 @@ class _Trial:
         """Whether the input of ``down`` is linear in these channels: two projections in a row, not an MLP."""
         learned = (list(child.parameters()) for child in self.module.children())
         if any(parameters and all(p.numel() == 1 for p in parameters) for parameters in learned):
-            return False  # an activation with parameters of its own, which rehearsals leave out
+            return False  # an activation with parameters of its own, which traces leave out
         return _effect(self.input_of_down, self.values, {row.name for row in rows}) == "linear"
 
     def own_units(self, rows: Sequence[Rows]) -> bool:
@@ -337,7 +340,7 @@ def _is_elementwise(module: nn.Module, name: str, up: Projection) -> bool:
     changed[:, chosen] = sample(*changed[:, chosen].shape, seed=99)
 
     def given(v: Tensor) -> Tensor:
-        output: Tensor = rehearse(module, [x], {name: v}).output
+        output: Tensor = trace_with_stubs(module, [x], {name: v}).output
         return output.reshape(tokens, -1)
 
     before = given(values)
@@ -351,5 +354,5 @@ def _reads_its_input(module: nn.Module, name: str, down: Projection) -> bool:
     """Whether the only projection of a module is given the module's own first argument."""
     x, residual = sample(1, 3, down.inputs, seed=0), sample(1, 3, down.outputs, seed=1)
     arguments = [x] + [residual] * (required_arguments(module) - 1)
-    run = rehearse(module, arguments, {name: sample(3, down.outputs, seed=2)}, until=name)
+    run = trace_with_stubs(module, arguments, {name: sample(3, down.outputs, seed=2)}, until=name)
     return name in run.inputs and torch.equal(run.inputs[name], x[0])

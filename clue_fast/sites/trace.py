@@ -1,6 +1,6 @@
-"""Rehearsal: a module's own forward with made-up projections, to see what it computes between them.
+"""Traces of a module: its own forward with made-up projections, to see what it computes between them.
 
-What stands in for a projection returns values that were chosen beforehand, and keeps what it was given. Norms pass
+The stub of a projection returns values that were chosen beforehand, and keeps what it was given. Norms pass
 on what they get, and so does whatever else has weights; attention may return more than that. Vectors of the module's
 own are ones. So the arithmetic of a module is observed without any of its weights: on every device, sharded, quantized
 or not loaded at all, at any size in a fraction of a millisecond.
@@ -20,7 +20,7 @@ from clue_fast.sites.internals import NO_TORCH_FUNCTION, own_parameters, variant
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Trace:
     """What came of one run.
 
     Attributes:
@@ -33,7 +33,7 @@ class Rehearsal:
 
 
 @torch.no_grad()
-def rehearse(
+def trace_with_stubs(
     module: nn.Module,
     arguments: Sequence[Tensor],
     outputs: Mapping[str, Tensor],
@@ -42,8 +42,8 @@ def rehearse(
     dropout: float = 1.0,
     blocks: float = 1.0,
     until: str | None = None,
-) -> Rehearsal:
-    """Runs the forward of a module's class with stand-ins for its children.
+) -> Trace:
+    """Runs the forward of a module's class with stubs for its children.
 
     Args:
         module: stays as it is; its children without weights, such as activations but for norms, take part.
@@ -57,8 +57,8 @@ def rehearse(
     Raises:
         Exception: whatever the forward raises.
     """
-    stand_ins = {name: _StandIn(values, name == until) for name, values in outputs.items()}
-    fixed: dict[str, nn.Module] = {**stand_ins}
+    stubs = {name: _Stub(values, name == until) for name, values in outputs.items()}
+    fixed: dict[str, nn.Module] = {**stubs}
     passing = []
     for name, child in module.named_children():
         if isinstance(child, nn.Dropout):
@@ -74,18 +74,18 @@ def rehearse(
     output = None
     for extra in attempts:
         children = fixed | {name: _PassOn(extra, blocks) for name in passing}
-        play = variant(module, own, children, training=training)
+        stubbed = variant(module, own, children, training=training)
         try:
             with torch.random.fork_rng(devices=[]):
-                output = type(play).forward(play, *arguments)
+                output = type(stubbed).forward(stubbed, *arguments)
             break
         except _ReachedError:
             break
         except Exception:
             if extra == attempts[-1]:
                 raise
-    inputs = {name: actor.seen.flatten(0, -2) for name, actor in stand_ins.items() if actor.seen is not None}
-    return Rehearsal(inputs, output)
+    inputs = {name: stub.seen.flatten(0, -2) for name, stub in stubs.items() if stub.seen is not None}
+    return Trace(inputs, output)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -115,7 +115,7 @@ class _ReachedError(Exception):
     """The projection to stop at was called."""
 
 
-class _StandIn(nn.Module):
+class _Stub(nn.Module):
     def __init__(self, values: Tensor, last: bool) -> None:
         super().__init__()
         self.values, self.last = values, last

@@ -277,16 +277,16 @@ def _layer(model: nn.Module, path: str, heads: Heads, traced: dict[str, _Trace])
     entered, left = traced[path].input, traced[path].output
 
     norm = _norm_before(path, inside, traced[q.path].input, entered, traced)
-    post, written = _post_norm(path, inside, traced[output].output, traced)
+    post, attention_added = _post_norm(path, inside, traced[output].output, traced)
     mlp_input, mlp_output = _mlp(block, path, inside, traced)
     mlp_read = traced[mlp_input].input
-    mlp_post, mlp_written = _post_norm(path, mlp_output, traced[mlp_output].output, traced)
-    middle = entered + written.reshape(entered.shape)
+    mlp_post, mlp_added = _post_norm(path, mlp_output, traced[mlp_output].output, traced)
+    middle = entered + attention_added.reshape(entered.shape)
     parallel = False
     mlp_norm = _norm_before(path, inside, mlp_read, middle, traced, required=False)
     if mlp_norm is _NOT_FOUND:
         parallel, mlp_norm = True, _norm_before(path, inside, mlp_read, entered, traced)
-    total = middle + mlp_written.reshape(entered.shape)
+    total = middle + mlp_added.reshape(entered.shape)
     if not _close(total, left):
         raise CircuitError(
             f"the output of {path} ({type(block).__name__}) is not its input plus what {inside} and {mlp_output} "

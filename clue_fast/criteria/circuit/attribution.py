@@ -1,11 +1,4 @@
-"""One run of a model, forward and back, with what its writers wrote and what its readers felt, kept compactly.
-
-What is kept of a head is what it found, [tokens, head width], and the gradient of its projections: everything in the
-width of the model follows from it by a product with weights, a few tokens at a time.
-
-What every writer adds to the residual stream and what every reader would change of it, a few tokens at a time.
-
-Edge attribution: the first-order effect on a target of patching each edge, in both directions, from a few passes.
+"""Edge attribution: the first-order effect on a target of patching each edge, in both directions, from a few passes.
 
 An edge from writer u to reader v carries z_u, what u adds to the residual stream, into what v reads. Patching it
 replaces z_u by its value in the other run, for v alone. To first order this changes the target by
@@ -17,6 +10,10 @@ summed over tokens (attribution patching of edges: Syed, Rager & Conmy 2023, arX
 (EAP-IG: Hanna, Pezzelle & Belinkov 2024, arXiv 2403.17806), the gradient is averaged over runs whose embeddings lie
 between both. Averaged evenly, both directions would be the same; each averages over the half of the path on its own
 side, so that their mean is the score of EAP-IG with 2m steps.
+
+A run is kept compactly: of a head its output, [tokens, head width], and the gradients of its projections. What a
+writer adds in the width of the model, and the gradient of what a reader reads, follow by products with weights, a few
+tokens at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ class LayerRun:
     Attributes:
         attention_read, mlp_read: residual stream where it is read, before any norm.
         heads: what the heads found, [tokens, heads * head width].
-        attention_written, mlp_written: what was written before a post norm, if there is one.
+        attention_output, mlp_written: what was written before a post norm, if there is one.
         mlp_added: what the MLP added to the stream.
         gradients: of the target with respect to the outputs of projections, by path, and to the input of the MLP,
             by "mlp".
@@ -54,7 +51,7 @@ class LayerRun:
     attention_read: Tensor
     mlp_read: Tensor
     heads: Tensor
-    attention_written: Tensor
+    attention_output: Tensor
     mlp_added: Tensor
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
@@ -125,7 +122,7 @@ class Capture:
                     attention_read=read,
                     mlp_read=mlp_read,
                     heads=kept[f"{layer.path} heads"],
-                    attention_written=kept[f"{layer.path} attention"],
+                    attention_output=kept[f"{layer.path} attention"],
                     mlp_added=kept[f"{layer.path} mlp"],
                     gradients=own,
                 )
@@ -139,7 +136,7 @@ class Capture:
         path = layer.path
         handles = [module(path).register_forward_pre_hook(self._enter(path, stream, first), with_kwargs=True)]
         for projection in _projection_paths(layer):
-            handles.append(module(projection).register_forward_hook(self._feel(projection)))
+            handles.append(module(projection).register_forward_hook(self._keep_gradient(projection)))
         handles.append(module(layer.output).register_forward_pre_hook(self._keep_input(f"{path} heads")))
         handles.append(module(layer.output).register_forward_hook(self._keep_output(f"{path} attention")))
         if layer.mlp_norm is not None:
@@ -181,7 +178,7 @@ class Capture:
 
         return hook
 
-    def _feel(self, name: str) -> Any:
+    def _keep_gradient(self, name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:
                 output.register_hook(self._store(name))  # type: ignore[no-untyped-call]
@@ -235,7 +232,7 @@ class Streams:
         self._norms: dict[str, Norm] = {}
 
     @torch.no_grad()
-    def written(self, run: Run, tokens: slice) -> Tensor:
+    def writer_outputs(self, run: Run, tokens: slice) -> Tensor:
         """What each writer adds to the stream, [writers, tokens, width] float32.
 
         A norm between attention and the stream acts on the sum of the heads; its scale is that of the run, so that
@@ -248,8 +245,8 @@ class Streams:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def changed(self, clean: Run, corrupted: Run, tokens: slice) -> Tensor:
-        """``written`` by the clean run less that by the corrupted one."""
+    def delta(self, clean: Run, corrupted: Run, tokens: slice) -> Tensor:
+        """``writer_outputs`` by the clean run less that by the corrupted one."""
         parts = [(wide(clean.stream[tokens]) - wide(corrupted.stream[tokens]))[None]]
         for layer, one, other in zip(self.graph.architecture.layers, clean.layers, corrupted.layers, strict=True):
             found = [wide(own.heads[tokens]) for own in (one, other)]
@@ -279,11 +276,11 @@ class Streams:
             if bias is not None:
                 total += self._behind_norm(layer, own, tokens)(wide(bias).expand(1, len(total), -1))[0]
             if layer.attention_post_norm is not None:
-                total += self._norm(layer.attention_post_norm, wide(own.attention_written[tokens])).shift
+                total += self._norm(layer.attention_post_norm, wide(own.attention_output[tokens])).shift
         return total
 
     @torch.no_grad()
-    def felt(self, run: Run, layer: int, tokens: slice) -> Tensor:
+    def reader_grads(self, run: Run, layer: int, tokens: slice) -> Tensor:
         """How the target changes with the stream as each reader of a layer reads it, [readers, tokens, width] float32.
 
         Args:
@@ -320,7 +317,7 @@ class Streams:
         """The linear map that a norm behind attention is at the scale it has in this run."""
         if layer.attention_post_norm is None:
             return lambda x: x
-        whole = wide(own.attention_written[tokens])
+        whole = wide(own.attention_output[tokens])
         norm = self._norm(layer.attention_post_norm, whole)
         return lambda x: norm.part(whole, x)
 
@@ -441,14 +438,14 @@ class _Attribution:
         products = [self.graph.valid.new_zeros(self.graph.valid.shape, dtype=torch.float64) for _ in runs]
         for start in range(0, tokens, per_chunk):
             chunk = slice(start, start + per_chunk)
-            change = self.streams.changed(*pair, chunk).flatten(1)
+            delta = self.streams.delta(*pair, chunk).flatten(1)
             for run, product in zip(runs, products, strict=True):
                 for layer in range(len(run.layers) + 1):
                     readers = self.graph.readers_at(layer)
                     # Of its own layer, only the MLP reads what the heads write.
                     before = self.graph.writers_until(layer)
-                    felt = self.streams.felt(run, layer, chunk).flatten(1)
-                    product[:before, readers] += (change[:before] @ felt.T).double().cpu()
+                    grads = self.streams.reader_grads(run, layer, chunk).flatten(1)
+                    product[:before, readers] += (delta[:before] @ grads.T).double().cpu()
         return products
 
 

@@ -1,7 +1,4 @@
-"""Circuits of a forget set and of retain sets, the conflicts between them, and what that makes of every unit.
-
-From the categories of nodes to those of the units inside them.
-"""
+"""From records to circuits, from circuits to the categories of nodes, and from those to the categories of units."""
 
 from __future__ import annotations
 

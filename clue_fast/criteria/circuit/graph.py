@@ -1,11 +1,10 @@
-"""The graph of a transformer: writers, readers, and the edges between them through the residual stream.
+"""The graph of a transformer, and circuits in it: the strongest edges in each direction, each with its gate.
 
-Circuits: the strongest edges in each direction, and the gate that each of them belongs to.
-
-Noising breaks a mechanism by corrupting one of its inputs, so it finds the inputs of AND gates, each of which is
-needed; denoising restores it by one clean input, so it finds those of OR gates, each of which is enough. What both
-find adds up: ADDER (Chen et al. 2025, arXiv 2505.10039, section 3.1). A gate has more than one input (definition 1
-there): the only AND or OR edge into a node is an ADDER, as in the code of CLUE.
+Nodes are writers and readers of the residual stream, edges lead from a writer to every later reader. Noising breaks a
+mechanism by corrupting one of its inputs, so it finds the inputs of AND gates, each of which is needed; denoising
+restores it by one clean input, so it finds those of OR gates, each of which is enough. What both find adds up: ADDER
+(Chen et al. 2025, arXiv 2505.10039, section 3.1). A gate has more than one input (definition 1 there): the only AND or
+OR edge into a node is an ADDER, as in the code of CLUE.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Two readings, both a formula in conjunctive normal form in which the output of the forget circuit is off and that of
 each retain circuit on. A node of both is in conflict if one needs it off and the other on; as few as possible should
-be.
+be: ``solve`` finds the fewest, exactly, or the best bounds that a time limit allows.
 
     published  CLUE (arXiv 2509.20977). Every node of the forget circuit has a value f, every node of a retain circuit a
                value r, true if the node stays on. A node has the value of every gate that feeds it (Tseitin
@@ -20,8 +20,6 @@ The gates:
            as AND in a retain circuit, where each input is some of it, so that all must stay on
 
 The embedding is no node of the logic: no unit belongs to it, and in the published code no circuit has it.
-
-Solves a formula: the fewest conflicts, exactly, or the best bounds that a time limit allows.
 """
 
 from __future__ import annotations

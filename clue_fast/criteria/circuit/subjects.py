@@ -76,7 +76,7 @@ class Subjects:
     the subject is the one that is the only name of the most prompts; at a tie, the one that the most other prompts
     replace and otherwise agree. Where none is ever alone or replaced, the prompt describes its subject, and all its
     names and numbers are replaced together. Where a prompt has no name, as in a script without capitals, its subject
-    is the shortest stretch of words that the most other prompts replace and otherwise agree.
+    is the shortest run of words that the most other prompts replace and otherwise agree.
 
     Args:
         records: of all data sets that are compared.
@@ -104,7 +104,7 @@ class Subjects:
             seen.add(record.prompt)
             if len(texts := {span.text for span in names}) == 1:
                 self._alone.update(texts)
-            self._frames.update(span.frame for span in names or _stretches(record.prompt))
+            self._frames.update(span.frame for span in names or _word_runs(record.prompt))
         self.spans = [self._subject(record.prompt, own) for record, own in zip(records, self.found, strict=True)]
 
     def _find(self, text: str) -> list[Span]:
@@ -124,9 +124,9 @@ class Subjects:
     def _subject(self, prompt: str, found: Sequence[Span]) -> list[Span]:
         names = [span for span in found if not span.number]
         if not names:
-            stretches = _stretches(prompt)
-            most = max((self._frames[span.frame] for span in stretches), default=0)
-            replaced = [span for span in stretches if self._frames[span.frame] == most > 1]
+            runs = _word_runs(prompt)
+            most = max((self._frames[span.frame] for span in runs), default=0)
+            replaced = [span for span in runs if self._frames[span.frame] == most > 1]
             return [min(replaced, key=lambda span: span.end - span.start)] if replaced else []
         main = max(names, key=lambda span: (self._alone[span.text], self._frames[span.frame], -span.start))
         if self._alone[main.text] == 0 and self._frames[main.frame] < 2:
@@ -147,8 +147,8 @@ def _capitalized(records: Iterable[Record]) -> set[str]:
     return {word for word, count in capital.items() if count > small[word]}
 
 
-def _stretches(prompt: str) -> list[Span]:
-    """Every stretch of a few words."""
+def _word_runs(prompt: str) -> list[Span]:
+    """Every run of a few words."""
     words = words_of(prompt)
     return [
         _span(prompt, word.start, last.end, words[first - 1].folded if first else "")

@@ -73,10 +73,10 @@ def family() -> Callable[[str], PreTrainedModel]:
 
 @dataclass(frozen=True)
 class IndirectObjects:
-    """A Llama of three layers that says who is given something, and prompts with corrupted twins."""
+    """A Llama of three layers that says who is given something, and prompts with corrupted counterparts."""
 
     model: LlamaForCausalLM
-    twins: list[CorruptedExample]
+    pairs: list[CorruptedExample]
     accuracy: float
 
 
@@ -122,13 +122,13 @@ def indirect_objects(data_dir: Path) -> IndirectObjects:
     return IndirectObjects(model.eval().requires_grad_(False), [draw() for _ in range(16)], accuracy)
 
 
-def last_logits(model: LlamaForCausalLM, twins: list[CorruptedExample]) -> tuple[Tensor, Tensor]:
+def last_logits(model: LlamaForCausalLM, pairs: list[CorruptedExample]) -> tuple[Tensor, Tensor]:
     """Logits of the answers of clean prompts, and the answers."""
-    ends = torch.tensor([len(twin.input_ids) - 2 for twin in twins])
-    ids = torch.zeros(len(twins), int(ends.max()) + 1, dtype=torch.long)
-    for row, twin in zip(ids, twins, strict=True):
-        row[: len(twin.input_ids) - 1] = torch.tensor(twin.input_ids[:-1])
-    return model(ids).logits[torch.arange(len(twins)), ends], torch.tensor([twin.input_ids[-1] for twin in twins])
+    ends = torch.tensor([len(pair.input_ids) - 2 for pair in pairs])
+    ids = torch.zeros(len(pairs), int(ends.max()) + 1, dtype=torch.long)
+    for row, pair in zip(ids, pairs, strict=True):
+        row[: len(pair.input_ids) - 1] = torch.tensor(pair.input_ids[:-1])
+    return model(ids).logits[torch.arange(len(pairs)), ends], torch.tensor([pair.input_ids[-1] for pair in pairs])
 
 
 def read_prompts(path: Path) -> tuple[list[tuple[list[str], tuple[str, str]]], list[str]]:

@@ -88,12 +88,12 @@ class PatchedLlama:
         half = torch.cat([-x[..., self.size // 2 :], x[..., : self.size // 2]], dim=-1)
         return x * angle.cos() + half * angle.sin()
 
-    def effects(self, twins: list[CorruptedExample]) -> EdgeScores:
+    def effects(self, pairs: list[CorruptedExample]) -> EdgeScores:
         """How the mean log-odds of the answer change with each edge patched, in both directions."""
         totals = [torch.zeros(self.graph.valid.shape, dtype=torch.float64) for _ in range(2)]
-        for twin in twins:
-            clean, corrupted = twin.input_ids[:-1], twin.corrupted_ids[:-1]
-            answer = twin.input_ids[-1]
+        for pair in pairs:
+            clean, corrupted = pair.input_ids[:-1], pair.corrupted_ids[:-1]
+            answer = pair.input_ids[-1]
             clean_logits, clean_written = self.run(clean)
             corrupted_logits, corrupted_written = self.run(corrupted)
             for total, tokens, donor, base in (
@@ -102,7 +102,7 @@ class PatchedLlama:
             ):
                 changes = log_odds(self.run(tokens, donor)[0], answer) - log_odds(base, answer)
                 for (writer, reader), change in zip(self.edges, changes, strict=True):
-                    total[writer, reader] += change / len(twins)
+                    total[writer, reader] += change / len(pairs)
         return EdgeScores(*totals)
 
 
@@ -113,7 +113,7 @@ def log_odds(logits: Tensor, answer: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def exact(indirect_objects: IndirectObjects) -> EdgeScores:
-    return PatchedLlama(indirect_objects.model).effects(indirect_objects.twins)
+    return PatchedLlama(indirect_objects.model).effects(indirect_objects.pairs)
 
 
 @pytest.mark.slow
@@ -124,25 +124,25 @@ def test_ranks_edges_as_patching_each_does(
 ) -> None:
     assert indirect_objects.accuracy > 0.9
     graph = Graph(find_architecture(indirect_objects.model))
-    found = edge_scores(indirect_objects.model, graph, indirect_objects.twins, pad_token_id=0, steps=steps)
+    found = edge_scores(indirect_objects.model, graph, indirect_objects.pairs, pad_token_id=0, steps=steps)
     pair = [getattr(scores, direction)[graph.valid].abs() for scores in (found, exact)]
     assert spearmanr(*pair)[0] >= 0.8
 
 
 @pytest.mark.slow
-def test_equals_patching_where_the_twins_are_nearly_the_same(indirect_objects: IndirectObjects) -> None:
+def test_equals_patching_where_the_pairs_are_nearly_the_same(indirect_objects: IndirectObjects) -> None:
     """To first order both are the same: the embedding of one token moves by a thousandth of its length."""
     patched = PatchedLlama(indirect_objects.model)
     embedding = patched.model.model.embed_tokens.weight
     original = embedding.clone()
-    twin = indirect_objects.twins[0]
-    unused = next(token for token in range(1, len(embedding)) if token not in twin.input_ids + twin.corrupted_ids)
+    pair = indirect_objects.pairs[0]
+    unused = next(token for token in range(1, len(embedding)) if token not in pair.input_ids + pair.corrupted_ids)
     position = 4
-    token = twin.input_ids[position]
+    token = pair.input_ids[position]
     try:
-        embedding[unused] = embedding[token] + 1e-3 * (embedding[twin.corrupted_ids[-2]] - embedding[token])
+        embedding[unused] = embedding[token] + 1e-3 * (embedding[pair.corrupted_ids[-2]] - embedding[token])
         near = CorruptedExample(
-            twin.input_ids, [*twin.input_ids[:position], unused, *twin.input_ids[position + 1 :]], twin.labels
+            pair.input_ids, [*pair.input_ids[:position], unused, *pair.input_ids[position + 1 :]], pair.labels
         )
         expected = patched.effects([near])
         for steps in (0, 2):
@@ -154,7 +154,7 @@ def test_equals_patching_where_the_twins_are_nearly_the_same(indirect_objects: I
         embedding.copy_(original)
 
 
-TWINS = [
+PAIRS = [
     CorruptedExample([3, 9, 4, 22, 8], [3, 9, 17, 22, 8], [-100, -100, -100, -100, 8]),
     CorruptedExample([5, 6, 7, 8, 9, 10, 11], [5, 6, 30, 31, 9, 10, 11], [-100, -100, -100, -100, -100, 10, 11]),
     CorruptedExample([40, 41, 9], [44, 41, 9], [-100, -100, 9]),
@@ -166,7 +166,7 @@ def test_neither_batches_nor_chunks_matter(family: Callable[[str], PreTrainedMod
     model = family(name)
     graph = Graph(find_architecture(model))
     found = [
-        edge_scores(model, graph, TWINS, pad_token_id=0, steps=1, tokens_per_batch=tokens, chunk_bytes=chunk)
+        edge_scores(model, graph, PAIRS, pad_token_id=0, steps=1, tokens_per_batch=tokens, chunk_bytes=chunk)
         for tokens, chunk in ((1000, 2**26), (1, 2**26), (1000, 1))
     ]
     for other in found[1:]:
@@ -180,15 +180,15 @@ def test_cost_in_passes(family: Callable[[str], PreTrainedModel]) -> None:
     graph = Graph(find_architecture(model))
     for steps, forward, backward in ((0, 2, 2), (2, 6, 4)):
         with counted_passes(model) as passes:
-            edge_scores(model, graph, TWINS, pad_token_id=0, steps=steps)
-        assert (passes.forward / len(TWINS), passes.backward / len(TWINS)) == (forward, backward)
+            edge_scores(model, graph, PAIRS, pad_token_id=0, steps=steps)
+        assert (passes.forward / len(PAIRS), passes.backward / len(PAIRS)) == (forward, backward)
 
 
-def test_noising_is_denoising_of_the_swapped_twins(family: Callable[[str], PreTrainedModel]) -> None:
+def test_noising_is_denoising_of_the_swapped_pairs(family: Callable[[str], PreTrainedModel]) -> None:
     model = family("llama")
     graph = Graph(find_architecture(model))
-    swapped = [CorruptedExample(twin.corrupted_ids, twin.input_ids, twin.labels) for twin in TWINS]
-    there = edge_scores(model, graph, TWINS, pad_token_id=0, steps=2, target="loss")
+    swapped = [CorruptedExample(pair.corrupted_ids, pair.input_ids, pair.labels) for pair in PAIRS]
+    there = edge_scores(model, graph, PAIRS, pad_token_id=0, steps=2, target="loss")
     back = edge_scores(model, graph, swapped, pad_token_id=0, steps=2, target="loss")
     torch.testing.assert_close(there.noising, back.denoising, rtol=1e-3, atol=1e-6)
 
@@ -204,4 +204,4 @@ def test_nan_weights(family: Callable[[str], PreTrainedModel]) -> None:
     graph = Graph(find_architecture(model))
     model.lm_head.weight[3, 3] = torch.nan
     with pytest.raises(NonFiniteError, match="an edge"):
-        edge_scores(model, graph, TWINS, pad_token_id=0)
+        edge_scores(model, graph, PAIRS, pad_token_id=0)

@@ -1,4 +1,4 @@
-"""The graph of each family: what writers add makes up the stream, and what readers feel is its derivative."""
+"""The graph of each family: what writers add makes up the stream, and the gradients of readers are its derivative."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_writers_add_sums_to_the_stream(family: Callable[[str], PreTrainedM
     graph = Graph(architecture)
     run = captured(model, graph)
     expander = Streams(model, graph)
-    written = expander.written(run, EVERY)
+    written = expander.writer_outputs(run, EVERY)
     assert len(written) == len(graph.writers) == 1 + 2 * (4 + 1)
     total = written.sum(0) + expander.constant(run, EVERY)
     assert (total - streams[1]).norm() <= 1e-6 * streams[1].norm()
@@ -53,12 +53,12 @@ def test_what_writers_add_sums_to_the_stream(family: Callable[[str], PreTrainedM
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_readers_feel_is_the_derivative(family: Callable[[str], PreTrainedModel], name: str) -> None:
+def test_reader_grads_are_the_derivative(family: Callable[[str], PreTrainedModel], name: str) -> None:
     """A small change of the stream, seen by one reader alone, against the difference that it makes."""
     model = family(name).double()
     graph = Graph(find_architecture(model))
-    felt = [Streams(model, graph).felt(captured(model, graph), layer, EVERY) for layer in range(3)]
-    rows = torch.cat(felt)
+    grads = [Streams(model, graph).reader_grads(captured(model, graph), layer, EVERY) for layer in range(3)]
+    rows = torch.cat(grads)
     assert len(rows) == len(graph.readers)
     torch.manual_seed(1)
     change = torch.randn(TOKENS.numel(), 32, dtype=torch.float64)
