@@ -14,7 +14,7 @@ from clue_fast.demo.pretraining import train_model
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import UnknownNameError
 from clue_fast.evaluation import Row, compare, evaluate_model
-from clue_fast.sites import ParamSlice
+from clue_fast.sites import ParamSlice, Unmatched
 from clue_fast.trainer import MemoryEstimate, scale_update
 from tests.models.small_llama import llama, random_selection
 
@@ -94,6 +94,7 @@ SITE = clue_fast.Site("mlp", "mlp", 4, 0, slices=(SLICE,))
         ("clue_fast.sparse", "TrainedPart", "TrainableSlice"),
         (SLICE, "lead", "expert_index"),
         (SITE, "parts", "slices"),
+        (Unmatched("mlp", "Gate", "it is one"), "rehearsed", "traced"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -78,7 +78,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[dict[str, Case]]:
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Every shape and dtype, with what DESIGN.md and issue 2 ask for."""
+    """Every shape and dtype, with its targets."""
     targets = [Target("recording", "stock", 1.0), Target("recording", "stock", 1.05)]
     for shape in SHAPES:
         for dtype in DTYPES:

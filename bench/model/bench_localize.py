@@ -76,7 +76,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Every shape and dtype, with what issue 3 asks for."""
+    """Every shape and dtype, with its targets."""
     for shape in SHAPES:
         for dtype in DTYPES:
             title = f"200 TOFU questions, {shape.layers} layers x {shape.width}/{shape.units}, {str(dtype)[6:]}"

@@ -25,6 +25,14 @@ from clue_fast.sites.projection import is_linear, output_bias, projection_of, we
 from clue_fast.statistics import Statistics
 
 ROWS, COLUMNS, BIAS = "rows", "columns", "bias"
+WEIGHTED_INPUT = "weighted_input"
+SQUARE = "gradient_square"
+PRODUCT = "weight_product"
+MAGNITUDE = "gradient_magnitude"
+OVERLAP = "gradient_overlap"
+
+GRADIENT_BYTES = 8 * 2**30
+"""Most memory that the mean gradients of both sets take at once; beyond it, there are further passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +102,6 @@ def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, unit
     index = part.index(torch.arange(site.width, device="cpu"))
     everything = len(index) == features and bool((index == torch.arange(features, device="cpu")).all())
     return ModuleSlice(site_index, number, units, path, side, None if everything else index, site.width)
-
-
-WEIGHTED_INPUT = "weighted_input"
 
 
 class WeightInputRecorder:
@@ -183,15 +188,6 @@ class WeightInputRecorder:
             self._tokens[path] = self._tokens.get(path, 0.0) + members @ tokens
 
         return hook
-
-
-SQUARE = "gradient_square"
-PRODUCT = "weight_product"
-MAGNITUDE = "gradient_magnitude"
-OVERLAP = "gradient_overlap"
-
-GRADIENT_BYTES = 8 * 2**30
-"""Most memory that the mean gradients of both sets take at once; beyond it, there are further passes."""
 
 
 class _BackwardRecorder:

@@ -37,6 +37,12 @@ from clue_fast.sites import DEFAULT_KINDS, Survey, device_of, model_fingerprint,
 from clue_fast.sites.internals import is_replica
 from clue_fast.statistics import Statistics
 
+TOKENS = (ANSWERS, ATTENDED)
+# What a pass is given when it reads only new tokens, under the names of transformers from 5.24 on and before.
+CACHES = ("cache", "past_key_values", "cache_params")
+_PATCHED = "_clue_fast_patched"
+_COLUMNS = ("site", "kind", "units", "operator", "backend", "launches", "tokens", "note")
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -66,9 +72,6 @@ class SiteReport:
     launches: int
     tokens: dict[str, int]
     nonfinite: int
-
-
-_COLUMNS = ("site", "kind", "units", "operator", "backend", "launches", "tokens", "note")
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,6 @@ def _row(entry: SiteReport) -> tuple[str, ...]:
         tokens,
         lost + entry.reason,
     )
-
-
-_PATCHED = "_clue_fast_patched"
-TOKENS = (ANSWERS, ATTENDED)
-# What a pass is given when it reads only new tokens, under the names of transformers from 5.24 on and before.
-CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class Patched:

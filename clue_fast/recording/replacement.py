@@ -25,6 +25,8 @@ from clue_fast.sites.experts import find_stack
 from clue_fast.sites.internals import OLD_FORWARD
 from clue_fast.sites.projection import projection_of
 
+TOKENS = 3
+
 
 class RecordInput:
     """Forward pre-hook of the projection that reads the activations of a site."""
@@ -58,9 +60,6 @@ class RecordOutput:
         h = y.index_select(-1, channels)
         watched = self.point.recorder.observe(self.point, h)
         return None if watched is h else y.index_copy(-1, channels, watched)
-
-
-TOKENS = 3
 
 
 def can_probe(module: nn.Module) -> str | None:

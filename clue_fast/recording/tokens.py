@@ -19,6 +19,7 @@ from clue_fast.sites import unwrap
 
 TEXT, ENCODER, DECODER, IMAGES = "text", "encoder", "decoder", "images"
 ANSWERS, ATTENDED = "answers", "attended"
+_OTHER_SENSES = ("vision_config", "audio_config")
 
 
 @dataclass(frozen=True)
@@ -248,9 +249,6 @@ class Batch:
                 )
             counted &= answer_mask(labels.to(device), self.head)  # type: ignore[union-attr]
         return counted
-
-
-_OTHER_SENSES = ("vision_config", "audio_config")
 
 
 def entry(model: nn.Module) -> nn.Module:

@@ -29,12 +29,13 @@ from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import required_arguments, sample
 
 ROWS = 128
+TOKENS = 4
 SCALE = 0.12  # of samples in [-6, 6]; small enough that no softmax is saturated, whichever way its scores are scaled
 CHANGED = 0.01
 READ_LATER = 0.05  # of what turning it for all tokens changes for later tokens; a query gives 0
-
-Heads = frozenset[int]
+HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 QUERY, KEY, VALUE, OUTPUT = "query", "key", "value", "output"
+Heads = frozenset[int]
 
 
 class NoHeadsError(ValueError):
@@ -259,8 +260,6 @@ def _distances(rows: Tensor, row: Tensor) -> Tensor:
 
 
 FAMILIES = {"attention": HeadTrace.heads, "projection": HeadTrace.slices}
-HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
-TOKENS = 4
 
 
 def head_size(module: nn.Module) -> int | None:

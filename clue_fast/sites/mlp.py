@@ -24,15 +24,6 @@ from clue_fast.sites.projection import Projection, child_projections, projection
 from clue_fast.sites.site import Site, layer_index
 from clue_fast.sites.trace import Trace, required_arguments, sample, trace_with_stubs
 
-
-def identify_gate(h: Tensor, gate: Tensor, up: Tensor) -> str | None:
-    """Returns the name of the activation for which h = act(gate) · up, or None; all float32, in one shape."""
-    for name, activation in ACTIVATIONS.items():
-        if torch.allclose(h, activation(gate) * up, rtol=1e-5, atol=1e-5):
-            return name
-    return None
-
-
 POINTS = 256
 LARGE = 2.0**20
 
@@ -284,6 +275,14 @@ class _Trial:
             and dropouts <= 1
         )
         return factor if nothing_else else None
+
+
+def identify_gate(h: Tensor, gate: Tensor, up: Tensor) -> str | None:
+    """Returns the name of the activation for which h = act(gate) · up, or None; all float32, in one shape."""
+    for name, activation in ACTIVATIONS.items():
+        if torch.allclose(h, activation(gate) * up, rtol=1e-5, atol=1e-5):
+            return name
+    return None
 
 
 def _is(output: Any, expected: Tensor) -> bool:

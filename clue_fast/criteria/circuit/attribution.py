@@ -34,6 +34,23 @@ from clue_fast.errors import CircuitError, NonFiniteError
 from clue_fast.ops.channel_statistics import wide
 from clue_fast.sites.projection import output_bias, weight_matrix
 
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class CorruptedExample:
+    """An example and a corrupted one of as many tokens.
+
+    Attributes:
+        input_ids: of the clean example.
+        corrupted_ids: of the corrupted example, as many.
+        labels: the answer, -100 elsewhere; its target is what is differentiated in both runs.
+    """
+
+    input_ids: list[int]
+    corrupted_ids: list[int]
+    labels: list[int]
+
 
 @dataclass
 class LayerRun:
@@ -325,24 +342,6 @@ class Streams:
         if path not in self._norms:
             self._norms[path] = Norm.of(self.model.get_submodule(path), like)
         return self._norms[path]
-
-
-CHUNK_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class CorruptedExample:
-    """An example and a corrupted one of as many tokens.
-
-    Attributes:
-        input_ids: of the clean example.
-        corrupted_ids: of the corrupted example, as many.
-        labels: the answer, -100 elsewhere; its target is what is differentiated in both runs.
-    """
-
-    input_ids: list[int]
-    corrupted_ids: list[int]
-    labels: list[int]
 
 
 def edge_scores(

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
 FORGET = "forget"
 
 
@@ -240,6 +239,18 @@ def unit_numbers(sites: Sequence[Site], fraction: float | None, count: int | Non
     return {site: number for (site,), number in pools(channels, budget, value, "layer")}
 
 
+HEAD_NODES = {
+    "attention_head": ("h{}", "h{}.q", "g{}.k", "g{}.v"),
+    "attention_query": ("h{}", "h{}.q"),
+    "attention_key_value": ("g{}.k", "g{}.v"),
+    "projection_query": ("h{}.q",),
+    "projection_key": ("g{}.k",),
+    "projection_value": ("g{}.v",),
+    "projection_output": ("h{}",),
+}
+"""The nodes of a unit in its layer, by its kind, with the number of its head or key/value head."""
+
+
 def unit_nodes(graph: Graph, site: Site) -> Sequence[tuple[str, ...]]:
     """The nodes that each unit of a site belongs to.
 
@@ -259,18 +270,6 @@ def unit_nodes(graph: Graph, site: Site) -> Sequence[tuple[str, ...]]:
     if heads != site.width:
         raise CircuitError(f"{site.name} has {site.width} units, the circuit has {heads} heads")
     return [tuple(f"a{index}.{name.format(head)}" for name in names) for head in range(heads)]
-
-
-HEAD_NODES = {
-    "attention_head": ("h{}", "h{}.q", "g{}.k", "g{}.v"),
-    "attention_query": ("h{}", "h{}.q"),
-    "attention_key_value": ("g{}.k", "g{}.v"),
-    "projection_query": ("h{}.q",),
-    "projection_key": ("g{}.k",),
-    "projection_value": ("g{}.v",),
-    "projection_output": ("h{}",),
-}
-"""The nodes of a unit in its layer, by its kind, with the number of its head or key/value head."""
 
 
 def check_circuit_budget(threshold: float | None, scope: str, normalize: str | None) -> None:

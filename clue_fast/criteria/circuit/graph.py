@@ -21,21 +21,12 @@ from torch import Tensor
 from clue_fast.criteria.circuit.architecture import Architecture
 from clue_fast.errors import CircuitError
 
-
-@dataclass(frozen=True)
-class EdgeScores:
-    """Effects of patching edges on the mean target of the records.
-
-    Attributes:
-        noising: [writers, readers] float64, change of the target of the clean run; 0 where there is no edge.
-        denoising: the same of the corrupted run.
-    """
-
-    noising: Tensor
-    denoising: Tensor
-
-
 EMBEDDING, OUTPUT = "embed", "logits"
+AND, OR, ADDER = "AND", "OR", "ADDER"
+GATES = (AND, OR, ADDER)
+
+Edge = tuple[str, str]
+"""From one node to another, by name."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +128,17 @@ class Graph:
         return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {int(self.valid.sum())} edges)"
 
 
-AND, OR, ADDER = "AND", "OR", "ADDER"
-GATES = (AND, OR, ADDER)
+@dataclass(frozen=True)
+class EdgeScores:
+    """Effects of patching edges on the mean target of the records.
 
-Edge = tuple[str, str]
-"""From one node to another, by name."""
+    Attributes:
+        noising: [writers, readers] float64, change of the target of the clean run; 0 where there is no edge.
+        denoising: the same of the corrupted run.
+    """
+
+    noising: Tensor
+    denoising: Tensor
 
 
 @dataclass(frozen=True)

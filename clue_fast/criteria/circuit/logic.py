@@ -36,10 +36,12 @@ from clue_fast.criteria.circuit.graph import ADDER, AND, EMBEDDING, OR, OUTPUT, 
 from clue_fast.errors import CircuitError, UnknownNameError
 
 logger = logging.getLogger(__name__)
-
+LOGICS = ("published", "cut")
+TIME_LIMIT = 60.0
 Clause = list[int]
 
-LOGICS = ("published", "cut")
+Gates = Mapping[str, Mapping[str, Sequence[str]]]
+"""The inputs of each node by gate."""
 
 
 @dataclass
@@ -99,10 +101,6 @@ def make_formula(forget: Circuit, retains: Sequence[Circuit], logic: str = "publ
             formula.soft.append([-formula.conflict[node]])
     (_add_published if logic == "published" else _add_cut)(formula, gates, others)
     return formula
-
-
-Gates = Mapping[str, Mapping[str, Sequence[str]]]
-"""The inputs of each node by gate."""
 
 
 def _gates(circuit: Circuit) -> Gates:
