@@ -111,8 +111,9 @@ def _trace(module: nn.Module, stack: Stack) -> tuple[tuple[Rows, Rows], str | No
         small[stack.gate_up_bias] = gate_up_bias
     if stack.down_bias:
         small[stack.down_bias] = down_bias
-    attributes = {"config": EagerExperts(module.config)} if hasattr(module, "config") else {}
-    small_module = variant(module, {name: nn.Parameter(value) for name, value in small.items()}, **attributes)
+    small_module = variant(module, {name: nn.Parameter(value) for name, value in small.items()})
+    if hasattr(module, "config"):
+        small_module.__dict__["config"] = EagerExperts(module.config)
     x, weights = draw(4, TOKENS, HIDDEN), draw(5, TOKENS, 2)
     chosen = torch.arange(2 * TOKENS, device="cpu").reshape(TOKENS, 2) % experts
     found = type(small_module).forward(small_module, x, chosen, weights)

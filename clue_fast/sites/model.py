@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from clue_fast.sites.internals import WRAPPED, saved_tensors
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -40,7 +43,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def mixed_class(mixin: type[nn.Module], original: type[nn.Module], name: str) -> type[nn.Module]:
+def mixed_class(mixin: type[M], original: type[nn.Module], name: str) -> type[M]:
     """Returns the subclass of a module's class with the methods of a mixin; the same one each time.
 
     Args:
@@ -52,7 +55,7 @@ def mixed_class(mixin: type[nn.Module], original: type[nn.Module], name: str) ->
         about = f"{original.__name__} with the methods of {mixin.__name__}."
         attributes = {"__module__": mixin.__module__, "__doc__": about}
         _classes[mixin, original] = type(name, (mixin, original), attributes)
-    return _classes[mixin, original]
+    return cast("type[M]", _classes[mixin, original])
 
 
 def model_fingerprint(model: nn.Module) -> str:

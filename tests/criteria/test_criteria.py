@@ -88,7 +88,7 @@ def test_random_is_a_function_of_the_seed_and_needs_no_data(
 ) -> None:
     def found(seed: int) -> Selection:
         return clue_fast.localize(
-            model, FORGET, RETAIN, tokenizer=tokenizer, criterion="random", seed=seed, progress=False
+            model, FORGET, RETAIN, tokenizer=tokenizer, criterion="random", fraction=0.1, seed=seed, progress=False
         )
 
     assert found(1).hash == found(1).hash != found(2).hash
