@@ -37,7 +37,6 @@ from clue_fast.errors import CircuitError, UnknownNameError
 
 logger = logging.getLogger(__name__)
 LOGICS = ("published", "cut")
-TIME_LIMIT = 60.0
 Clause = list[int]
 
 Gates = Mapping[str, Mapping[str, Sequence[str]]]
