@@ -22,7 +22,7 @@ _EXPORTS = {
     "SparseSGD": "sparse.optimizer",
     "Statistics": "statistics",
     "UnlearnTrainer": "trainer.trainer",
-    "attach": "trainer.mixin",
+    "attach": "trainer.attachment",
     "categorize": "selection",
     "estimate_memory": "trainer.memory",
     "evaluate": "evaluation.metrics",
@@ -52,9 +52,9 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.sparse.optimizer import SparseAdamW, SparseSGD
     from clue_fast.sparse.sparse import sparsify
     from clue_fast.statistics import Statistics
+    from clue_fast.trainer.attachment import attach
     from clue_fast.trainer.callback import ConflictCallback
     from clue_fast.trainer.memory import estimate_memory
-    from clue_fast.trainer.mixin import attach
     from clue_fast.trainer.trainer import UnlearnTrainer
     from clue_fast.unlearning import unlearn
 

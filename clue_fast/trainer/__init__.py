@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clue_fast.trainer.attachment import attach
     from clue_fast.trainer.callback import ConflictCallback
     from clue_fast.trainer.memory import MemoryEstimate, estimate_memory
-    from clue_fast.trainer.mixin import attach
     from clue_fast.trainer.stages import Stage
     from clue_fast.trainer.trainer import UnlearnTrainer
     from clue_fast.trainer.training import train_selected
@@ -30,7 +30,7 @@ _MODULES = {
     "MemoryEstimate": "memory",
     "Stage": "stages",
     "UnlearnTrainer": "trainer",
-    "attach": "mixin",
+    "attach": "attachment",
     "estimate_memory": "memory",
     "scale_update": "update_scale",
     "train_selected": "training",

@@ -64,7 +64,7 @@ class ConflictCallback(TrainerCallback):
                 "choose difference, ratio or attribution"
             )
         self.trainer = trainer
-        if getattr(trainer, "sparse", None) is None:
+        if getattr(trainer, "sparse_training", None) is None:
             raise SettingError("the trainer does not train selected units; use UnlearnTrainer, or attach a selection")
         if relocalize_every is not None and relocalize_every < 1:
             raise SettingError(f"relocalize_every {relocalize_every} is not a number of steps; 1 is the least")
@@ -80,7 +80,7 @@ class ConflictCallback(TrainerCallback):
         """Patches the model and records from now on."""
         self._end()  # of a training that broke off
         self.trainer.groups_tokens = True
-        self.trainer.further_logs.append(self._figures)
+        self.trainer.sparse_training.further_logs.append(self._figures)
         self._begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,7 +88,7 @@ class ConflictCallback(TrainerCallback):
         if self.relocalize_every and state.global_step and state.global_step % self.relocalize_every == 0:
             self._stop()
             selection = self._select(self._since_selection)
-            self.trainer.reselect(selection)
+            self.trainer.sparse_training.reselect(selection)
             self.selections.append(selection)
             self._begin()
 
@@ -97,7 +97,7 @@ class ConflictCallback(TrainerCallback):
         self._end()
 
     def _begin(self) -> None:
-        patched = self.trainer.patched
+        patched = self.trainer.sparse_training.patched
         if patched is None:
             raise PatchError("the model was patched before the training; unpatch it, the trainer patches it by itself")
         if patched.sites != self.trainer.sparse.selection.sites:
@@ -114,8 +114,8 @@ class ConflictCallback(TrainerCallback):
     def _end(self) -> None:
         self._block.close()
         self.trainer.groups_tokens = False
-        if self._figures in self.trainer.further_logs:
-            self.trainer.further_logs.remove(self._figures)
+        if self._figures in self.trainer.sparse_training.further_logs:
+            self.trainer.sparse_training.further_logs.remove(self._figures)
 
     def _stop(self) -> Statistics:
         """Ends the recording; returns what was recorded since the last time."""

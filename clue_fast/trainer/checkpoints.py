@@ -1,6 +1,7 @@
-"""Checkpoints that are whole or not there: written beside their place, then moved into it in one step.
+"""Saving: checkpoints on the way, and the model at the end.
 
-Saving that does not fail at the end: tried before training, and trained weights kept somewhere if it fails after.
+A checkpoint is whole or not there: it is written beside its place, then moved into it in one step. The saving at the
+end does not fail: it is tried before training, and trained weights are kept somewhere if it fails after.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,68 +23,74 @@ from clue_fast.errors import ClueFastError, ModelError, OutputError
 from clue_fast.files import check_output, existing_parent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
 STAGING = ".unfinished"
 """Folder in the output folder that holds a checkpoint while it is written; left behind by a run that was killed."""
 
 
-class WholeCheckpoints(_Base):
-    """Mixin of a ``transformers.Trainer``: a run that is killed while it saves leaves the checkpoints from before.
+class WholeCheckpoints:
+    """Checkpoints of a ``transformers.Trainer``: a run that is killed while it saves leaves those from before.
 
-    The name ``checkpoint-N`` appears when everything is in it, so that the last one can always be resumed from.
+    The name ``checkpoint-N`` appears when everything is in it, so that the last one can always be resumed from. Both
+    methods stand around one of the trainer's own, ``inner``.
     """
 
-    _staging = False
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._staging = False
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
+    def output_dir(self, inner: Callable[[Any], str], trial: Any) -> str:
+        """Stands around ``_get_output_dir``: says where to write."""
+        folder = inner(trial)
         return os.path.join(folder, STAGING) if self._staging else folder
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.push_to_hub:  # uploads read the folder that was written, later
-            super()._save_checkpoint(model, trial)
+    def save(self, inner: Callable[[Any, Any], None], model: Any, trial: Any) -> None:
+        """Stands around ``_save_checkpoint``."""
+        trainer = self.trainer
+        if trainer.args.push_to_hub:  # uploads read the folder that was written, later
+            inner(model, trial)
             return
-        run = Path(self._get_output_dir(trial))
+        run = Path(trainer._get_output_dir(trial))
         staging = run / STAGING
-        if self.args.should_save:
+        if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        trainer.accelerator.wait_for_everyone()
         self._staging = True
         try:
-            super()._save_checkpoint(model, trial)
+            inner(model, trial)
         finally:
             self._staging = False
-        self.accelerator.wait_for_everyone()
-        if self._renamed_best(staging, run) and self.args.should_save:
-            self.state.save_to_json(str(staging / f"checkpoint-{self.state.global_step}" / "trainer_state.json"))
-        if self.args.should_save:
-            _move(staging / f"checkpoint-{self.state.global_step}", run)
+        trainer.accelerator.wait_for_everyone()
+        name = f"checkpoint-{trainer.state.global_step}"
+        if self._renamed_best(staging, run) and trainer.args.should_save:
+            trainer.state.save_to_json(str(staging / name / "trainer_state.json"))
+        if trainer.args.should_save:
+            _move(staging / name, run)
             staging.rmdir()
             self._rotate(run)
-        self.accelerator.wait_for_everyone()
+        trainer.accelerator.wait_for_everyone()
 
     def _renamed_best(self, staging: Path, run: Path) -> bool:
         """Gives the best checkpoint the path it will have. Returns whether it is the one just written."""
-        best = self.state.best_model_checkpoint
+        state = self.trainer.state
+        best = state.best_model_checkpoint
         if best is None or Path(best).parent != staging:
             return False
-        self.state.best_model_checkpoint = str(run / Path(best).name)
+        state.best_model_checkpoint = str(run / Path(best).name)
         return True
 
     def _rotate(self, run: Path) -> None:
         """Deletes the oldest checkpoints beyond ``save_total_limit``, but neither the newest nor the best."""
-        limit = self.args.save_total_limit
+        limit = self.trainer.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        kept = {run / f"checkpoint-{self.state.global_step}", Path(self.state.best_model_checkpoint or run)}
+        kept = {
+            run / f"checkpoint-{self.trainer.state.global_step}",
+            Path(self.trainer.state.best_model_checkpoint or run),
+        }
         # By time, since the folder may hold checkpoints of an earlier run that went further.
         checkpoints = sorted(run.glob("checkpoint-[0-9]*"), key=lambda path: path.stat().st_mtime)
         spare = [path for path in checkpoints if path not in kept]

@@ -36,7 +36,7 @@ from clue_fast.selection import Selection
 from clue_fast.sparse import TrainableSlice
 from clue_fast.sparse.modules import inject
 from clue_fast.sparse.slices import plan, trainable_slices
-from clue_fast.trainer.mixin import fused
+from clue_fast.trainer.sparse_training import fused
 
 
 @dataclass(frozen=True)

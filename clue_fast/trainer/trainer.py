@@ -16,10 +16,10 @@ from clue_fast.data.collator import check_examples, longest
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import DataError
 from clue_fast.objectives import Objective, get_objective
+from clue_fast.recording import Patched
 from clue_fast.selection import Selection
-from clue_fast.sparse import LayerRate, sparsify
+from clue_fast.sparse import LayerRate, Sparse, sparsify
 from clue_fast.trainer.checkpoints import detach_quantizer
-from clue_fast.trainer.mixin import SparseTraining
 from clue_fast.trainer.pairing import (
     Examples,
     PairCollator,
@@ -29,13 +29,14 @@ from clue_fast.trainer.pairing import (
     encode_set,
     grouped,
 )
+from clue_fast.trainer.sparse_training import SparseTraining
 from clue_fast.trainer.stages import Stage, get_schedule, get_stages, scheduled, scheduled_objective, stage_at
 
 LAYER_LR = 0.2
 RETAIN_RATIO = 1
 
 
-class UnlearnTrainer(SparseTraining, Trainer):
+class UnlearnTrainer(Trainer):
     """Trains the selected units of a model on an objective. Everything else is the Trainer everybody knows.
 
     An epoch goes once through the forget records, in an order of its own; each is paired with ``retain_ratio``
@@ -79,11 +80,12 @@ class UnlearnTrainer(SparseTraining, Trainer):
         objective: the ``Objective`` (of the stage under way).
         groups_tokens: whether batches say which tokens are to be forgotten and kept, for a patched model that records
             while it trains, see ``clue_fast.ConflictCallback``.
-        memory: bytes by kind (see ``Sparse.memory_footprint``) as counted right after the first optimizer step.
+        sparse_training: what it does as every trainer of selected units does, see ``SparseTraining``, also for
+            ``memory``, ``patched`` and ``reselect``.
 
     Raises:
         DataError: a data set is empty or unreadable, both share records, or there is no tokenizer to encode it.
-        SelectionError, SparseError, NonFiniteError: see ``sparsify``, ``SparseTraining.host`` and ``get_stages``.
+        SelectionError, SparseError, NonFiniteError: see ``sparsify``, ``SparseTraining`` and ``get_stages``.
         SettingError: see ``check_precision`` in ``clue_fast.sparse.optimizer``.
         UnknownNameError: no objective or schedule has that name.
     """
@@ -160,7 +162,7 @@ class UnlearnTrainer(SparseTraining, Trainer):
                     data_collator=PairCollator(collate or Collator(padding_token(processing_class, model))),
                     **kwargs,
                 )
-            self.host(sparse, layer_lr, master_weights, stochastic_rounding)
+            self.sparse_training = SparseTraining(self, sparse, layer_lr, master_weights, stochastic_rounding)
         except BaseException:
             sparse.restore()
             raise
@@ -193,7 +195,49 @@ class UnlearnTrainer(SparseTraining, Trainer):
             if self.stages is not None:
                 logs["stage"] = self._stage + 1
             self._logged.clear()
-        super().log(logs, start_time)
+        self.sparse_training.log(super().log, logs, start_time)
+
+    @property
+    def sparse(self) -> Sparse:
+        """The ``Sparse`` of the model."""
+        return self.sparse_training.sparse
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """See ``SparseTraining``."""
+        return self.sparse_training.memory
+
+    @property
+    def patched(self) -> Patched | None:
+        """See ``SparseTraining``."""
+        return self.sparse_training.patched
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapping."""
+        return self.sparse_training.optimizer
+
+    def reselect(self, selection: Selection) -> None:
+        """See ``SparseTraining.reselect``."""
+        self.sparse_training.reselect(selection)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``transformers.Trainer.train``; the model is patched as long as it lasts."""
+        return self.sparse_training.train(super().train, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """See ``SparseTraining.create_optimizer``."""
+        return self.sparse_training.create_optimizer()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """See ``SparseTraining.create_scheduler``."""
+        return self.sparse_training.create_scheduler(super().create_scheduler, num_training_steps, optimizer)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.sparse_training.checkpoints.output_dir(super()._get_output_dir, trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.sparse_training.checkpoints.save(super()._save_checkpoint, model, trial)
 
     def _begin_epoch(self, epoch: int) -> None:
         self._sampler.epoch = epoch

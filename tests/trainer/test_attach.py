@@ -71,7 +71,7 @@ def test_trains_the_selection_only(dtype, make_model, make_selection, make_forei
     selection, before = make_selection(model), snapshot(model)
     trainer = make_foreign(model)
     sparse = clue_fast.attach(trainer, selection, layer_lr=0.5)
-    assert isinstance(trainer, GradDiff) and type(trainer).__name__ == "GradDiff"
+    assert type(trainer) is GradDiff
     trainer.train()
     assert changed_outside(before, model, selection) == 0
     assert changed_inside(before, model, selection) > 0.8 * sum(p.numel() for p in sparse.trainable_parameters)
@@ -83,6 +83,28 @@ def test_trains_the_selection_only(dtype, make_model, make_selection, make_forei
     assert trainer.memory["optimizer_state"] == 2 * trainer.memory["gradients"]
     sparse.restore()
     assert not list(trainable_slices(model))
+
+
+def test_restore_undoes_it(make_model, make_selection, make_foreign):
+    """The trainer has the attributes and callbacks that it had, and trains every weight."""
+    model = make_model()
+    trainer = make_foreign(model)
+    trainer.log = log = trainer.log  # one that somebody had set on the instance before
+    names, callbacks = set(vars(trainer)), list(trainer.callback_handler.callbacks)
+    for train in (False, True):
+        sparse = attach(trainer, make_selection(model, units=3, forget=2))
+        hooked = set(vars(trainer)) - names
+        assert trainer.sparse is sparse and trainer.log is not log
+        if train:
+            trainer.train()
+        sparse.restore()
+        assert not hooked & set(vars(trainer)) and trainer.log is log
+        assert trainer.callback_handler.callbacks == callbacks
+    before = snapshot(model)
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+    now = snapshot(model)
+    assert not any(torch.equal(before[name], now[name]) for name, p in model.named_parameters() if p.dim() == 2)
 
 
 def test_is_the_foreign_training(make_model, make_selection, make_foreign):
