@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast import cli
+from clue_fast.config import CircuitConfig
 from clue_fast.criteria import CRITERIA, MEASUREMENTS, Criterion, Measured, criterion, score
 from clue_fast.data import Record
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import PatchError, SelectionError, SettingError
+from clue_fast.sites import find, mlp
 
 from .test_docs import table
 
@@ -104,6 +106,32 @@ def test_one_that_looks_at_the_records_itself(make_llama, tokenizer: PreTrainedT
         assert "longest units do not come from sums over records" in selection.summary()
     finally:
         del CRITERIA["longest"]
+
+
+@pytest.mark.parametrize("name", ["difference", "fisher", "random", "circuit"])
+def test_localize_searches_the_sites_once(
+    make_llama, tokenizer: PreTrainedTokenizerFast, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+
+    def find_mlp(module: nn.Module, path: str) -> object:
+        searched.append(path)
+        return mlp.find_mlp(module, path)
+
+    monkeypatch.setattr(find, "find_mlp", find_mlp)
+    model = make_llama(tokenizer, 16, 40)
+    options = {"corruption": "answer"} if name == "circuit" else None
+    clue_fast.localize(
+        model,
+        FORGET,
+        RETAIN,
+        tokenizer=tokenizer,
+        criterion=name,
+        count=4,
+        circuit=options and CircuitConfig(**options),
+        progress=False,
+    )
+    assert len(searched) == len(set(searched)) > 0
 
 
 def test_every_criterion_needs_something_that_can_be_measured() -> None:
