@@ -19,7 +19,7 @@ from clue_fast.errors import ClueFastError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from clue_fast.config_file import Settings
+    from clue_fast.config.file import Settings
 
 logger = logging.getLogger("clue_fast.cli")
 
@@ -192,7 +192,7 @@ def _load(name: str, settings: Settings, quiet: bool) -> tuple[PreTrainedModel, 
     from transformers.utils.logging import disable_progress_bar
 
     from clue_fast.config import ModelConfig
-    from clue_fast.unlearning import load_model
+    from clue_fast.trainer.checkpoints import load_model
 
     if quiet:
         disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -206,7 +206,7 @@ def _settings(options: argparse.Namespace, *kinds: type) -> Settings:
         ClueFastError: see ``read_settings``.
         SystemExit: a setting that the command needs is missing.
     """
-    from clue_fast.config_file import Settings, read_settings, settings_of
+    from clue_fast.config.file import Settings, read_settings, settings_of
 
     known = settings_of(*kinds)
     given = {name: value for name, value in vars(options).items() if name in known}
@@ -256,7 +256,7 @@ def _model_flags(files: type, settings: str) -> Callable[[argparse.ArgumentParse
 
     def add(parser: argparse.ArgumentParser) -> None:
         from clue_fast import config
-        from clue_fast.config_file import settings_of
+        from clue_fast.config.file import settings_of
 
         parser.add_argument("model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the hub")
         parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON by their names; flags go first")
@@ -270,7 +270,7 @@ def _model_flags(files: type, settings: str) -> Callable[[argparse.ArgumentParse
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, one: Any) -> None:
     """A flag for a field: what it is, what it can be and what it is otherwise; not there unless it is given."""
-    from clue_fast.config_field import choices_of
+    from clue_fast.config.schema import choices_of
 
     notes = [f"one of: {', '.join(map(str, choices))}"] if (choices := choices_of(one)) else []
     notes += [f"default: {one.default}"] if one.default is not None and one.default is not False else []

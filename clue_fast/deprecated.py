@@ -42,7 +42,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "training.sparse": ("sparse",),
     "training.stages": ("trainer.stages",),
     "training.trainer": ("trainer",),
-    "workflow": ("unlearning", "evaluation", "data", "config"),
+    "workflow": ("unlearning", "evaluation", "data", "config", "trainer.checkpoints"),
 }
 """Where the names of a module of the release before are now, all below ``clue_fast``."""
 

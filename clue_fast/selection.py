@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.config_field import is_number
 from clue_fast.errors import BudgetError, FileFormatError, NonFiniteError, SelectionError, UnknownNameError
 from clue_fast.files import load_tensors, save_tensors
 from clue_fast.hub import find_file, push_folder
@@ -52,7 +51,7 @@ def check_budget(
     if isinstance(value, Mapping) and scope == "global":
         raise BudgetError("a budget by kind needs the scope 'layer' or 'kind', since 'global' ranks all kinds together")
     for number in value.values() if isinstance(value, Mapping) else [value]:
-        if not is_number(number):
+        if isinstance(number, bool) or not isinstance(number, int | float):
             raise BudgetError(f"{budget} {number!r} is not a number")
         if budget == "fraction" and not 0.0 < number <= 1.0:
             raise BudgetError(f"fraction {number} is outside (0, 1]")

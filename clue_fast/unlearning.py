@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clue_fast.config import (
     LAYER_LR,
@@ -20,7 +20,6 @@ from clue_fast.config import (
     OBJECTIVE_SETTINGS,
     RETAIN_RATIO,
     CircuitConfig,
-    ModelConfig,
     UnlearnConfig,
     default_epochs,
     default_learning_rate,
@@ -28,7 +27,7 @@ from clue_fast.config import (
 from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import EncodedRecords, Record, Source, check_encoding, data_hash, load_records, load_sets
 from clue_fast.deprecated import precision, renamed_arguments
-from clue_fast.errors import ExtraError, ModelError, NonFiniteError, SettingError
+from clue_fast.errors import ExtraError, SettingError
 from clue_fast.evaluation import Metrics, check_evaluation, evaluate
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import check_localization, localize_records
@@ -38,7 +37,7 @@ from clue_fast.recording import check_strictly
 from clue_fast.reporting import RESULTS, results_table, write_model_card, write_plots
 from clue_fast.selection import RELIABILITY, Selection
 from clue_fast.sparse import LayerRate, Sparse, audit
-from clue_fast.trainer.checkpoints import check_saving, detach_quantizer, keeping_trained_weights
+from clue_fast.trainer.checkpoints import check_saving, check_weights, detach_quantizer, keeping_trained_weights
 from clue_fast.trainer.stages import (
     Schedule,
     Stage,
@@ -57,51 +56,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-def load_model(
-    name: str | os.PathLike[str],
-    *,
-    device: str | None = ModelConfig.device,
-    dtype: str = ModelConfig.dtype,
-    trust_remote_code: bool = ModelConfig.trust_remote_code,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model and its tokenizer from a folder or from the hub.
-
-    Args:
-        name: of the folder, or on the hub.
-        device, dtype, trust_remote_code: see ``clue_fast.config.ModelConfig``.
-
-    Raises:
-        ModelError: there is no such model, it cannot be read, or there is no such device.
-        UnknownNameError: no such dtype.
-    """
-    ModelConfig(device, dtype, trust_remote_code)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    name = os.fspath(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, dtype=dtype)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"cannot load the model {name}: {reason[0]} "
-            "Name a folder with a Hugging Face checkpoint, or a model of the hub"
-        ) from error
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(torch.device(place)), tokenizer  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ModelError(f"device {place!r} cannot be used: {why}; choose another, such as cpu") from error
-
-
-def check_weights(model: nn.Module) -> None:
-    """Raises NonFiniteError naming the first weight that is NaN or infinite."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(f"the weight {name} holds NaN or infinity; load the model again or repair it")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from clue_fast.criteria import CRITERIA
 from clue_fast.data import Record
 from clue_fast.reporting import overlap_figure
 from clue_fast.selection import Selection
-from clue_fast.unlearning import load_model
+from clue_fast.trainer.checkpoints import load_model
 
 SEEDS = 2
 CHANCE = 0.1 / (2 - 0.1)

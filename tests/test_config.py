@@ -16,7 +16,7 @@ from clue_fast.config import (
     UnlearnConfig,
     default_epochs,
 )
-from clue_fast.config_field import choices_of
+from clue_fast.config.schema import choices_of
 from clue_fast.errors import BudgetError, ClueFastError, SettingError, UnknownNameError
 
 CONFIGS = (CircuitConfig, EvalConfig, LocalizeConfig, ModelConfig, UnlearnConfig)

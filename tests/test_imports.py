@@ -100,7 +100,7 @@ OLD_NAMES = {
     "localization.check_criterion": "criteria.check_criterion",
     "localization.circuit.discover": "criteria.circuit.discover",
     "patching.Patched": "recording.Patched",
-    "workflow.load_model": "unlearning.load_model",
+    "workflow.load_model": "trainer.checkpoints.load_model",
     "localization.CircuitSettings": "config.CircuitConfig",
     "localization.circuit.CircuitSettings": "config.CircuitConfig",
     "pretraining.Recipe": "demo.pretraining.TrainConfig",

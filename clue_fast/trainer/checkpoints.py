@@ -1,4 +1,4 @@
-"""Saving: checkpoints on the way, and the model at the end.
+"""Models from and to the disk: loading, checkpoints on the way, and saving at the end.
 
 A checkpoint is whole or not there: it is written beside its place, then moved into it in one step. The saving at the
 end does not fail: it is tried before training, and trained weights are kept somewhere if it fails after.
@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clue_fast.errors import ClueFastError, ModelError, OutputError
+from clue_fast.config import ModelConfig
+from clue_fast.errors import ClueFastError, ModelError, NonFiniteError, OutputError
 from clue_fast.files import check_output, existing_parent
 
 if TYPE_CHECKING:
@@ -29,6 +30,51 @@ logger = logging.getLogger(__name__)
 
 STAGING = ".unfinished"
 """Folder in the output folder that holds a checkpoint while it is written; left behind by a run that was killed."""
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    device: str | None = ModelConfig.device,
+    dtype: str = ModelConfig.dtype,
+    trust_remote_code: bool = ModelConfig.trust_remote_code,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model and its tokenizer from a folder or from the hub.
+
+    Args:
+        name: of the folder, or on the hub.
+        device, dtype, trust_remote_code: see ``clue_fast.config.ModelConfig``.
+
+    Raises:
+        ModelError: there is no such model, it cannot be read, or there is no such device.
+        UnknownNameError: no such dtype.
+    """
+    ModelConfig(device, dtype, trust_remote_code)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = os.fspath(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, dtype=dtype)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"cannot load the model {name}: {reason[0]} "
+            "Name a folder with a Hugging Face checkpoint, or a model of the hub"
+        ) from error
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(torch.device(place)), tokenizer  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ModelError(f"device {place!r} cannot be used: {why}; choose another, such as cpu") from error
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises NonFiniteError naming the first weight that is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"the weight {name} holds NaN or infinity; load the model again or repair it")
 
 
 class WholeCheckpoints:

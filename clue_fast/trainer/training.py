@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.config import UnlearnConfig
-from clue_fast.config_field import check_rule
+from clue_fast.config.schema import check_rule
 from clue_fast.data import Record
 from clue_fast.errors import SettingError
 from clue_fast.evaluation import evaluate

@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from clue_fast.config import CircuitConfig
-from clue_fast.config_field import ByKind, is_number, name_list
+from clue_fast.config.schema import ByKind, is_number, name_list
 from clue_fast.errors import ClueFastError, SettingError, UnknownNameError
 
 

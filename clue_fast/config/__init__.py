@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clue_fast.config_field import (
+from clue_fast.config.schema import (
     ByKind,
     check_choices,
     check_rule,
@@ -164,9 +164,9 @@ class RunConfig:
         """Reads a configuration file, YAML or JSON.
 
         Raises:
-            ClueFastError: see ``clue_fast.config_file``.
+            ClueFastError: see ``clue_fast.config.file``.
         """
-        from clue_fast.config_file import read_settings
+        from clue_fast.config.file import read_settings
 
         made: Config = read_settings(path, cls).make(cls)
         return made
@@ -390,7 +390,7 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """How a model is loaded by its name, see ``clue_fast.unlearning.load_model``.
+    """How a model is loaded by its name, see ``clue_fast.trainer.checkpoints.load_model``.
 
     Attributes:
         device: such as "cuda:1"; default the GPU if there is one.
