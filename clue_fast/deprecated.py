@@ -147,6 +147,23 @@ class RenamedAttribute:
         return getattr(instance, self.new)
 
 
+def rename_members(cls: type, **renamed: str) -> None:
+    """Gives a class that defines a method or attribute by its old name the new one too, and says so.
+
+    Args:
+        cls: a subclass of a class whose members were renamed.
+        renamed: the new name by the old one.
+    """
+    for old, new in renamed.items():
+        if old in vars(cls) and new not in vars(cls):
+            warnings.warn(
+                f"{cls.__name__}.{old} is to be called {new} now; the old name goes with the next release",
+                FutureWarning,
+                stacklevel=3,
+            )
+            setattr(cls, new, vars(cls)[old])
+
+
 def renamed_names(module: str, **renamed: str) -> Callable[[str], Any]:
     """Returns a ``__getattr__`` for a module that finds what it holds by old names too, and says the new ones.
 

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from clue_fast.config import (
     LAYER_LR,
-    OBJECTIVE,
-    OBJECTIVE_SETTINGS,
     RETAIN_RATIO,
     CircuitConfig,
     UnlearnConfig,
@@ -31,7 +29,7 @@ from clue_fast.errors import ExtraError, SettingError
 from clue_fast.evaluation import Metrics, check_evaluation, evaluate
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.localization import check_localization, localize_records
-from clue_fast.objectives import Objective, get_objective
+from clue_fast.objectives import Objective
 from clue_fast.ops import choose
 from clue_fast.recording import check_strictly
 from clue_fast.reporting import RESULTS, results_table, write_model_card, write_plots
@@ -186,8 +184,7 @@ def _prepared(
     else:
         _check_unused(config)
     schedule = get_schedule(config.stages)
-    default = get_objective(OBJECTIVE, **OBJECTIVE_SETTINGS)
-    objective = scheduled_objective(config.objective, schedule, default)
+    objective = scheduled_objective(config.objective, schedule)
     stages = None if config.stages is None else make_stages(config.stages, objective)
     sets = load_sets(*sources)
     config = _settled(config, model, schedule, len(sets["forget"]))

@@ -104,7 +104,7 @@ def plant(model: LlamaForCausalLM, planted: Selection, forget: Tensor, stories: 
     with torch.no_grad():
         before = model(input_ids=stories).logits.log_softmax(-1)
     sparse = clue_fast.sparsify(model, planted)
-    optimizer = clue_fast.SparseAdamW(model, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = clue_fast.SparseAdamW(model, lr=LEARNING_RATE, weight_decay=0.0, layer_lr=1.0)
     loss = float("inf")
     step = 0
     while step < STEPS and loss > LEARNED:

@@ -17,7 +17,6 @@ from clue_fast.objectives.losses import (
     DPO,
     KL,
     NPO,
-    OBJECTIVES,
     REFUSALS,
     RMU,
     UNDIAL,
@@ -26,8 +25,8 @@ from clue_fast.objectives.losses import (
     GradientDifference,
     Refusal,
     SimNPO,
-    get_objective,
 )
+from clue_fast.objectives.registry import OBJECTIVES, default_objective, get_objective, register_objective
 
 __all__ = [
     "DPO",
@@ -46,6 +45,8 @@ __all__ = [
     "Refusal",
     "SimNPO",
     "Trained",
+    "default_objective",
     "get_objective",
     "predict",
+    "register_objective",
 ]

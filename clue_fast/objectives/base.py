@@ -1,6 +1,6 @@
-"""Runs a model over the batches of a step in one pass, and reads what it says wherever it predicts a label.
+"""What all objectives share: one forward pass a step, a forget term, a retain term, and the original model.
 
-What all objectives share: one forward pass a step, a forget term, a retain term, and the original model.
+First how a model is run over the batches of a step, and what it says wherever it predicts a label; then ``Objective``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from clue_fast.data import IGNORED_LABEL, answer_mask, head_of, shift_labels
 from clue_fast.data.labels import HEADS
+from clue_fast.deprecated import rename_members
 from clue_fast.errors import DataError, ObjectiveError
 from clue_fast.sites import evaluation_mode, unwrap
 
@@ -149,18 +150,22 @@ class Objective:
     name: ClassVar[str]
     forget_batches: ClassVar[tuple[str, ...]] = ("forget",)
     """The batches that the forget term reads: "forget", and "alternate" for other answers to the same questions."""
-    reference: ClassVar[tuple[str, ...]] = ()
+    original_batches: ClassVar[tuple[str, ...]] = ()
     """The batches on which the original model is asked as well."""
     heads: ClassVar[tuple[str, ...]] = HEADS
     """The heads with which the objective makes sense."""
     retain_weight: float = 1.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        rename_members(cls, remember="reference_outputs", reference="original_batches")
 
     def forget_term(self, current: Current, original: Original) -> Tensor:
         """Returns the forget term of each record, [records] float32.
 
         Args:
             current: predictions of the model as it is, by the name of the batch.
-            original: what ``remember`` kept of those of the original model, for the batches in ``reference``.
+            original: the ``reference_outputs`` of the original model, for the ``original_batches``.
         """
         raise NotImplementedError
 
@@ -168,7 +173,7 @@ class Objective:
         """Returns the retain term of each record, [records] float32: -log p(x) / |x|."""
         return current.mean(current.losses)
 
-    def remember(self, predictions: Predictions) -> Tensor:
+    def reference_outputs(self, predictions: Predictions) -> Tensor:
         """Returns what is needed later of the original model's predictions; -log p of every label."""
         return predictions.losses
 
@@ -199,11 +204,13 @@ class Objective:
         used = self.batches(batches, head)
         # The original goes first: swapping weights later would break the graph of the pass that trains.
         original: dict[str, Tensor] = {}
-        if self.reference:
+        if self.original_batches:
             with torch.no_grad(), trained.original(), evaluation_mode(model):
-                asked = predict(model, {name: ungrouped(used[name]) for name in self.reference if name in used})
-                original = {name: self.remember(predictions) for name, predictions in asked.items()}
-        announce(trained, used, self.forget_batches)
+                asked = predict(
+                    model, {name: drop_token_group(used[name]) for name in self.original_batches if name in used}
+                )
+                original = {name: self.reference_outputs(predictions) for name, predictions in asked.items()}
+        set_batch_layout(trained, used, self.forget_batches)
         current = predict(model, used)
         loss = self.forget_term(current, original).mean()
         logs = {"forget_loss": loss.detach()}
@@ -224,14 +231,14 @@ class Objective:
             )
 
 
-def announce(trained: Trained, batches: Mapping[str, Batch], forget_batches: tuple[str, ...]) -> None:
+def set_batch_layout(trained: Trained, batches: Mapping[str, Batch], forget_batches: tuple[str, ...]) -> None:
     """Tells the training which records of the next pass are to be forgotten."""
     records = {name: len(batch["labels"]) for name, batch in batches.items()}
     tokens = max((batch["input_ids"].shape[1] for batch in batches.values() if "input_ids" in batch), default=1)
     trained.set_batch_layout(sum(records[name] for name in forget_batches), sum(records.values()), tokens)
 
 
-def ungrouped(batch: Batch) -> Batch:
+def drop_token_group(batch: Batch) -> Batch:
     """Without the groups that its tokens are recorded in, if they are: the original model is not what is measured."""
     return {name: tensor for name, tensor in batch.items() if name not in ("token_group", "decoder_token_group")}
 

@@ -1,18 +1,15 @@
-"""Objectives that lower the likelihood of the forget records: gradient ascent and what tames it.
+"""The objectives of the field, each with its source.
 
-Objectives that hold the model to distributions of the original one: KL and UNDIAL.
-
-Objectives that put another answer in the place of the forgotten one, such as "I don't know".
-
-They read a batch "alternate": the questions of the forget records, in the same order, with other answers.
-
-RMU: steers what a layer makes of the forget records to a random direction.
+First those that lower the likelihood of the forget records: gradient ascent and what tames it. Then those that hold the
+model to distributions of the original one (KL, UNDIAL), those that put another answer in the place of the forgotten
+one, such as "I don't know" (they read a batch "alternate": the questions of the forget records, in the same order, with
+other answers), and RMU, which steers what a layer makes of the forget records to a random direction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clue_fast.data import IGNORED_LABEL, head_of
-from clue_fast.errors import ObjectiveError, UnknownNameError
+from clue_fast.errors import ObjectiveError
 from clue_fast.objectives.base import (
     Batch,
     Current,
@@ -28,14 +25,16 @@ from clue_fast.objectives.base import (
     Original,
     Predictions,
     Trained,
-    announce,
+    drop_token_group,
     join,
     run,
-    ungrouped,
+    set_batch_layout,
 )
+from clue_fast.objectives.registry import register_objective
 from clue_fast.sites import evaluation_mode, unwrap
 
 
+@register_objective
 @dataclass(frozen=True)
 class GradientAscent(Objective):
     """Raises the loss of the forget records: log p(x) / |x|.
@@ -55,6 +54,7 @@ class GradientAscent(Objective):
         return -current["forget"].mean(current["forget"].losses)
 
 
+@register_objective
 @dataclass(frozen=True)
 class GradientDifference(GradientAscent):
     """Gradient ascent on the forget records, descent on the retain records: -L(forget) + weight * L(retain).
@@ -67,6 +67,7 @@ class GradientDifference(GradientAscent):
     retain_weight: float = 1.0
 
 
+@register_objective
 @dataclass(frozen=True)
 class WGA(Objective):
     """Weighted gradient ascent: the sum over tokens of p(token) ** alpha * log p(token), over |x|.
@@ -91,6 +92,7 @@ class WGA(Objective):
         return -current["forget"].mean((-self.alpha * losses.detach()).exp() * losses)
 
 
+@register_objective
 @dataclass(frozen=True)
 class NPO(Objective):
     """Negative preference optimization: (2 / beta) * log(1 + (p(x) / q(x)) ** beta), with the retain term.
@@ -106,7 +108,7 @@ class NPO(Objective):
     """
 
     name: ClassVar[str] = "npo"
-    reference: ClassVar[tuple[str, ...]] = ("forget",)
+    original_batches: ClassVar[tuple[str, ...]] = ("forget",)
     beta: float = 0.1
 
     def forget_term(self, current: Current, original: Original) -> Tensor:
@@ -116,6 +118,7 @@ class NPO(Objective):
         return functional.softplus(self.beta * log_ratio) * (2.0 / self.beta)
 
 
+@register_objective
 @dataclass(frozen=True)
 class SimNPO(Objective):
     """NPO by length and without a reference: -(2 / beta) * log sigmoid(-(beta / |x|) * log p(x) - gamma).
@@ -143,6 +146,7 @@ class SimNPO(Objective):
         return functional.softplus(self.gamma - self.beta * mean) * (2.0 / self.beta)
 
 
+@register_objective
 @dataclass(frozen=True)
 class KL(GradientAscent):
     """Gradient ascent on the forget records, the original distribution on the retain records.
@@ -155,10 +159,10 @@ class KL(GradientAscent):
     """
 
     name: ClassVar[str] = "kl"
-    reference: ClassVar[tuple[str, ...]] = ("retain",)
+    original_batches: ClassVar[tuple[str, ...]] = ("retain",)
     retain_weight: float = 1.0
 
-    def remember(self, predictions: Predictions) -> Tensor:
+    def reference_outputs(self, predictions: Predictions) -> Tensor:
         """Returns log q of every token of the vocabulary, [labels, vocabulary]."""
         return predictions.logits.log_softmax(-1)
 
@@ -176,6 +180,7 @@ class KL(GradientAscent):
         return used
 
 
+@register_objective
 @dataclass(frozen=True)
 class UNDIAL(Objective):
     """Self-distillation on adjusted logits: cross-entropy to the original distribution without its answer.
@@ -191,11 +196,11 @@ class UNDIAL(Objective):
     """
 
     name: ClassVar[str] = "undial"
-    reference: ClassVar[tuple[str, ...]] = ("forget",)
+    original_batches: ClassVar[tuple[str, ...]] = ("forget",)
     retain_weight: float = 0.0
     strength: float = 10.0
 
-    def remember(self, predictions: Predictions) -> Tensor:
+    def reference_outputs(self, predictions: Predictions) -> Tensor:
         """Returns the target distribution at every label, [labels, vocabulary]."""
         adjusted = predictions.logits.clone()
         adjusted[torch.arange(len(adjusted), device=adjusted.device), predictions.labels] -= self.strength
@@ -224,6 +229,7 @@ REFUSALS = (
 """Answers that say nothing, for questions that are to be forgotten."""
 
 
+@register_objective
 @dataclass(frozen=True)
 class Refusal(Objective):
     """Learns the other answer: -log p(alternate) / |alternate|, with the retain term.
@@ -243,6 +249,7 @@ class Refusal(Objective):
         return current["alternate"].mean(current["alternate"].losses)
 
 
+@register_objective
 @dataclass(frozen=True)
 class DPO(Objective):
     """Prefers the other answer to the forgotten one, relative to the original model.
@@ -262,7 +269,7 @@ class DPO(Objective):
 
     name: ClassVar[str] = "dpo"
     forget_batches: ClassVar[tuple[str, ...]] = ("forget", "alternate")
-    reference: ClassVar[tuple[str, ...]] = ("forget", "alternate")
+    original_batches: ClassVar[tuple[str, ...]] = ("forget", "alternate")
     heads: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     beta: float = 0.1
 
@@ -274,6 +281,7 @@ class DPO(Objective):
         return -functional.logsigmoid(self.beta * (alternate - forget)) * (2.0 / self.beta)
 
 
+@register_objective
 @dataclass(frozen=True)
 class RMU(Objective):
     """Representation misdirection: forget activations of a layer towards c * u, retain activations as they were.
@@ -309,8 +317,8 @@ class RMU(Objective):
         original: dict[str, Tensor] = {}
         if "retain" in used:
             with torch.no_grad(), trained.original(), evaluation_mode(model):
-                original = self._activations(model, {"retain": ungrouped(used["retain"])})
-        announce(trained, used, self.forget_batches)
+                original = self._activations(model, {"retain": drop_token_group(used["retain"])})
+        set_batch_layout(trained, used, self.forget_batches)
         current = self._activations(model, used)
         if not current["forget"].requires_grad:
             raise ObjectiveError(
@@ -353,23 +361,3 @@ def _distance(activations: Tensor, target: Tensor, batch: Batch) -> Tensor:
     mask = batch["attention_mask"].to(activations.dtype)
     squared = (activations - target).square().sum(-1)
     return ((squared * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    objective.name: objective
-    for objective in (GradientAscent, GradientDifference, KL, NPO, SimNPO, WGA, UNDIAL, Refusal, DPO, RMU)
-}
-
-
-def get_objective(objective: str | Objective, **overrides: Any) -> Objective:
-    """Returns an objective by its name, or the given one, with some of its parameters replaced.
-
-    Raises:
-        UnknownNameError: no objective has that name.
-        TypeError: the objective has no such parameter.
-    """
-    if isinstance(objective, Objective):
-        return replace(objective, **overrides)
-    if objective not in OBJECTIVES:
-        raise UnknownNameError("objective", objective, OBJECTIVES)
-    return OBJECTIVES[objective](**overrides)

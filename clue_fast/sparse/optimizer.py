@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast import ops
+from clue_fast.config import LAYER_LR
 from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SettingError, SparseError
 from clue_fast.sparse.slices import DDP, TrainableSlice, trainable_slices
@@ -98,7 +99,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         model: after ``sparsify``.
         defaults: of the groups; "lr" is the rate of the first layer of the model.
         layer_lr: learning rate of the last layer over that of the first, geometric in between, or another rate by
-            layer, see ``LayerRate``.
+            layer, see ``LayerRate``; 1 is the same rate for all.
         seed: of stochastic rounding.
         master_weights: keeps updates below the resolution of a 16-bit weight in a float32 copy of the selected
             weights, which the weights take over rounded to nearest even.
@@ -392,7 +393,7 @@ class SparseAdamW(SparseOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        layer_lr: LayerRate = 1.0,
+        layer_lr: LayerRate = LAYER_LR,
         *,
         seed: int = 0,
         master_weights: bool = True,
@@ -453,7 +454,7 @@ class SparseSGD(SparseOptimizer):
         lr: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        layer_lr: LayerRate = 1.0,
+        layer_lr: LayerRate = LAYER_LR,
         *,
         seed: int = 0,
         master_weights: bool = True,

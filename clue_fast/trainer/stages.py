@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from clue_fast.errors import SelectionError, SettingError, UnknownNameError
-from clue_fast.objectives import Objective, get_objective
+from clue_fast.objectives import Objective, default_objective, get_objective
 from clue_fast.selection import CATEGORIES, CONFLICT, Selection
 from clue_fast.sparse.slices import TRAINED
 
@@ -105,20 +105,16 @@ def scheduled(name: str, given: Any, schedule: Schedule | None, default: Any) ->
     return default if schedule is None else schedule.settings.get(name, default)
 
 
-def scheduled_objective(
-    objective: str | Objective | None, schedule: Schedule | None, default: Objective | None = None
-) -> Objective:
+def scheduled_objective(objective: str | Objective | None, schedule: Schedule | None) -> Objective:
     """Returns an objective; one that is asked for by its name, or the default, has the retain weight of the schedule.
 
     Args:
         objective: its name, an ``Objective``, or None for the default.
         schedule: a published schedule, or None.
-        default: where None may be given.
     """
     if isinstance(objective, Objective):
         return objective
-    chosen = get_objective(objective) if objective is not None else default
-    assert chosen is not None
+    chosen = default_objective() if objective is None else get_objective(objective)
     if schedule is not None and "retain_weight" in schedule.settings:
         return replace(chosen, retain_weight=schedule.settings["retain_weight"])
     return chosen

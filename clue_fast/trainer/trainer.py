@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from clue_fast.config import LAYER_LR, RETAIN_RATIO
 from clue_fast.data import Collator, Source, check_disjoint, head_of, padding_token, read_rows
 from clue_fast.data.collator import check_examples, longest
 from clue_fast.deprecated import precision, renamed_arguments
@@ -31,9 +32,6 @@ from clue_fast.trainer.pairing import (
 )
 from clue_fast.trainer.sparse_training import SparseTraining
 from clue_fast.trainer.stages import Stage, get_schedule, get_stages, scheduled, scheduled_objective, stage_at
-
-LAYER_LR = 0.2
-RETAIN_RATIO = 1
 
 
 class UnlearnTrainer(Trainer):
@@ -59,9 +57,9 @@ class UnlearnTrainer(Trainer):
         alternate_dataset: other answers to the questions of the forget records, one each and in the same
             order, for the objectives ``refusal`` and ``dpo``. Default: refusals such as "I don't know".
         retain_ratio: retain records beside each forget record; a batch of 8 with a ratio of 4 runs over 8 + 32.
-            Default 1.
+            Default 4, with a published schedule that one's.
         selection: the units to train, made for this model.
-        objective: its name, or an ``Objective``.
+        objective: its name, or an ``Objective``; default that of ``unlearn``, see ``default_objective``.
         layer_lr: learning rate of the last layer over that of the first, or another rate by layer, see
             ``LayerRate``. Default 0.2, with a published schedule that one's.
         master_weights, stochastic_rounding: see ``SparseAdamW``.
@@ -102,7 +100,7 @@ class UnlearnTrainer(Trainer):
         alternate_dataset: Source | Examples | None = None,
         retain_ratio: int | None = None,
         selection: Selection,
-        objective: str | Objective = "npo",
+        objective: str | Objective | None = None,
         layer_lr: LayerRate | None = None,
         master_weights: bool = True,
         stochastic_rounding: bool = False,

@@ -482,13 +482,15 @@ def test_reference_is_the_original_model(name, make_model, make_selection, make_
         optimizer.step()
     objective = get_objective(name, retain_weight=1.0)
     asked: list[Tensor] = []
-    remember = type(objective).remember
-    object.__setattr__(objective, "remember", lambda p: asked.append(remember(objective, p)) or asked[-1])
+    reference_outputs = type(objective).reference_outputs
+    object.__setattr__(
+        objective, "reference_outputs", lambda p: asked.append(reference_outputs(objective, p)) or asked[-1]
+    )
     model.model.layers[0].eval()
     loss, _ = objective.loss(model, b, sparse)
     used = objective.batches(b, "causal")
-    expected = predict(original, {side: used[side] for side in objective.reference})
-    assert torch.equal(asked[0], remember(objective, next(iter(expected.values()))))
+    expected = predict(original, {side: used[side] for side in objective.original_batches})
+    assert torch.equal(asked[0], reference_outputs(objective, next(iter(expected.values()))))
     assert not asked[0].requires_grad
     assert not model.model.layers[0].mlp.training and model.model.layers[1].mlp.training
     loss.backward()

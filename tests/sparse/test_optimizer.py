@@ -100,7 +100,7 @@ def test_equals_torch_adamw_through_a_model(make_model, make_selection, make_bat
     dense = copy.deepcopy(model)
     selection = make_selection(model)
     sparse = sparsify(model, selection)
-    optimizer = SparseAdamW(model, lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    optimizer = SparseAdamW(model, lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, layer_lr=1.0)
     trained = {part.path: dense.get_parameter(part.path) for part in sparse.slices}
     reference = torch.optim.AdamW(trained.values(), lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     start = {path: weight.detach().clone() for path, weight in trained.items()}
@@ -124,7 +124,7 @@ def test_sgd_equals_torch_sgd_through_a_model(momentum, make_model, make_selecti
     model, batch = make_model(), make_batch()
     dense = copy.deepcopy(model)
     sparse = sparsify(model, make_selection(model))
-    optimizer = SparseSGD(model, lr=0.1, momentum=momentum, weight_decay=0.1)
+    optimizer = SparseSGD(model, lr=0.1, momentum=momentum, weight_decay=0.1, layer_lr=1.0)
     weights = {part.path: dense.get_parameter(part.path) for part in sparse.slices}
     start = {path: weight.detach().clone() for path, weight in weights.items()}
     reference = torch.optim.SGD(weights.values(), lr=0.1, momentum=momentum, weight_decay=0.1)
@@ -155,7 +155,7 @@ def test_bf16_loses_no_update(make_model, make_selection, make_batch):
     before = snapshot(model)
     sparse = sparsify(model, selection)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in sparse.trainable_parameters]
-    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1)
+    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1, layer_lr=1.0)
     reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
     for _ in range(60):
         backward(model, batch)
@@ -185,7 +185,7 @@ def test_bf16_follows_the_fp32_trajectory(make_model, make_selection, make_batch
     for one in (model, full):
         sparsify(one, make_selection(one))
         start = masters(one)
-        steps(one, SparseAdamW(one, lr=1e-6, weight_decay=0.1), batch, 50)
+        steps(one, SparseAdamW(one, lr=1e-6, weight_decay=0.1, layer_lr=1.0), batch, 50)
         moved.append(masters(one) - start)
     assert abs(moved[0].norm() / moved[1].norm() - 1) < 0.02
     assert torch.cosine_similarity(*moved, dim=0) > 0.99
@@ -197,7 +197,7 @@ def test_stochastic_rounding_keeps_no_masters_and_follows_the_fp32_trajectory(ma
     sparse = sparsify(model, make_selection(model, units=24))
     start = [part.read().float() for part in sparse.slices]
     copies = [torch.nn.Parameter(values.clone()) for values in start]
-    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1, **STOCHASTIC)
+    optimizer = SparseAdamW(model, lr=1e-6, weight_decay=0.1, layer_lr=1.0, **STOCHASTIC)
     assert {p.untyped_storage().nbytes() for p in sparse.trainable_parameters} == {4}
     assert sparse.memory_footprint()["values"] == 0
     reference = torch.optim.AdamW(copies, lr=1e-6, weight_decay=0.1)
