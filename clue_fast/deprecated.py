@@ -101,7 +101,7 @@ def renamed_arguments(**renamed: Renamed) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
-            for old in renamed.keys() & kwargs.keys():
+            for old in [name for name in kwargs if name in renamed]:
                 kwargs.update(_renamed(function.__qualname__, old, renamed[old], kwargs))
             return function(*args, **kwargs)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import clue_fast
+from clue_fast import ops
 from clue_fast.demo.pretraining import train_model
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import UnknownNameError
@@ -63,6 +64,8 @@ def test_new_names_say_nothing_and_both_are_refused() -> None:
         (compare, {"reference": None}, {"retrained": None}),
         (train_model, {"recipe": None}, {"config": None}),
         (scale_update, {"enough": None}, {"predicate": None}),
+        (ops.sparse_linear, {"selected": 0}, {"values": 0}),
+        (ops.sparse_linear, {"selected_bias": 0}, {"bias_values": 0}),
         (clue_fast.SparseAdamW, {"master": "stochastic"}, STOCHASTIC),
         (clue_fast.SparseSGD, {"master": "stochastic"}, STOCHASTIC),
         (clue_fast.UnlearnTrainer, {"master": "stochastic"}, STOCHASTIC),

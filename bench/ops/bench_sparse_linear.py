@@ -22,9 +22,9 @@ def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
     weight, x = torch.randn(rows, columns).to(dtype), torch.randn(TOKENS, columns).to(dtype)
     grad = torch.randn(TOKENS, rows).to(dtype)
     index = torch.randperm(UNITS)[: round(UNITS * FRACTION)].sort().values
-    selected = weight.index_select(dim, index).float().requires_grad_()
+    values = weight.index_select(dim, index).float().requires_grad_()
     dense = weight.clone().requires_grad_()
-    ours = ops.sparse_linear(x, weight, None, selected, index, dim)
+    ours = ops.sparse_linear(x, weight, None, values, index, dim)
     stock = torch.nn.functional.linear(x, dense)
 
     def gathered() -> torch.Tensor:
@@ -33,7 +33,7 @@ def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
         return (grad.t() @ x.index_select(1, index)).float()
 
     return {
-        "selected": lambda: torch.autograd.grad(ours, selected, grad, retain_graph=True),
+        "selected": lambda: torch.autograd.grad(ours, values, grad, retain_graph=True),
         "gathered": gathered,
         "dense": lambda: torch.autograd.grad(stock, dense, grad, retain_graph=True),
     }

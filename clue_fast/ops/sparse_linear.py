@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clue_fast.deprecated import renamed_arguments
 from clue_fast.ops import backend as backends
 from clue_fast.ops.backend import define
 
@@ -109,9 +110,9 @@ def _save(
     backend: str | None,
     gather: Callable[..., Tensor],
 ) -> None:
-    needs_x, _, _, needs_selected = ctx.needs_input_grad[:4]
+    needs_x, _, _, needs_values = ctx.needs_input_grad[:4]
     kept = None
-    if needs_selected:
+    if needs_values:
         kept = x if _selects_outputs(dim, transposed) else gather(x, index, backend)
     ctx.save_for_backward(weight if needs_x else None, kept, index)
     ctx.dim, ctx.transposed, ctx.backend = dim, transposed, backend
@@ -120,19 +121,19 @@ def _save(
 def _gradients(
     ctx: Any, grad: Tensor, gather: Callable[..., Tensor], selected_grad: Callable[..., Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Of x, weight, bias, selected and selected_bias."""
+    """Of x, weight, bias, values and bias_values."""
     weight, kept, index = ctx.saved_tensors
-    needs_x, _, needs_bias, needs_selected, needs_selected_bias = ctx.needs_input_grad[:5]
-    grad_x = grad_bias = grad_selected = grad_selected_bias = None
+    needs_x, _, needs_bias, needs_values, needs_bias_values = ctx.needs_input_grad[:5]
+    grad_x = grad_bias = grad_values = grad_bias_values = None
     if needs_x:
         grad_x = grad @ (weight.t() if ctx.transposed else weight)
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    if needs_selected:
-        grad_selected = selected_grad(grad, kept, index, ctx.dim, ctx.transposed, ctx.backend)
-    if needs_selected_bias:
-        grad_selected_bias = gather(grad, index, ctx.backend).sum(0, dtype=_selected_dtype(grad))
-    return grad_x, None, grad_bias, grad_selected, grad_selected_bias
+    if needs_values:
+        grad_values = selected_grad(grad, kept, index, ctx.dim, ctx.transposed, ctx.backend)
+    if needs_bias_values:
+        grad_bias_values = gather(grad, index, ctx.backend).sum(0, dtype=_selected_dtype(grad))
+    return grad_x, None, grad_bias, grad_values, grad_bias_values
 
 
 # Schema, fake and autograd, for torch.compile.
@@ -142,8 +143,8 @@ def _op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    selected: Tensor,
-    selected_bias: Tensor | None,
+    values: Tensor,
+    bias_values: Tensor | None,
     index: Tensor,
     dim: int,
     transposed: bool = False,
@@ -156,8 +157,8 @@ def _fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    selected: Tensor,
-    selected_bias: Tensor | None,
+    values: Tensor,
+    bias_values: Tensor | None,
     index: Tensor,
     dim: int,
     transposed: bool = False,
@@ -177,7 +178,7 @@ def _fake_selected_grad(
 
 
 define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor selected, Tensor? selected_bias, Tensor index, "
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor values, Tensor? bias_values, Tensor index, "
     "int dim, bool transposed=False, str? backend=None) -> Tensor",
     _op,
     _fake,
@@ -219,8 +220,8 @@ class _Direct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        selected: Tensor,
-        selected_bias: Tensor | None,
+        values: Tensor,
+        bias_values: Tensor | None,
         index: Tensor,
         dim: int,
         transposed: bool,
@@ -235,15 +236,16 @@ class _Direct(torch.autograd.Function):
         return *_gradients(ctx, grad, _gather, _selected_grad), None, None, None, None
 
 
+@renamed_arguments(selected="values", selected_bias="bias_values")
 def sparse_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    selected: Tensor,
+    values: Tensor,
     index: Tensor,
     dim: int,
     *,
-    selected_bias: Tensor | None = None,
+    bias_values: Tensor | None = None,
     transposed: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -260,11 +262,11 @@ def sparse_linear(
         x: [..., in_features].
         weight: [out_features, in_features].
         bias: [out_features] or None.
-        selected: the leaf that gets the gradient, float32 (float64 for float64 weights), shaped as
+        values: the leaf that gets the gradient, float32 (float64 for float64 weights), shaped as
             weight.index_select(dim, index). Never read, so it may be a single number, expanded.
         index: int64 [k], sorted, unique, in range (not checked here).
         dim: 0 for rows, 1 for columns, of the weight as it is stored.
-        selected_bias: the leaf that gets the gradient of bias[index], [k], in the dtype of selected; only if
+        bias_values: the leaf that gets the gradient of bias[index], [k], in the dtype of values; only if
             the index counts output features. Never read.
         transposed: the weight is stored as [in_features, out_features], as that of a Conv1D, and multiplied as
             Conv1D does. Its rows are then input features.
@@ -277,14 +279,14 @@ def sparse_linear(
         ValueError: shapes or dtypes do not fit.
         UnknownNameError, BackendError: in backward, if the backend is unknown or cannot run here.
     """
-    _check(weight, selected, selected_bias, index, dim, transposed)
+    _check(weight, values, bias_values, index, dim, transposed)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         # Here rather than inside: an operator's body runs outside autocast once it is compiled.
         dtype = torch.get_autocast_dtype(kind)
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    arguments = (x, weight, bias, selected, selected_bias, index, dim, transposed, backend)
+    arguments = (x, weight, bias, values, bias_values, index, dim, transposed, backend)
     out: Tensor = backends.run("sparse_linear", _eager, *arguments)
     return out
 
@@ -302,7 +304,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check(
-    weight: Tensor, selected: Tensor, selected_bias: Tensor | None, index: Tensor, dim: int, transposed: bool
+    weight: Tensor, values: Tensor, bias_values: Tensor | None, index: Tensor, dim: int, transposed: bool
 ) -> None:
     if dim not in (ROWS, COLUMNS):
         raise ValueError(f"dim must be 0 for rows or 1 for columns, not {dim}")
@@ -310,16 +312,15 @@ def _check(
         raise ValueError(f"index must be int64 [k], not {index.dtype} {list(index.shape)}")
     shape = list(weight.shape)
     shape[dim] = index.shape[0]
-    if list(selected.shape) != shape:
-        raise ValueError(f"selected must be {shape}, not {list(selected.shape)}")
-    if selected.dtype != torch.float32 and weight.dtype != torch.float64:
-        raise ValueError(f"selected must be float32, not {selected.dtype}")
-    if selected_bias is None:
+    if list(values.shape) != shape:
+        raise ValueError(f"values must be {shape}, not {list(values.shape)}")
+    if values.dtype != torch.float32 and weight.dtype != torch.float64:
+        raise ValueError(f"values must be float32, not {values.dtype}")
+    if bias_values is None:
         return
     if not _selects_outputs(dim, transposed):
-        raise ValueError("selected_bias goes with selected output features, but the index counts input features")
-    if selected_bias.shape != index.shape or selected_bias.dtype != selected.dtype:
+        raise ValueError("bias_values go with selected output features, but the index counts input features")
+    if bias_values.shape != index.shape or bias_values.dtype != values.dtype:
         raise ValueError(
-            f"selected_bias must be {list(index.shape)} {selected.dtype}, "
-            f"not {list(selected_bias.shape)} {selected_bias.dtype}"
+            f"bias_values must be {list(index.shape)} {values.dtype}, not {list(bias_values.shape)} {bias_values.dtype}"
         )

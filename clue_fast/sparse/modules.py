@@ -91,7 +91,7 @@ class SparseLinear(SparseModule, nn.Linear):
         else:
             bias_values = None if bias is None else bias.values
             trained = (weight.values, weight.index, weight.dim)
-            out = ops.sparse_linear(input, self.weight, self.bias, *trained, selected_bias=bias_values)
+            out = ops.sparse_linear(input, self.weight, self.bias, *trained, bias_values=bias_values)
         for other in self.trainable_slices:
             if other is not weight and other is not bias:
                 out = add_slice_grad(out, input, other)

@@ -71,15 +71,15 @@ def test_forward_and_gradients(backend: str, device: torch.device, tokens: int, 
         index = some(weight.shape[dim], count, device)
         ours = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
         torchs = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
-        selected = leaf(weight, index, dim)
-        y = sparse_linear(ours[0], weight, ours[1], selected, index, dim, backend=backend)
+        values = leaf(weight, index, dim)
+        y = sparse_linear(ours[0], weight, ours[1], values, index, dim, backend=backend)
         expected = F.linear(torchs[0], weight, torchs[1])
         assert torch.equal(y, expected)
         y.backward(grad)
         expected.backward(grad)
         for a, b in zip(ours, torchs, strict=True):
             assert torch.equal(a.grad, b.grad)
-        assert_gradient(selected.grad, x, grad, index, dim)
+        assert_gradient(values.grad, x, grad, index, dim)
 
 
 @DIMS
@@ -118,9 +118,9 @@ def test_runs_of_neighbors(backend: str, device: torch.device, dtype: torch.dtyp
     x, weight, _, grad = operands(33, dtype, device)
     for heads in ([0, 3, 4], [2]):
         index = torch.cat([torch.arange(8 * head, 8 * head + 8) for head in heads]).to(device)
-        selected = leaf(weight, index, dim)
-        sparse_linear(x, weight, None, selected, index, dim, backend=backend).backward(grad)
-        assert_gradient(selected.grad, x, grad, index, dim)
+        values = leaf(weight, index, dim)
+        sparse_linear(x, weight, None, values, index, dim, backend=backend).backward(grad)
+        assert_gradient(values.grad, x, grad, index, dim)
 
 
 @DIMS
@@ -134,17 +134,17 @@ def test_transposed_weight_of_a_conv1d(backend: str, device: torch.device, dtype
         layer.bias.copy_(bias)
     inputs = [x.view(2, 18, IN).clone().requires_grad_() for _ in range(2)]
     index = some(layer.weight.shape[dim], 9, device)
-    selected = leaf(layer.weight, index, dim)
+    values = leaf(layer.weight, index, dim)
     ours = sparse_linear(
-        inputs[0], layer.weight.detach(), layer.bias, selected, index, dim, transposed=True, backend=backend
+        inputs[0], layer.weight.detach(), layer.bias, values, index, dim, transposed=True, backend=backend
     )
     theirs = layer(inputs[1])
     assert torch.equal(ours, theirs)
     for y in (ours, theirs):
         y.backward(grad.view_as(y))
     assert torch.equal(inputs[0].grad, inputs[1].grad)
-    assert_gradient(selected.grad.t(), x, grad, index, 1 - dim)
-    assert selected.grad.is_contiguous()
+    assert_gradient(values.grad.t(), x, grad, index, 1 - dim)
+    assert values.grad.is_contiguous()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -153,7 +153,7 @@ def test_selected_part_of_the_bias(backend: str, device: torch.device, dtype: to
     x, weight, bias, grad = operands(300, dtype, device)
     index = some(OUT, 9, device)
     features, dim = (weight.t().contiguous(), 1) if transposed else (weight, 0)
-    selected_bias = torch.full((9,), float("nan"), device=device).requires_grad_()
+    bias_values = torch.full((9,), float("nan"), device=device).requires_grad_()
     y = sparse_linear(
         x,
         features,
@@ -161,14 +161,14 @@ def test_selected_part_of_the_bias(backend: str, device: torch.device, dtype: to
         leaf(features, index, dim),
         index,
         dim,
-        selected_bias=selected_bias,
+        bias_values=bias_values,
         transposed=transposed,
         backend=backend,
     )
     y.backward(grad)
     exact = grad.double()[:, index].sum(0)
-    assert selected_bias.grad.dtype == torch.float32
-    assert torch.allclose(selected_bias.grad.double(), exact, rtol=0, atol=300 * 2.0**-24 * grad.abs().max().item())
+    assert bias_values.grad.dtype == torch.float32
+    assert torch.allclose(bias_values.grad.double(), exact, rtol=0, atol=300 * 2.0**-24 * grad.abs().max().item())
     assert bias.grad is None
 
 
@@ -178,11 +178,11 @@ def test_the_leaf_may_be_a_single_number_expanded(backend: str, device: torch.de
     x, weight, _, grad = operands(20, torch.bfloat16, device)
     index = some(weight.shape[dim], 6, device)
     shape = leaf(weight, index, dim).shape
-    selected = torch.nn.Parameter(torch.zeros(1, device=device).expand(shape))
+    values = torch.nn.Parameter(torch.zeros(1, device=device).expand(shape))
     for part in (slice(0, 13), slice(13, 20)):
-        sparse_linear(x[part], weight, None, selected, index, dim, backend=backend).backward(grad[part])
-    assert selected.grad.is_contiguous()
-    assert_gradient(selected.grad, x, grad, index, dim)
+        sparse_linear(x[part], weight, None, values, index, dim, backend=backend).backward(grad[part])
+    assert values.grad.is_contiguous()
+    assert_gradient(values.grad, x, grad, index, dim)
 
 
 @DIMS
@@ -197,11 +197,11 @@ def test_leading_dimensions_and_strides(backend: str, device: torch.device, dim:
         (x[3], grad[3]),
     ]
     for x_case, grad_case in cases:
-        selected = leaf(weight, index, dim)
-        y = sparse_linear(x_case, weight, None, selected, index, dim, backend=backend)
+        values = leaf(weight, index, dim)
+        y = sparse_linear(x_case, weight, None, values, index, dim, backend=backend)
         assert torch.equal(y, F.linear(x_case, weight))
         y.backward(grad_case)
-        assert_gradient(selected.grad, x_case.reshape(-1, IN), grad_case.reshape(-1, OUT), index, dim)
+        assert_gradient(values.grad, x_case.reshape(-1, IN), grad_case.reshape(-1, OUT), index, dim)
 
 
 @DIMS
@@ -210,19 +210,19 @@ def test_more_tokens_than_are_widened_at_once(backend: str, device: torch.device
     x, grad = torch.randn(1000, 9000).bfloat16().to(device), torch.randn(1000, 8).bfloat16().to(device)
     weight = torch.zeros(8, 9000, dtype=torch.bfloat16, device=device)
     index = some(weight.shape[dim], 8 if dim == 0 else 8999, device)
-    selected = leaf(weight, index, dim)
-    sparse_linear(x, weight, None, selected, index, dim, backend=backend).backward(grad)
-    assert_gradient(selected.grad, x, grad, index, dim)
+    values = leaf(weight, index, dim)
+    sparse_linear(x, weight, None, values, index, dim, backend=backend).backward(grad)
+    assert_gradient(values.grad, x, grad, index, dim)
 
 
 @DIMS
 def test_gradient_accumulates(backend: str, device: torch.device, dim: int) -> None:
     x, weight, _, grad = operands(40, torch.float32, device)
     index = some(weight.shape[dim], 6, device)
-    selected = leaf(weight, index, dim)
+    values = leaf(weight, index, dim)
     for part in (slice(0, 13), slice(13, 40)):
-        sparse_linear(x[part], weight, None, selected, index, dim, backend=backend).backward(grad[part])
-    assert_gradient(selected.grad, x, grad, index, dim)
+        sparse_linear(x[part], weight, None, values, index, dim, backend=backend).backward(grad[part])
+    assert_gradient(values.grad, x, grad, index, dim)
 
 
 @DIMS
@@ -254,12 +254,12 @@ def test_a_weight_changed_between_forward_and_backward_is_noticed(backend: str, 
 def test_autocast(backend: str, device: torch.device, dim: int) -> None:
     x, weight, bias, grad = operands(20, torch.float32, device)
     index = some(weight.shape[dim], 6, device)
-    selected = leaf(weight, index, dim)
+    values = leaf(weight, index, dim)
     with torch.autocast(device.type, torch.bfloat16):
-        y = sparse_linear(x, weight, bias, selected, index, dim, backend=backend)
+        y = sparse_linear(x, weight, bias, values, index, dim, backend=backend)
         assert torch.equal(y, F.linear(x, weight, bias))
     y.backward(grad.bfloat16())
-    assert_gradient(selected.grad, x.bfloat16(), grad.bfloat16(), index, dim)
+    assert_gradient(values.grad, x.bfloat16(), grad.bfloat16(), index, dim)
 
 
 @DIMS
@@ -273,10 +273,10 @@ def test_close_for_every_number_of_threads(
     gradients = []
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        selected = leaf(weight, index, dim)
-        sparse_linear(x, weight, None, selected, index, dim, backend=backend).backward(grad)
-        assert_gradient(selected.grad, x, grad, index, dim)
-        gradients.append(selected.grad)
+        values = leaf(weight, index, dim)
+        sparse_linear(x, weight, None, values, index, dim, backend=backend).backward(grad)
+        assert_gradient(values.grad, x, grad, index, dim)
+        gradients.append(values.grad)
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-3)
 
 
@@ -304,9 +304,9 @@ def test_any_shape_and_selection(
     weight = torch.randn(sizes).to(dtype).to(device)
     chosen = data.draw(st.sets(st.integers(0, sizes[dim] - 1)))
     index = torch.tensor(sorted(chosen), dtype=torch.int64, device=device)
-    selected = leaf(weight, index, dim)
-    sparse_linear(x, weight, None, selected, index, dim, backend=backend).backward(grad)
-    assert_gradient(selected.grad, x, grad, index, dim)
+    values = leaf(weight, index, dim)
+    sparse_linear(x, weight, None, values, index, dim, backend=backend).backward(grad)
+    assert_gradient(values.grad, x, grad, index, dim)
 
 
 def test_opcheck(backend: str, device: torch.device) -> None:
@@ -315,11 +315,11 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     x.requires_grad_()
     for dim in (0, 1):
         index = some(weight.shape[dim], 5, device)
-        selected = torch.randn_like(leaf(weight, index, dim)).requires_grad_()
+        values = torch.randn_like(leaf(weight, index, dim)).requires_grad_()
         for transposed in (False, True):
             features = weight.t().contiguous() if transposed else weight
             part = (1 - dim) if transposed else dim
-            leaves = (selected.detach().t().contiguous() if transposed else selected).requires_grad_()
+            leaves = (values.detach().t().contiguous() if transposed else values).requires_grad_()
             more = torch.zeros(5, device=device, requires_grad=True) if dim == 0 else None
             arguments = (x, features, bias, leaves, more, index, part, transposed, backend)
             check(namespace.sparse_linear.default, arguments)
@@ -335,8 +335,8 @@ def test_compile(backend: str, device: torch.device, dim: int) -> None:
     index = some(weight.shape[dim], 5, device)
 
     def run(compiled: bool) -> list[Tensor]:
-        def layer(x: Tensor, selected: Tensor) -> Tensor:
-            return sparse_linear(x, weight, bias, selected, index, dim, backend=backend)
+        def layer(x: Tensor, values: Tensor) -> Tensor:
+            return sparse_linear(x, weight, bias, values, index, dim, backend=backend)
 
         leaves = [x.clone().requires_grad_(), torch.zeros_like(leaf(weight, index, dim)).requires_grad_()]
         y = (torch.compile(layer, fullgraph=True) if compiled else layer)(*leaves)
@@ -349,26 +349,26 @@ def test_compile(backend: str, device: torch.device, dim: int) -> None:
 
 @DIMS
 def test_gradcheck_of_the_definition(dim: int) -> None:
-    """The gradient of `selected` is that of the weight it stands for, so the weight is put in from it here."""
+    """The gradient of `values` is that of the weight it stands for, so the weight is put in from it here."""
     weight = torch.randn(5, 4, dtype=torch.float64)
     index = some(weight.shape[dim], 2)
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    selected = weight.index_select(dim, index).requires_grad_()
+    values = weight.index_select(dim, index).requires_grad_()
 
-    def layer(x: Tensor, bias: Tensor, selected: Tensor) -> Tensor:
-        full = weight.index_copy(dim, index, selected.detach())
-        return sparse_linear(x, full, bias, selected, index, dim)
+    def layer(x: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+        full = weight.index_copy(dim, index, values.detach())
+        return sparse_linear(x, full, bias, values, index, dim)
 
-    assert torch.autograd.gradcheck(layer, (x, bias, selected))
+    assert torch.autograd.gradcheck(layer, (x, bias, values))
 
 
 def test_second_order_gradients_are_refused() -> None:
     x, weight, _, _ = operands(4, torch.float32, torch.device("cpu"))
     index = some(OUT, 3)
-    selected = leaf(weight, index, 0)
-    y = sparse_linear(x, weight, None, selected, index, 0)
-    (grad,) = torch.autograd.grad(y.square().sum(), selected, create_graph=True)
+    values = leaf(weight, index, 0)
+    y = sparse_linear(x, weight, None, values, index, 0)
+    (grad,) = torch.autograd.grad(y.square().sum(), values, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -376,23 +376,23 @@ def test_second_order_gradients_are_refused() -> None:
 def test_bad_input() -> None:
     x, weight, _, _ = operands(6, torch.float32, torch.device("cpu"))
     index = some(OUT, 3)
-    selected = leaf(weight, index, 0)
+    values = leaf(weight, index, 0)
     with pytest.raises(ValueError, match="dim must be 0 for rows or 1 for columns, not 2"):
-        sparse_linear(x, weight, None, selected, index, 2)
+        sparse_linear(x, weight, None, values, index, 2)
     with pytest.raises(ValueError, match="int64"):
-        sparse_linear(x, weight, None, selected, index.int(), 0)
-    with pytest.raises(ValueError, match=r"selected must be \[3, 43\]"):
-        sparse_linear(x, weight, None, selected[:2], index, 0)
-    with pytest.raises(ValueError, match="selected must be float32"):
-        sparse_linear(x, weight, None, selected.bfloat16(), index, 0)
+        sparse_linear(x, weight, None, values, index.int(), 0)
+    with pytest.raises(ValueError, match=r"values must be \[3, 43\]"):
+        sparse_linear(x, weight, None, values[:2], index, 0)
+    with pytest.raises(ValueError, match="values must be float32"):
+        sparse_linear(x, weight, None, values.bfloat16(), index, 0)
     with pytest.raises(ValueError, match="the index counts input features"):
-        sparse_linear(x, weight.t(), None, selected.t(), index, 1, selected_bias=index.float())
-    with pytest.raises(ValueError, match=r"selected_bias must be \[3\]"):
-        sparse_linear(x, weight, None, selected, index, 0, selected_bias=torch.zeros(2))
+        sparse_linear(x, weight.t(), None, values.t(), index, 1, bias_values=index.float())
+    with pytest.raises(ValueError, match=r"bias_values must be \[3\]"):
+        sparse_linear(x, weight, None, values, index, 0, bias_values=torch.zeros(2))
     with pytest.raises(UnknownNameError, match="unknown backend 'fast'"):
-        sparse_linear(x, weight, None, selected, index, 0, backend="fast").sum().backward()
+        sparse_linear(x, weight, None, values, index, 0, backend="fast").sum().backward()
     with pytest.raises(BackendError, match="has no triton backend"):
-        sparse_linear(x, weight, None, selected, index, 0, backend="triton").sum().backward()
+        sparse_linear(x, weight, None, values, index, 0, backend="triton").sum().backward()
 
 
 @pytest.mark.parametrize("wrong", [-1, OUT])
@@ -415,6 +415,6 @@ def test_on_a_gpu(tokens: int, dtype: torch.dtype, dim: int) -> None:
     index = some(weight.shape[dim], 7, "cuda")
     for transposed in (False, True):
         features, part = (weight.t().contiguous(), 1 - dim) if transposed else (weight, dim)
-        selected = leaf(features, index, part)
-        sparse_linear(x, features, None, selected, index, part, transposed=transposed).backward(grad)
-        assert_gradient(selected.grad.t() if transposed else selected.grad, x, grad, index, dim)
+        values = leaf(features, index, part)
+        sparse_linear(x, features, None, values, index, part, transposed=transposed).backward(grad)
+        assert_gradient(values.grad.t() if transposed else values.grad, x, grad, index, dim)
