@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from clue_fast.config import CircuitConfig, LocalizeConfig
 from clue_fast.criteria import Measured
+from clue_fast.criteria.blocks import check_permutations, reliability
 from clue_fast.criteria.measure import Task, measure_blocks, measure_task
 from clue_fast.criteria.passes import check_target
 from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import EncodedRecords, Record, Source, load_retain_sets
 from clue_fast.deprecated import moved
 from clue_fast.recording import check_strictly
-from clue_fast.reliability import Reliability, check_permutations, reliability
+from clue_fast.reliability import Reliability
 from clue_fast.selection import RELIABILITY, Selection
 from clue_fast.sites import survey
 from clue_fast.statistics import Statistics

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from clue_fast.config import TOKENS_PER_BATCH
+from clue_fast.criteria.blocks import BlockStatistics, deal
 from clue_fast.criteria.measurements import Job, Recorded, run_patched
 from clue_fast.criteria.passes import Batches, check_target
 from clue_fast.criteria.registry import Criterion, get_criterion
 from clue_fast.data import Example, Record, encode_for, load_retain_sets, padding_token
 from clue_fast.recording import Patched
-from clue_fast.reliability import BlockStatistics, deal
 from clue_fast.sites import DEFAULT_KINDS, Survey, survey
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 

@@ -15,20 +15,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from clue_fast.criteria import measure
+from clue_fast.criteria.blocks import SPLITS, Block, BlockStatistics, deal, reliability
 from clue_fast.criteria.measure import load_task, measure_blocks
 from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import Record
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import SettingError
-from clue_fast.reliability import (
-    SPLITS,
-    Block,
-    BlockStatistics,
-    Reliability,
-    chance_overlap,
-    deal,
-    reliability,
-)
+from clue_fast.reliability import Reliability, chance_overlap
 from clue_fast.selection import Selection, select
 from clue_fast.sites import find_sites, model_fingerprint, survey
 from clue_fast.statistics import Statistics
