@@ -1,7 +1,7 @@
 # Commands on a fresh machine with Python >= 3.10, a C++ compiler and make:
 #   make demo    learns invented people, forgets a tenth of them, and leaves the evidence in demo/
 #   make test    every test that needs no GPU
-#   make bench   every benchmark, some twenty minutes on a machine with nothing else to do; samples in bench/results
+#   make bench   every benchmark, some half an hour on a machine with nothing else to do; samples in bench/results
 #   make test-oldest   families, sparse training and the command with the oldest transformers that pyproject.toml allows
 #   make test-portable the numeric tests with the instructions of lesser processors: SSE, AVX2, AVX-512; an hour
 #   make families      writes docs/families.md, from tests with the oldest transformers and the one installed
@@ -14,6 +14,10 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch>=2.11,<2.14
 # Spinning threads cost more than they save where other work shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
+
+# One process a core, a whole file each, with one thread; tests that need more threads ask for them.
+JOBS   ?= auto
+SHARED_OUT := -n $(JOBS) --dist loadfile
 
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
@@ -30,11 +34,13 @@ PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria te
 demo: $(VENV)/demo.installed
 	$(BIN)/clue-fast demo --output demo
 
+test test-oldest: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(SHARED_OUT)
 
 test-oldest: $(VENV)/oldest-$(OLDEST).installed
-	PYTHONPATH=$(abspath $(VENV)/oldest-$(OLDEST)) $(BIN)/python -m pytest $(OF_TRANSFORMERS)
+	PYTHONPATH=$(abspath $(VENV)/oldest-$(OLDEST)) $(BIN)/python -m pytest $(SHARED_OUT) $(OF_TRANSFORMERS)
 
 # What a machine without AVX-512, without AVX and FMA, or with one thread only would compute: every library below has its
 # own switch. A machine that lacks AVX-512 itself skips that run.
@@ -55,8 +61,8 @@ lint: $(VENV)/test.installed
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/test.installed
-	$(BIN)/python -m bench.run
-	$(BIN)/python -m bench.training
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest bench --timeout 0 --benchmark-columns median,iqr,rounds --benchmark-json .benchmarks/bench.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

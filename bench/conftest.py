@@ -1,16 +1,31 @@
-"""What the pytest-benchmark cases share: threads, and the machine beside the samples.
+"""Runs the benchmarks as cases of pytest-benchmark, prints their ratios and keeps their raw samples.
 
-`pytest bench --benchmark-json FILE` keeps every sample with the machine it was taken on.
+    pytest bench                                     everything; some half an hour on a machine with nothing else to do
+    pytest bench -k "sparse_adamw and rows"          some of it
+    pytest bench --benchmark-json FILE               also writes bench/results, one file a benchmark
+
+A case is a comparison: what pytest-benchmark times is one round, in which every way to do the work has its turn (see
+`bench.interleaved`). Ratios, intervals and samples are in its extra_info.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import machine
+from bench import files, interleaved, machine
+
+TABLES: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("clue_fast benchmarks")
+    group.addoption("--seconds", type=float, help="of sampling each comparison, instead of what it asks for")
+    group.addoption("--results", type=Path, default=files.RESULTS, help="folder of the samples, bench/results")
 
 
 def pytest_configure() -> None:
@@ -21,10 +36,53 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["clue_fast"] = machine.describe()
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    files.save(config.getoption("results"), [case["extra_info"] for case in output_json["benchmarks"]])
+
+
 def pytest_report_header() -> list[str]:
     return [line for line in [machine.warning()] if line]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for table in TABLES:
+        terminalreporter.write_line(f"\n{table}")
 
 
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def keep(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Puts what a case found into its extra_info, and its table below the others."""
+
+    def keep(entry: dict[str, Any], table: str, under: str, **about: Any) -> None:
+        name = request.node.path.stem.removeprefix("bench_")
+        benchmark.extra_info.update({"file": name, "under": under, "entry": entry} | about)
+        TABLES.append(table)
+
+    return keep
+
+
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float | None:
+    """What --seconds says."""
+    given: float | None = request.config.getoption("seconds")
+    return given
+
+
+@pytest.fixture
+def compare(benchmark: Any, keep: Callable[..., None], seconds: float | None) -> Callable[..., interleaved.Result]:
+    """Runs a comparison as one case of pytest-benchmark."""
+
+    def compare(comparison: interleaved.Comparison) -> interleaved.Result:
+        benchmark.group = comparison.title
+        sampler = interleaved.Sampler(comparison.cases, comparison.seconds if seconds is None else seconds)
+        benchmark.pedantic(sampler.round, rounds=sampler.rounds)
+        result = interleaved.Result(comparison.title, sampler.samples, sampler.repeats, tuple(comparison.targets))
+        keep(result.as_dict(), result.table(), "comparisons", ratios=result.ratios())
+        return result
+
+    return compare

@@ -1,12 +1,14 @@
 """Comparisons on a machine that drifts: every case once a round, the rounds in turn, all samples kept.
 
 pytest-benchmark runs one case after the other, so that whatever else the machine does in between looks like a
-difference. Here the cases of a comparison take turns, and a ratio is taken round by round.
+difference. So what it is given as a case is a whole comparison, whose ways to do the work take turns; a ratio is taken
+round by round.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import statistics
 import time
@@ -84,6 +86,13 @@ class Result:
         medians = sorted(statistics.median(choose.choices(ratios, k=len(ratios))) for _ in range(1000))
         return Ratio(statistics.median(ratios), medians[25], medians[974])
 
+    def ratios(self) -> dict[str, dict[str, float]]:
+        """The time of every case over that of the first, and of every target: value and interval."""
+        first = next(iter(self.samples))
+        pairs = [(name, first) for name in self.samples if name != first]
+        pairs += [(target.case, target.against) for target in self.targets]
+        return {f"{case} / {against}": asdict(self.ratio(case, against)) for case, against in pairs}
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return asdict(self)
@@ -114,31 +123,48 @@ def run(comparison: Comparison) -> Result:
     return Result(comparison.title, samples, repeats, tuple(comparison.targets))
 
 
+class Sampler:
+    """Times all cases of a comparison, once a round; each round begins with another case.
+
+    Attributes:
+        rounds: how many fill the time, about.
+        samples: seconds a call by case, one sample a round.
+        repeats: calls a sample by case.
+    """
+
+    def __init__(self, cases: Mapping[str, Case], seconds: float) -> None:
+        self._cases = cases
+        for case in cases.values():
+            case()  # warms caches, allocators and thread pools
+        once = {name: _time(case, 1) for name, case in cases.items()}
+        self.repeats = {name: max(1, round(SHORTEST_SAMPLE / seconds_once)) for name, seconds_once in once.items()}
+        self.rounds = min(max(round(seconds / sum(once[n] * self.repeats[n] for n in cases)), ROUNDS[0]), ROUNDS[1])
+        self.samples: dict[str, list[float]] = {name: [] for name in cases}
+        self._orders = itertools.cycle(rounds_of(list(cases), len(cases)))
+
+    def round(self) -> None:
+        """Runs every case once."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for name in next(self._orders):
+                self.samples[name].append(_time(self._cases[name], self.repeats[name]))
+            gc.collect(0)
+        finally:
+            if collecting:
+                gc.enable()
+
+
 def sample(cases: Mapping[str, Case], seconds: float) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Runs all cases once a round until about `seconds` have passed; each round begins with another case.
+    """Runs all cases once a round until about `seconds` have passed.
 
     Returns:
         Seconds a call by case, one sample a round; calls a sample by case.
     """
-    names = list(cases)
-    for case in cases.values():
-        case()  # warms caches, allocators and thread pools
-    once = {name: _time(case, 1) for name, case in cases.items()}
-    repeats = {name: max(1, round(SHORTEST_SAMPLE / once[name])) for name in names}
-    round_seconds = sum(once[name] * repeats[name] for name in names)
-    rounds = min(max(round(seconds / round_seconds), ROUNDS[0]), ROUNDS[1])
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for turns in rounds_of(names, rounds):
-            for name in turns:
-                samples[name].append(_time(cases[name], repeats[name]))
-            gc.collect(0)
-    finally:
-        if collecting:
-            gc.enable()
-    return samples, repeats
+    sampler = Sampler(cases, seconds)
+    for _ in range(sampler.rounds):
+        sampler.round()
+    return sampler.samples, sampler.repeats
 
 
 def rounds_of(names: Sequence[str], count: int) -> Iterator[list[str]]:

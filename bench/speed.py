@@ -5,14 +5,12 @@ python -m bench.speed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from statistics import median
-from typing import Any
 
+from bench.files import ROOT, load
 from bench.interleaved import Result
-from bench.run import RESULTS, ROOT
-from bench.training import Measurement, Point
+from bench.model.bench_training import Measurement, Point
 
 PAGE = ROOT.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->"
@@ -25,12 +23,6 @@ ROWS = {
     "sparse_optimizer": ("selected", ["whole", "whole with masters"], None),
     "sparse_linear": ("selected", ["dense"], None),
 }
-
-
-def load(name: str) -> dict[str, Any]:
-    """What a benchmark left."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return content
 
 
 def rows(name: str) -> Iterator[str]:

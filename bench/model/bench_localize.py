@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -75,17 +74,8 @@ def cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
     }
 
 
-def comparisons() -> Iterator[Comparison]:
-    """Every shape and dtype, with its targets."""
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            title = f"200 TOFU questions, {shape.layers} layers x {shape.width}/{shape.units}, {str(dtype)[6:]}"
-            yield Comparison(title, cases(shape, dtype), [Target("localize", "plain loop", 0.9)])
-
-
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_localize(benchmark, shape: Shape, dtype: torch.dtype, case: str) -> None:
-    benchmark.group = f"200 TOFU questions, {shape}, {str(dtype)[6:]}"
-    benchmark(cases(shape, dtype)[case])
+def bench_localize(compare, shape: Shape, dtype: torch.dtype) -> None:
+    title = f"200 TOFU questions, {shape.layers} layers x {shape.width}/{shape.units}, {str(dtype)[6:]}"
+    compare(Comparison(title, cases(shape, dtype), [Target("localize", "plain loop", 0.9)]))

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from clue_fast import ops
 
 TOKENS, CHANNELS = 2048, 4096
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = ("statistics", "statistics, two groups", "eager", "copy")
 
 
 def cases(dtype: torch.dtype) -> dict[str, Case]:
@@ -57,24 +54,14 @@ def title(name: str, dtype: torch.dtype) -> str:
     return f"{name}, {TOKENS} x {CHANNELS}, {str(dtype)[6:]}"
 
 
-def comparisons() -> Iterator[Comparison]:
-    """Every dtype. A copy moves twice the bytes; near the memory's speed the statistics take no longer than it."""
-    for dtype in DTYPES:
-        targets = [Target("statistics", "copy", 1.0), Target("statistics", "eager", 1.0)]
-        yield Comparison(title("channel_statistics", dtype), cases(dtype), targets)
-        targets = [Target("attribution", "eager", 1.0)]
-        yield Comparison(title("channel_attribution", dtype), attribution_cases(dtype), targets)
-
-
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-def bench_statistics(benchmark, dtype: torch.dtype, case: str) -> None:
-    benchmark.group = title("channel_statistics", dtype)
-    benchmark(cases(dtype)[case])
+def bench_statistics(compare, dtype: torch.dtype) -> None:
+    """A copy moves twice the bytes; near the memory's speed the statistics take no longer than it."""
+    targets = [Target("statistics", "copy", 1.0), Target("statistics", "eager", 1.0)]
+    compare(Comparison(title("channel_statistics", dtype), cases(dtype), targets))
 
 
-@pytest.mark.parametrize("case", ("attribution", "eager"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-def bench_attribution(benchmark, dtype: torch.dtype, case: str) -> None:
-    benchmark.group = title("channel_attribution", dtype)
-    benchmark(attribution_cases(dtype)[case])
+def bench_attribution(compare, dtype: torch.dtype) -> None:
+    targets = [Target("attribution", "eager", 1.0)]
+    compare(Comparison(title("channel_attribution", dtype), attribution_cases(dtype), targets))

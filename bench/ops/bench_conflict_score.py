@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from clue_fast import ops
 
 # The MLP channels of models of 1B and 8B parameters.
 SHAPES = {"16 sites of 8192": (16, 8192), "32 sites of 14336": (32, 14336)}
-CASES = ("conflict_score", "eager")
 
 
 def cases(shape: str, criterion: str) -> dict[str, Case]:
@@ -35,17 +32,8 @@ def title(shape: str, criterion: str) -> str:
     return f"conflict_score, {criterion}, {shape}"
 
 
-def comparisons() -> Iterator[Comparison]:
-    """Every criterion and shape."""
-    for shape in SHAPES:
-        for criterion in ops.CRITERIA_OPS:
-            targets = [Target("conflict_score", "eager", 1.0)]
-            yield Comparison(title(shape, criterion), cases(shape, criterion), targets, seconds=5.0)
-
-
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("criterion", ops.CRITERIA_OPS)
 @pytest.mark.parametrize("shape", SHAPES)
-def bench_conflict_score(benchmark, shape: str, criterion: str, case: str) -> None:
-    benchmark.group = title(shape, criterion)
-    benchmark(cases(shape, criterion)[case])
+def bench_conflict_score(compare, shape: str, criterion: str) -> None:
+    targets = [Target("conflict_score", "eager", 1.0)]
+    compare(Comparison(title(shape, criterion), cases(shape, criterion), targets, seconds=5.0))

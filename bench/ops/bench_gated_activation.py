@@ -6,8 +6,6 @@ every token in one group, which spares it the sorting by group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +17,6 @@ from clue_fast import ops
 TOKENS, CHANNELS = 2048, 4096
 DTYPES = [torch.float32, torch.bfloat16]
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
-CASES = ("plain", "statistics", "statistics, two groups", "eager", "hooks", "compiled")
-BACKWARD_CASES = ("plain", "attribution", "eager")
 
 
 class Activation(nn.Module):
@@ -93,29 +89,17 @@ def title(direction: str, activation: str, dtype: torch.dtype) -> str:
     return f"gated_activation {direction}, {activation}, {TOKENS} x {CHANNELS}, {str(dtype)[6:]}"
 
 
-def comparisons() -> Iterator[Comparison]:
-    """Both directions in every dtype, with what DESIGN.md asks for."""
-    for activation in ACTIVATIONS:
-        for dtype in DTYPES:
-            targets = [Target("statistics", "plain", 1.05), Target("statistics", "eager", 1.0)]
-            with torch.no_grad():
-                yield Comparison(title("forward", activation, dtype), cases(activation, dtype), targets)
-            targets = [Target("attribution", "eager", 1.0)]
-            yield Comparison(title("backward", activation, dtype), backward_cases(activation, dtype), targets)
-
-
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def bench_forward(benchmark, activation: str, dtype: torch.dtype, case: str) -> None:
-    benchmark.group = title("forward", activation, dtype)
+def bench_forward(compare, activation: str, dtype: torch.dtype) -> None:
+    """With its targets."""
+    targets = [Target("statistics", "plain", 1.05), Target("statistics", "eager", 1.0)]
     with torch.no_grad():
-        benchmark(cases(activation, dtype)[case])
+        compare(Comparison(title("forward", activation, dtype), cases(activation, dtype), targets))
 
 
-@pytest.mark.parametrize("case", BACKWARD_CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def bench_backward(benchmark, activation: str, dtype: torch.dtype, case: str) -> None:
-    benchmark.group = title("backward", activation, dtype)
-    benchmark(backward_cases(activation, dtype)[case])
+def bench_backward(compare, activation: str, dtype: torch.dtype) -> None:
+    targets = [Target("attribution", "eager", 1.0)]
+    compare(Comparison(title("backward", activation, dtype), backward_cases(activation, dtype), targets))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from clue_fast import ops
 
 TOKENS, FEATURES, UNITS, FRACTION = 2048, 1024, 4096, 0.05
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = ("selected", "gathered", "dense")
 
 
 def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
@@ -43,16 +40,7 @@ def title(part: str, dtype: torch.dtype) -> str:
     return f"gradient of {FRACTION:.0%} of the {part}, {TOKENS} tokens, {FEATURES} x {UNITS}, {str(dtype)[6:]}"
 
 
-def comparisons() -> Iterator[Comparison]:
-    """Rows and columns in every dtype."""
-    for part in ("rows", "columns"):
-        for dtype in DTYPES:
-            yield Comparison(title(part, dtype), cases(part, dtype), [Target("selected", "dense", 0.2)])
-
-
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("part", ("rows", "columns"))
-def bench_sparse_linear(benchmark, part: str, dtype: torch.dtype, case: str) -> None:
-    benchmark.group = title(part, dtype)
-    benchmark(cases(part, dtype)[case])
+def bench_sparse_linear(compare, part: str, dtype: torch.dtype) -> None:
+    compare(Comparison(title(part, dtype), cases(part, dtype), [Target("selected", "dense", 0.2)]))

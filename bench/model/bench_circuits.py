@@ -1,7 +1,7 @@
 """Time and memory of circuit localization on a CPU, and how both grow with samples, layers and heads.
 
-    python -m bench.circuits                 a small shape, seconds
-    python -m bench.circuits --shape 1b      Llama-3.2-1B with random weights, 8 + 8 samples of 32 tokens
+    pytest bench -k circuits                  a small shape, seconds
+    pytest bench -m slow -k "circuits and 1b" Llama-3.2-1B with random weights, 8 + 8 samples of 32 tokens
 
 Each case runs in a process of its own, so that its peak memory is its own. Time is also given as a multiple of one
 forward and backward pass over the same samples, which the same process measures.
@@ -9,7 +9,6 @@ forward and backward pass over the same samples, which the same process measures
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -17,11 +16,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
+import pytest
 import torch
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from bench import machine
-from bench.run import RESULTS, save
+from bench.files import ROOT
 from clue_fast.criteria.circuit import CorruptedExample, Graph, edge_scores, find_circuits, make_formula, solve
 from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.criteria.passes import record_target
@@ -134,38 +134,28 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--only", nargs="*", help="some of the cases, such as base")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case is not None:
-        print(json.dumps(measure(Case(**json.loads(options.case)))))
-        return
-    if warning := machine.warning():
-        print(warning)
-    chosen = cases(replace(SHAPES[options.shape], dtype=options.dtype))
-    results = {}
-    print(f"{'case':<12}{'edges':>9}{'seconds':>9}{'passes*':>9}{'logic s':>9}{'peak GiB':>10}{'beyond GiB':>12}")
-    for name, case in chosen.items():
-        if options.only and name not in options.only:
-            continue
-        command = [sys.executable, "-m", "bench.circuits", "--case", json.dumps(asdict(case))]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = json.loads(output.splitlines()[-1])
-        results[name] = {"case": asdict(case), **found}
-        print(
-            f"{name:<12}{found['edges']:>9}{found['attribution_s']:>9.1f}"
-            f"{found['passes_a_sample_and_direction']:>9.2f}{found['logic_s']:>9.2f}"
-            f"{found['peak_bytes'] / 2**30:>10.2f}{found['beyond_a_pass_bytes'] / 2**30:>12.2f}",
-            flush=True,
-        )
-    print("* forward and backward passes a sample and direction that the attribution takes as long as")
-    RESULTS.mkdir(exist_ok=True)
-    save(f"circuits_{options.shape}_{options.dtype}", {"machine": machine.describe(), "results": results})
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("name", cases(SHAPES["small"]))
+@pytest.mark.parametrize("shape", ("small", pytest.param("1b", marks=pytest.mark.slow)))
+def bench_circuits(benchmark, keep, shape: str, name: str, dtype: str) -> None:
+    case = cases(replace(SHAPES[shape], dtype=dtype))[name]
+    command = [sys.executable, "-m", "bench.model.bench_circuits", json.dumps(asdict(case))]
+    found: dict[str, float] = {}
+
+    def run() -> None:
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT.parent).stdout
+        found.update(json.loads(output.splitlines()[-1]))
+
+    benchmark.group = f"circuits, {shape}, {dtype}"
+    benchmark.pedantic(run, rounds=1)
+    table = (
+        f"circuits, {shape}, {dtype}, {name}: {found['edges']} edges, {found['attribution_s']:.1f} s, "
+        f"{found['passes_a_sample_and_direction']:.2f} forward and backward passes a sample and direction, "
+        f"logic {found['logic_s']:.2f} s, peak {found['peak_bytes'] / 2**30:.2f} GiB, "
+        f"{found['beyond_a_pass_bytes'] / 2**30:.2f} beyond a pass"
+    )
+    keep({"case": asdict(case), **found}, table, "results", name=name, file=f"circuits_{shape}_{dtype}")
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))

@@ -1,11 +1,8 @@
 """A training step by five methods: time by phase, and bytes of gradients, optimizer state and saved activations.
 
-    python -m bench.training            every point, some ten minutes on two quiet cores
-    python -m bench.training bfloat16   the points whose name holds the word
-
 One base point (5 % of the units in every layer, 4 x 256 tokens, float32, no checkpointing), and one axis varied at a
-time rather than the full product. The methods take turns within a round (see bench.interleaved); all samples are kept
-in bench/results/training.json.
+time rather than the full product. The methods take turns within a round (see `bench.interleaved`); all samples are kept
+in bench/results/training.json. Every point is a case, some ten minutes altogether on two quiet cores.
 
 full         every weight, torch's fused AdamW
 full + mask  the same, with every gradient multiplied by a mask of the selected weights (as in SalUn, arXiv 2310.12508)
@@ -17,23 +14,21 @@ ours         clue_fast.sparsify and SparseAdamW on a patched model, as UnlearnTr
 from __future__ import annotations
 
 import copy
-import sys
+import itertools
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Any
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
-from bench import interleaved, machine
+from bench import interleaved
 from bench.interleaved import Result, Target
-from bench.run import save
 from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import find_sites, model_fingerprint
 
@@ -271,39 +266,39 @@ class Measurement:
         return "\n".join(lines)
 
 
-def measure(point: Point) -> Measurement:
-    """Trains every method on the same batch, in turns."""
-    model = make_model(point)
-    methods = {name: make(copy.deepcopy(model), point) for name, make in METHODS.items()}
-    tokens = torch.randint(VOCABULARY, (point.records, point.tokens))
-    batch = {"input_ids": tokens, "labels": tokens}
-    counted = {name: method.bytes(batch) for name, method in methods.items()}
-    once = sum(sum(method.step(batch).values()) for method in methods.values())
-    rounds = min(max(round(SECONDS / once), ROUNDS[0]), ROUNDS[1])
-    samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in methods}
-    for turns in interleaved.rounds_of(list(methods), rounds):
-        for name in turns:
-            for phase, seconds in methods[name].step(batch).items():
-                samples[name][phase].append(seconds)
-    return Measurement(point, samples, counted)
+class Training:
+    """Trains every method on the same batch, in turns.
+
+    Attributes:
+        rounds: how many fill the time, about.
+        measurement: what is known so far.
+    """
+
+    def __init__(self, point: Point, seconds: float) -> None:
+        model = make_model(point)
+        self._methods = {name: make(copy.deepcopy(model), point) for name, make in METHODS.items()}
+        tokens = torch.randint(VOCABULARY, (point.records, point.tokens))
+        self._batch = {"input_ids": tokens, "labels": tokens}
+        counted = {name: method.bytes(self._batch) for name, method in self._methods.items()}
+        once = sum(sum(method.step(self._batch).values()) for method in self._methods.values())
+        self.rounds = min(max(round(seconds / once), ROUNDS[0]), ROUNDS[1])
+        self._orders = itertools.cycle(interleaved.rounds_of(list(self._methods), len(self._methods)))
+        samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in self._methods}
+        self.measurement = Measurement(point, samples, counted)
+
+    def round(self) -> None:
+        """One step of every method."""
+        for name in next(self._orders):
+            for phase, seconds in self._methods[name].step(self._batch).items():
+                self.measurement.samples[name][phase].append(seconds)
 
 
-def main(words: Sequence[str]) -> None:
-    warnings.simplefilter("ignore")  # what peft and transformers say of each other
-    machine.use_all_cores()
-    if warning := machine.warning():
-        print(warning)
-    points = [point for point in POINTS if not words or any(word in point.name for word in words)]
-    if not points:
-        sys.exit(f"no point's name holds {' or '.join(words)}; there are: {', '.join(p.name for p in POINTS)}")
+@pytest.mark.filterwarnings("ignore")  # what peft and transformers say of each other
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
+def bench_training(benchmark, keep, seconds: float | None, point: Point) -> None:
+    training = Training(point, SECONDS if seconds is None else seconds)
+    benchmark.group = f"training step, {point.name}"
+    benchmark.pedantic(training.round, rounds=training.rounds)
+    found = training.measurement
     model = {"layers": LAYERS, "width": WIDTH, "units": UNITS, "vocabulary": VOCABULARY}
-    print(f"Llama of {model}, {sum(p.numel() for p in make_model(BASE).parameters()):,} weights")
-    results: dict[str, Any] = {"machine": machine.describe(), "model": model, "points": []}
-    for measurement in map(measure, points):
-        print(f"\n{measurement.table()}", flush=True)
-        results["points"].append(asdict(measurement))
-        save("training", results)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    keep(asdict(found), found.table(), "points", about={"model": model}, ratios=found.steps.ratios())

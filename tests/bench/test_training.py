@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-training = pytest.importorskip("bench.training", reason="the benchmark compares with peft")
+training = pytest.importorskip("bench.model.bench_training", reason="the benchmark compares with peft")
 
 
 def test_saved_storages_are_those_that_the_backward_needs() -> None:

@@ -1,0 +1,40 @@
+"""Where raw samples are kept: one file a benchmark in bench/results, with the machine they were taken on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+
+
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """What a benchmark left."""
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def save(folder: Path, entries: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """Writes NAME.json anew for every benchmark of which there are entries.
+
+    Args:
+        folder: made if it is not there.
+        entries: what the cases left: "file" is NAME, "under" the key below which the "entry" goes, into a list, or by
+            its "name" where it has one; "about" is what the whole file says beside the machine.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    for each in entries:
+        content = files.setdefault(each["file"], {"machine": machine.describe(), **each.get("about", {})})
+        if "name" in each:
+            content.setdefault(each["under"], {})[each["name"]] = each["entry"]
+        else:
+            content.setdefault(each["under"], []).append(each["entry"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return [folder / f"{name}.json" for name in files]
