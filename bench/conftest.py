@@ -37,7 +37,10 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    files.save(config.getoption("results"), [case["extra_info"] for case in output_json["benchmarks"]])
+    kept = [case["extra_info"] for case in output_json["benchmarks"]]
+    files.save(
+        config.getoption("results"), [entry for entry in kept if "entry" in entry]
+    )  # a case that failed has none
 
 
 def pytest_report_header() -> list[str]:

@@ -59,3 +59,20 @@ def test_the_mask_leaves_gradients_of_selected_weights_only(monkeypatch: pytest.
     method.mask()
     kept = {name: int(parameter.grad.sum()) for name, parameter in model.named_parameters() if parameter.grad.any()}
     assert kept == {f"model.layers.1.mlp.{module}.weight": 640 for module in training.MODULES}
+
+
+def test_the_methods_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method has its sample of each phase in every round, and a line of the table."""
+    for name, size in {"LAYERS": 2, "WIDTH": 64, "UNITS": 100, "VOCABULARY": 50}.items():
+        monkeypatch.setattr(training, name, size)
+    point = training.Point(fraction=0.1, records=1, tokens=8)
+    one = training.Training(point, seconds=0.0)
+    assert one.rounds == training.ROUNDS[0]
+    for _ in range(2):
+        one.round()
+    found = one.measurement
+    assert set(found.samples) == set(training.METHODS)
+    assert all(len(times) == 2 for phases in found.samples.values() for times in phases.values())
+    assert "ours / LoRA" in found.steps.ratios()
+    lines = found.steps.table().splitlines()
+    assert all(any(line.strip().startswith(method) for line in lines) for method in training.METHODS)
