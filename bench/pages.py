@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.defaults import RESULTS
 from clue_fast.reporting import load_results, results_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,12 @@ def write(page: str, section: str, text: str) -> None:
     begin, end = f"<!-- {section} -->\n", f"<!-- end of {section} -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     path.write_text(before + begin + text.strip("\n") + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+
+
+def table(folder: Path) -> str:
+    """The table of a run, without its times, which depend on what else the machine did."""
+    lines = results_table(load_results(folder)).splitlines()
+    return "```\n" + "\n".join(line for line in lines if not line.startswith("seconds:")) + "\n```"
 
 
 def listed(values: Sequence[float]) -> str:
@@ -81,20 +88,57 @@ def tofu(folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
+def defaults() -> str:
+    """The settings that were run on all three sets of records, from ``bench/results/defaults.jsonl``."""
+    runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    sets = [("demo", 10), ("demo", 11), ("tofu", 10)]
+    by_setting: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for run in runs:
+        by_setting.setdefault(json.dumps(run["setting"]), {})[run["kind"], run["seed"]] = run["figures"]
+    before = by_setting['"before"']
+    lines = [
+        "| setting | answered | best of 20 | others, relearned | recall kept: retain | held out |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for text, figures in by_setting.items():
+        if set(sets) - figures.keys():
+            continue
+        cells = [
+            " / ".join(f"{figures[own]['forget'][name] or 0.0:.2f}" for own in sets)
+            for name in ("answered", "answered_in_samples", "answered_after_relearning")
+        ]
+        cells += [
+            " / ".join(f"{figures[own][name]['rouge_recall'] / before[own][name]['rouge_recall']:.2f}" for own in sets)
+            for name in ("retain", "held_out")
+        ]
+        lines.append(f"| {described(json.loads(text))} | {' | '.join(cells)} |")
+    return "Demo 10 / demo 11 / TOFU:\n\n" + "\n".join(lines)
+
+
+def described(setting: str | dict[str, Any]) -> str:
+    """A setting in words."""
+    if isinstance(setting, str):
+        return setting
+    name = {"undial": "UNDIAL", "simnpo": "SimNPO"}.get(setting["objective"], setting["objective"])
+    values = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in setting["parameters"].items())
+    return f"{name}, {values}, {setting['fraction']:.0%} of the units, {setting['steps']} steps"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, nargs="+", help="output folders of the demo, seed 0 first")
     parser.add_argument("--tofu", type=Path, nargs="+", help="output folders of examples/tofu_small.py")
     parser.add_argument("--published", type=Path, help="output folder of examples/published_clue.py")
     options = parser.parse_args()
+    write("docs/results.md", "defaults", defaults())
     if options.demo:
-        write("README.md", "demo", f"```\n{results_table(load_results(options.demo[0]))}\n```")
+        write("README.md", "demo", table(options.demo[0]))
         shutil.copyfile(options.demo[0] / "training.png", ROOT / "docs" / "demo.png")
         write("docs/results.md", "seeds of the demo", seeds(options.demo[1:]))
     if options.tofu:
         write("docs/results.md", "tofu in small", tofu(options.tofu))
     if options.published:
-        write("docs/localization.md", "published method", f"```\n{results_table(load_results(options.published))}\n```")
+        write("docs/localization.md", "published method", table(options.published))
 
 
 if __name__ == "__main__":
