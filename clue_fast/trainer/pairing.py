@@ -1,6 +1,7 @@
 """Pairs records to forget with records to keep: the data set, the order and the batches of unlearning.
 
-The data sets of a training as examples: encoded, checked, and with other answers where an objective needs them.
+First how they are paired, then how the data sets of a training become examples: encoded, checked, and with other
+answers where an objective needs them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from clue_fast.data import Example, Record, Source, answer_mask, encode, load_records, plain, read_rows
+from clue_fast.data import Example, Record, Source, answer_mask, check_disjoint, encode, load_records, plain, read_rows
+from clue_fast.data.collator import check_examples
 from clue_fast.errors import DataError
 from clue_fast.objectives import REFUSALS
 from clue_fast.statistics import DEFAULT_GROUPS
@@ -125,6 +127,53 @@ def grouped(batches: Mapping[str, Mapping[str, Tensor]], head: str) -> dict[str,
             groups = {"token_group": counted & (mask != 0) if padded else counted}
         found[name] = {**batch, **{key: group.to(torch.int8) * number for key, group in groups.items()}}
     return found
+
+
+def encode_pairs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    forget_source: Source | Examples,
+    retain_source: Source | Examples,
+    alternate_source: Source | Examples | None,
+    *,
+    teaches: bool,
+    max_length: int | None,
+    collated: bool,
+    seed: int,
+) -> PairedRecords:
+    """Returns the data sets of a training, encoded and checked.
+
+    Args:
+        model: that trains.
+        tokenizer, max_length, collated: see ``encode_set``.
+        forget_source, retain_source: see ``encode_set``.
+        alternate_source: other answers to the forget records; None for refusals.
+        teaches: whether the objective teaches other answers; otherwise there are none.
+        seed: of the refusals.
+
+    Raises:
+        DataError: a set is empty or unreadable, forget and retain share records, or not every forget record has one
+            other answer.
+    """
+    # Read once: the records to forget are looked at again for refusals.
+    rows = read_rows(forget_source, "forget", keep_format=collated)
+    forget = encode_set(rows, "forget", tokenizer, max_length, collated)
+    retain = encode_set(retain_source, "retain", tokenizer, max_length, collated)
+    if not collated:
+        check_disjoint({"forget": forget, "retain": retain})
+    alternate = None
+    if teaches and alternate_source is None:
+        alternate = encode_refusals(rows, tokenizer, max_length, seed)
+    elif teaches and alternate_source is not None:
+        alternate = encode_set(alternate_source, "alternate", tokenizer, max_length, collated)
+    if alternate is not None and len(alternate) != len(forget):
+        raise DataError(
+            f"{len(alternate)} alternate answers to {len(forget)} forget records; give one to each, in order"
+        )
+    if not collated:
+        for name, examples in (("forget", forget), ("retain", retain), ("alternate", alternate or [])):
+            check_examples(examples, model, name)
+    return PairedRecords(forget, retain, alternate)
 
 
 def encode_set(

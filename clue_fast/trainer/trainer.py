@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from clue_fast.config import LAYER_LR, RETAIN_RATIO
-from clue_fast.data import Collator, Source, check_disjoint, head_of, padding_token, read_rows
-from clue_fast.data.collator import check_examples, longest
+from clue_fast.data import Collator, Source, head_of, padding_token
+from clue_fast.data.collator import longest
 from clue_fast.deprecated import precision, renamed_arguments
-from clue_fast.errors import DataError
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.recording import Patched
 from clue_fast.selection import Selection
@@ -24,10 +23,8 @@ from clue_fast.trainer.checkpoints import detach_quantizer
 from clue_fast.trainer.pairing import (
     Examples,
     PairCollator,
-    PairedRecords,
     PairSampler,
-    encode_refusals,
-    encode_set,
+    encode_pairs,
     grouped,
 )
 from clue_fast.trainer.sparse_training import SparseTraining
@@ -118,32 +115,19 @@ class UnlearnTrainer(Trainer):
             args.num_train_epochs = sum(stage.epochs for stage in self.stages)
         seed = args.seed if args.data_seed is None else args.data_seed
         collate = kwargs.pop("data_collator", None)
-        max_length = longest(model, max_length)
-        # Read once: the records to forget are looked at again for refusals.
-        forget_dataset = read_rows(forget_dataset, "forget", keep_format=collate is not None)
-        forget, retain = (
-            encode_set(source, name, processing_class, max_length, collate is not None)
-            for name, source in (("forget", forget_dataset), ("retain", retain_dataset))
-        )
-        if collate is None:
-            check_disjoint({"forget": forget, "retain": retain})
-        alternate = None
         objectives = [self.objective] if self.stages is None else [get_objective(s.objective) for s in self.stages]
-        if any("alternate" in objective.forget_batches for objective in objectives):
-            if alternate_dataset is None:
-                alternate = encode_refusals(forget_dataset, processing_class, max_length, seed)
-            else:
-                alternate = encode_set(
-                    alternate_dataset, "alternate", processing_class, max_length, collate is not None
-                )
-            if len(alternate) != len(forget):
-                raise DataError(
-                    f"{len(alternate)} alternate answers to {len(forget)} forget records; give one to each, in order"
-                )
-        if collate is None:
-            for name, examples in (("forget", forget), ("retain", retain), ("alternate", alternate or [])):
-                check_examples(examples, model, name)
-        self._sampler = PairSampler(len(forget), len(retain), seed, retain_ratio)
+        records = encode_pairs(
+            model,
+            processing_class,
+            forget_dataset,
+            retain_dataset,
+            alternate_dataset,
+            teaches=any("alternate" in objective.forget_batches for objective in objectives),
+            max_length=longest(model, max_length),
+            collated=collate is not None,
+            seed=seed,
+        )
+        self._sampler = PairSampler(len(records.forget), len(records.retain), seed, retain_ratio)
         self._logged: dict[str, list[Tensor]] = {}
         self._special_tokens = _special_tokens(model)
         self.groups_tokens = False
@@ -156,7 +140,7 @@ class UnlearnTrainer(Trainer):
                     model=model,
                     args=args,
                     processing_class=processing_class,
-                    train_dataset=PairedRecords(forget, retain, alternate),
+                    train_dataset=records,
                     data_collator=PairCollator(collate or Collator(padding_token(processing_class, model))),
                     **kwargs,
                 )
