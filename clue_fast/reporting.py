@@ -109,7 +109,7 @@ def renewed(results: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the table of ``evaluate_model``: a row a set and metric, a column a model."""
+    """Returns the table of ``evaluate_model``: a row per set and metric, a column a model."""
     columns = list(evaluation)
     body = []
     for name, figures in evaluation[columns[0]].items():
@@ -356,7 +356,7 @@ def category_figure(selection: Selection) -> Figure:
 
 
 def score_figure(scores: Scores, selection: Selection) -> Figure:
-    """Histogram of the scores of all units, and where the selection begins: one line, or one a site."""
+    """Histogram of the scores of all units, and where the selection begins: one line, or one per site."""
     figure, axes = _canvas()
     values = torch.cat([scores[site].cpu() for site in selection.sites]).numpy()
     selected = torch.cat([(selection.categories[site] & FORGET) != 0 for site in selection.sites]).numpy()

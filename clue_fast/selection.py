@@ -126,7 +126,7 @@ RELIABILITY = "reliability"
 
 
 class Scores(dict[Site, Tensor]):
-    """One score a unit: ``{site: [width] float32}``, with the criterion that gave it and the model it belongs to."""
+    """One score per unit: ``{site: [width] float32}``, with the criterion that gave it and the model it belongs to."""
 
     def __init__(self, scores: Mapping[Site, Tensor], criterion: str, fingerprint: str) -> None:
         super().__init__(scores)

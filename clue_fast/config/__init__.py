@@ -287,7 +287,7 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
         master_weights: keep small updates in float32 copies of the selected weights, see ``SparseAdamW``.
         stochastic_rounding: keep no copies, and round at random.
         epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
-        batch_size: forget records a step.
+        batch_size: forget records per step.
         retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
         forget_target: share of the forget questions that shall no longer be answered (ROUGE-L recall below 0.5). Once
             trained, the update is then scaled down to the smallest share of itself that reaches the target on a random

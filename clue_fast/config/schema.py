@@ -62,7 +62,7 @@ def positive(name: str, value: Any) -> None:
 
 
 def positive_integer(name: str, value: Any) -> None:
-    """Raises SettingError unless a value is a whole number above 0."""
+    """Raises SettingError unless a value is a positive integer."""
     if not (is_number(value) and 1 <= value < math.inf and value == int(value)):
         raise SettingError(f"{name} {value} is not a positive integer")
 

@@ -49,7 +49,7 @@ class IntegratedGradients:
         statistics.allocate_record_sums(INTEGRATED)
 
     def add(self, forward: Callable[[], Tensor], groups: Tensor, predicting: Tensor) -> None:
-        """Runs the model ``steps`` times a site on one batch.
+        """Runs the model ``steps`` times per site on one batch.
 
         Args:
             forward: runs the model and returns P, one value that sums over the records.

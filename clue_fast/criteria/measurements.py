@@ -206,7 +206,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "mean_gradients": Measurement(
         record_mean_gradients,
         (1, 1),
-        each=" for every 8 GiB of gradients, 8 bytes a weight",
+        each=" for every 8 GiB of gradients, 8 bytes per weight",
         by_blocks=False,
         check=module_slices,
     ),

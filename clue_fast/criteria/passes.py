@@ -82,7 +82,7 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "loss": _loss,
     "probability": _probability,
 }
-"""By name, from logits [tokens, vocabulary] float32 and labels [tokens, 1] to one value a token."""
+"""By name, from logits [tokens, vocabulary] float32 and labels [tokens, 1] to one value per token."""
 
 
 def check_target(name: str) -> str:

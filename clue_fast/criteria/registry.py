@@ -156,7 +156,7 @@ class Criterion:
 
     Attributes:
         name: as given to ``score`` and ``localize``.
-        function: from what was measured to one score a unit, [units].
+        function: from what was measured to one score per unit, [units].
         needs: what has to be measured, a key of ``MEASUREMENTS``.
         target: what is differentiated unless another is asked for, a key of ``TARGETS``, or None.
         importance: from what was measured on one set to how much each unit matters to it, [units], or None where

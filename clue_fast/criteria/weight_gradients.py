@@ -1,4 +1,4 @@
-"""Weights of every unit with their gradients or inputs, reduced to a few numbers a unit.
+"""Weights of every unit with their gradients or inputs, reduced to a few numbers per unit.
 
 ``module_slices`` binds what a unit has of the parameters to the linear modules y = Wz + b that hold them. Let z and
 d = dL/dy be those of the tokens t of a record. The gradient of W is sum_t d_t z_t. What is a mean over records of
@@ -293,7 +293,7 @@ class MeanGradientRecorder(_BackwardRecorder):
     ``gradient_overlap`` ḡ_i ḡ_forget,i. They are added once for each record, so that their mean over the records is
     the number itself, and merged statistics hold the mean of the recordings.
 
-    The gradients are held as matrices in float32, one a group: see ``mean_gradient_recorders`` for how much that is.
+    The gradients are held as matrices in float32, one per group: see ``mean_gradient_recorders`` for how much that is.
 
     Args:
         model: see ``_BackwardRecorder``.
@@ -361,7 +361,7 @@ def mean_gradient_recorders(
 ) -> Iterator[MeanGradientRecorder]:
     """Yields recorders that together see every unit; each needs a pass over all records.
 
-    The gradients of a weight take 4 bytes a group (8 in float64), as long as its recorder is entered. There are as
+    The gradients of a weight take 4 bytes per group (8 in float64), as long as its recorder is entered. There are as
     few recorders as keep them below ``most`` bytes, one for all where they fit; a module is never split.
 
     Raises:

@@ -27,7 +27,7 @@ PAD = "<|pad|>"
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a small Llama: layers, width, MLP units a layer, attention heads."""
+    """The size of a small Llama: layers, width, MLP units per layer, attention heads."""
 
     layers: int = 4
     width: int = 192
@@ -41,10 +41,10 @@ class TrainConfig:
 
     Attributes:
         epochs: most passes over the records; the learning rate falls to 0 towards the last.
-        batch_size: records a step.
+        batch_size: records per step.
         lr: highest learning rate, reached after `warmup` steps.
         initial_std: standard deviation of the initial weights.
-        target_loss: training ends with the first epoch whose mean answer loss, in nats a token, is below.
+        target_loss: training ends with the first epoch whose mean answer loss, in nats per token, is below.
     """
 
     epochs: int = 60

@@ -50,7 +50,7 @@ class Comparison:
     """Every metric on every set, before and after.
 
     Attributes:
-        rows: one a set and metric.
+        rows: one per set and metric.
         forget_quality: (p, D) against the retrained model, by set to be forgotten and by stage ("before", "after" and,
             where the update was scaled down, "trained"); empty without truth ratios of both.
     """

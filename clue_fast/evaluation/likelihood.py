@@ -115,7 +115,7 @@ def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float], mean
     their logs, have the geometric one, which is the default here.
 
     Args:
-        paraphrased_loss: mean loss a token of the right answer in other words, in nats.
+        paraphrased_loss: mean loss per token of the right answer in other words, in nats.
         perturbed_losses: mean losses a token of the wrong answers.
         mean: how the wrong answers are averaged.
     """

@@ -45,7 +45,7 @@ class Metrics:
 
     Attributes:
         count: number of records.
-        loss: teacher-forced loss a token of the answer, its end included, in nats.
+        loss: teacher-forced loss per token of the answer, its end included, in nats.
         probability: exp(-loss) of each answer.
         accuracy: share of an answer's tokens that are the model's first choice under teacher forcing.
         rouge_recall: ROUGE-L recall of the greedy answers.
@@ -288,7 +288,7 @@ def _probability(metrics: Metrics) -> float:
 
 @metric("answer loss", better="lower", better_forgotten="higher", name="loss")
 def _loss(metrics: Metrics) -> float:
-    """Teacher-forced loss a token of the right answer, in nats, mean over the records."""
+    """Teacher-forced loss per token of the right answer, in nats, mean over the records."""
     return _mean(metrics.losses)
 
 

@@ -298,7 +298,7 @@ def _fake_nothing(*_: Any) -> None:
 def run(name: str, eager: Callable[..., Any], *arguments: Any) -> Any:
     """Runs the operator `clue_fast::NAME` under torch.compile, and `eager` with the same arguments otherwise.
 
-    The dispatcher costs some 60 us a call, more than a small kernel.
+    The dispatcher costs some 60 us per call, more than a small kernel.
     """
     if torch.compiler.is_compiling():
         return getattr(torch.ops.clue_fast, name)(*arguments)

@@ -81,7 +81,7 @@ class Report:
     Attributes:
         model: class of the model.
         fingerprint: of the model.
-        sites: one entry a site.
+        sites: one entry per site.
         skipped: batches left out as not finite.
     """
 

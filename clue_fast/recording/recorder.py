@@ -171,7 +171,7 @@ class Recorder:
         if found.group.numel() != tokens:
             raise PatchError(
                 f"{point.site.name} sees {tokens} tokens, the batch has groups for {found.group.numel()}; "
-                "pass token_group with one entry a token. Experts that are modules of their own, given some of the "
+                "pass token_group with one entry per token. Experts that are modules of their own, given some of the "
                 "tokens each, cannot be recorded"
             )
         if found.group.device != h.device:

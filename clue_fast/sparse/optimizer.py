@@ -89,7 +89,7 @@ def _depth(layer: int, layers: int) -> float:
 class SparseOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that write into the selected slices of the weights, all layers in one launch.
 
-    There is one parameter group a layer, with the keys ``layer`` and ``layer_scale``, so that schedulers and
+    There is one parameter group per layer, with the keys ``layer`` and ``layer_scale``, so that schedulers and
     loggers see every rate. State exists for what trains only.
 
     A step with a non-finite gradient changes nothing: it is logged with the weights concerned and counted in

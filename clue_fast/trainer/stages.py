@@ -77,8 +77,8 @@ loss, of as many records of either set, with one learning rate for all layers; t
 
 The objective is the user's: the authors' code (github.com/Zodiark-ch/CLUE, ``src/exec/unlearn_model_conlict.py`` and
 ``src/model/unlearn_conflict.py``) offers several for each stage, with gradient ascent, other answers and NPO among
-them. So is the learning rate: theirs is 1e-5, constant, with a weight decay of 0.1 and 4 records a step, for a model of
-7B parameters, and trains next to nothing in a small one. Their first epoch also trains the conflict nodes
+them. So is the learning rate: theirs is 1e-5, constant, with a weight decay of 0.1 and 4 records per step, for a model
+of 7B parameters, and trains next to nothing in a small one. Their first epoch also trains the conflict nodes
 (``mask_generation.py``); here it trains what the paper names, the forget nodes.
 """
 

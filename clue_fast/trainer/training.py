@@ -125,7 +125,7 @@ def _recall_callback(
     config: UnlearnConfig,
     recalls: list[dict[str, float]],
 ) -> TrainerCallback:
-    """Appends the ROUGE-L recall of up to 32 records a set to ``recalls``, at the start and every so many steps."""
+    """Appends the ROUGE-L recall of up to 32 records per set to ``recalls``, at the start and every so many steps."""
     from transformers import TrainerCallback
 
     sample = {name: records[:: max(1, len(records) // 32)][:32] for name, records in sets.items()}

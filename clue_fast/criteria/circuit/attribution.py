@@ -79,7 +79,7 @@ class Run:
 
     Attributes:
         stream: [tokens, width], what the embedding wrote.
-        layers: one a layer.
+        layers: one per layer.
         final_read: [tokens, width].
         final_gradient: of the target with respect to it, once backward ran.
         leaf: the differentiable input of the first layer, in the shape of the model.
