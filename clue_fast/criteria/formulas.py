@@ -193,8 +193,8 @@ def integrated_gradients(measured: Measured) -> Tensor:
 
     P is the probability of the answer, and the activations of one layer at a time are scaled from 0 to their value,
     in m = 20 steps, at the tokens that predict an answer token. m forward and backward passes per layer. The paper
-    fills one mask with one token, and then keeps the neurons above .2 of the greatest that many prompts share; here answers
-    have any number of tokens, whose probabilities are summed, and records are averaged.
+    fills one mask with one token, and then keeps the neurons above .2 of the greatest that many prompts share; here
+    answers have any number of tokens, whose probabilities are summed, and records are averaged.
 
     Source: knowledge neurons, Dai et al. 2022, arXiv 2104.08696.
     """
