@@ -77,15 +77,15 @@ def seconds(request: pytest.FixtureRequest) -> float | None:
 
 
 @pytest.fixture
-def compare(benchmark: Any, keep: Callable[..., None], seconds: float | None) -> Callable[..., interleaved.Result]:
+def compare(benchmark: Any, keep: Callable[..., None], seconds: float | None) -> Callable[..., None]:
     """Runs a comparison as one case of pytest-benchmark."""
 
-    def compare(comparison: interleaved.Comparison) -> interleaved.Result:
+    def compare(comparison: interleaved.Comparison) -> None:
         benchmark.group = comparison.title
         sampler = interleaved.Sampler(comparison.cases, comparison.seconds if seconds is None else seconds)
         benchmark.pedantic(sampler.round, rounds=sampler.rounds)
-        result = interleaved.Result(comparison.title, sampler.samples, sampler.repeats, tuple(comparison.targets))
-        keep(result.as_dict(), result.table(), "comparisons", ratios=result.ratios())
-        return result
+        if benchmark.enabled:  # with --benchmark-disable every case runs once, and there is nothing to compare
+            result = interleaved.Result(comparison.title, sampler.samples, sampler.repeats, tuple(comparison.targets))
+            keep(result.as_dict(), result.table(), "comparisons", ratios=result.ratios())
 
     return compare
