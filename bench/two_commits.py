@@ -3,8 +3,8 @@
     python -m bench.two_commits ../before
 
 Each checkout needs its extension built in place. Two processes, one a checkout, take turns: the forward of a model
-that records, and a training step with 5 % of the units of every layer. Quartiles of the ratios of neighbouring turns
-are printed; raw seconds are kept in ``bench/results/two_commits.json``.
+that records, a training step with 5 % of the units of every layer, and an operator. Quartiles of the ratios of neighbouring
+turns are printed; raw seconds are kept in ``bench/results/two_commits.json``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 from bench import machine
 
 RESULTS = Path(__file__).parent / "results" / "two_commits.json"
-CASES = ("recording forward", "training step")
+CASES = ("recording forward", "training step", "gated_activation in bfloat16")
 
 WORKER = """
 import copy, sys, time, torch
-import clue_fast
+import clue_fast, clue_fast.ops
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
@@ -47,7 +47,12 @@ def step():
     optimizer.step()
     optimizer.zero_grad()
 
-work = {"recording forward": forward, "training step": step}
+gate, up = torch.randn(2, 2048, 4096, dtype=torch.bfloat16)
+
+def activate():
+    clue_fast.ops.gated_activation(gate, up, "silu")
+
+work = {"recording forward": forward, "training step": step, "gated_activation in bfloat16": activate}
 for function in work.values():
     for _ in range(5):
         function()
