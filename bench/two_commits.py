@@ -3,8 +3,8 @@
     python -m bench.two_commits ../before
 
 Each checkout needs its extension built in place. Two processes, one a checkout, take turns: the forward of a model
-that records, a training step with 5 % of the units of every layer, and an operator. Quartiles of the ratios of neighbouring
-turns are printed; raw seconds are kept in ``bench/results/two_commits.json``.
+that records, a training step with 5 % of the units of every layer, and an operator. Quartiles of the ratios of
+neighbouring turns are printed; raw seconds are kept in ``bench/results/two_commits.json``.
 """
 
 from __future__ import annotations
