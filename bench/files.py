@@ -13,6 +13,12 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 
 
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
+
+
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """What a benchmark left."""
     content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))

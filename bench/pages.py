@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.defaults import RESULTS
+from bench.files import write_between
 from clue_fast.reporting import load_results, results_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +27,7 @@ UNITS = {"difference": "selected", "random": "random", "retrained": "(retrained 
 
 def write(page: str, section: str, text: str) -> None:
     """Replaces what stands between the marks of a section."""
-    path = ROOT / page
-    begin, end = f"<!-- {section} -->\n", f"<!-- end of {section} -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    path.write_text(before + begin + text.strip("\n") + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+    write_between(ROOT / page, f"<!-- {section} -->\n", f"<!-- end of {section} -->", text.strip("\n") + "\n")
 
 
 def table(folder: Path) -> str:

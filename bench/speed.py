@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from bench.files import ROOT, load
+from bench.files import ROOT, load, write_between
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
 
@@ -77,8 +77,7 @@ def section() -> str:
 
 def main() -> None:
     """Writes the section."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(before + BEGIN + section() + END + rest.partition(END)[2], encoding="utf-8")
+    write_between(PAGE, BEGIN, END, section())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m bench.two_commits ../before
 
 Each checkout needs its extension built in place. Two processes, one a checkout, take turns: the forward of a model
-that records, a training step with 5 % of the units of every layer, and an operator. Quartiles of the ratios of
-neighbouring turns are printed; raw seconds are kept in ``bench/results/two_commits.json``.
+that records, a training step with 5 % of the units of every layer, and an operator. Medians of the ratios
+of neighbouring turns are printed with their intervals; raw seconds are kept in ``bench/results/two_commits.json``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 from bench import machine
+from bench.interleaved import Result
 
 RESULTS = Path(__file__).parent / "results" / "two_commits.json"
 CASES = ("recording forward", "training step", "gated_activation in bfloat16")
@@ -86,9 +86,7 @@ def main() -> None:
                 workers[name].stdin.write(f"{case}\n")
                 workers[name].stdin.flush()
                 samples[case][name].append(float(workers[name].stdout.readline()))
-        pairs = zip(samples[case]["now"], samples[case]["before"], strict=True)
-        low, middle, high = quantiles([now / before for now, before in pairs], n=4)
-        print(f"{case}: now / before {middle:.3f} (quartiles {low:.3f} to {high:.3f})", flush=True)
+        print(f"{case}: now / before {Result(case, samples[case]).ratio('now', 'before')}", flush=True)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()

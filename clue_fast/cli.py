@@ -114,7 +114,6 @@ def _localize(options: argparse.Namespace) -> None:
 
 def _unlearn(options: argparse.Namespace) -> None:
     from clue_fast.config import ModelConfig, UnlearnConfig
-    from clue_fast.data import load_sets
     from clue_fast.files import check_output
     from clue_fast.localization import check_localization
     from clue_fast.selection import Selection
@@ -126,17 +125,11 @@ def _unlearn(options: argparse.Namespace) -> None:
     if files.selection is None:
         with settings.naming_lines():
             check_localization(config)
-    sets = load_sets(files.forget, files.retain, files.held_out)
-    model, tokenizer = _load(options.model, settings, options.quiet)
+    inputs = _inputs(files, settings, options)
     result = unlearn(
-        model,
-        tokenizer,
-        forget=sets["forget"],
-        retain=sets["retain"],
-        held_out=sets.get("held_out"),
-        retrained=None if files.retrained is None else _load(files.retrained, settings, options.quiet)[0],
+        **inputs,
         output_dir=files.output,
-        selection=Selection.load(files.selection, model) if files.selection else None,
+        selection=Selection.load(files.selection, inputs["model"]) if files.selection else None,
         alternate=files.alternate,
         **vars(config),
     )
@@ -145,7 +138,6 @@ def _unlearn(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from clue_fast.config import EvalConfig, ModelConfig
-    from clue_fast.data import load_sets
     from clue_fast.evaluation import evaluate_model
     from clue_fast.files import check_output_file, save_json
     from clue_fast.reporting import evaluation_table
@@ -154,17 +146,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     files, config = settings.make(EvaluateFiles), settings.make(EvalConfig)
     if files.output is not None:
         check_output_file(files.output)
-    sets = load_sets(files.forget, files.retain, files.held_out)
-    model, tokenizer = _load(options.model, settings, options.quiet)
-    evaluation = evaluate_model(
-        model,
-        tokenizer,
-        forget=sets["forget"],
-        retain=sets["retain"],
-        held_out=sets.get("held_out"),
-        retrained=None if files.retrained is None else _load(files.retrained, settings, options.quiet)[0],
-        **vars(config),
-    )
+    evaluation = evaluate_model(**_inputs(files, settings, options), **vars(config))
     if files.output is not None:
         save_json(files.output, evaluation)
     print(evaluation_table(evaluation))
@@ -186,6 +168,22 @@ def _env(options: argparse.Namespace) -> None:
     from clue_fast.env import diagnosis
 
     print(diagnosis())
+
+
+def _inputs(files: ComparedData, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    """Models, tokenizer and data sets by the arguments that unlearn and evaluate_model take them as."""
+    from clue_fast.data import load_sets
+
+    sets = load_sets(files.forget, files.retain, files.held_out)
+    model, tokenizer = _load(options.model, settings, options.quiet)
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "forget": sets["forget"],
+        "retain": sets["retain"],
+        "held_out": sets.get("held_out"),
+        "retrained": None if files.retrained is None else _load(files.retrained, settings, options.quiet)[0],
+    }
 
 
 def _load(name: str, settings: Settings, quiet: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

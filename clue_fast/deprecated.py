@@ -50,6 +50,11 @@ NAMES = {"CircuitSettings": "CircuitConfig", "Recipe": "TrainConfig", "shrink": 
 """What is called otherwise now, by its name in the release before."""
 
 
+def _warn(what: str, stacklevel: int) -> None:
+    """Warns of an old name; the stack is counted from the function that calls this one."""
+    warnings.warn(f"{what}; the old name goes with the next release", FutureWarning, stacklevel=stacklevel + 1)
+
+
 class _OldModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         return moved(self.__name__, name)
@@ -65,11 +70,7 @@ def moved(module: str, name: str) -> Any:
     places = () if name.startswith("__") else MODULES[module.removeprefix("clue_fast.")]
     for new in [importlib.import_module(f"clue_fast.{place}") for place in places]:
         if hasattr(new, now):
-            warnings.warn(
-                f"{module}.{name} is {new.__name__}.{now} now; the old name goes with the next release",
-                FutureWarning,
-                stacklevel=3,
-            )
+            _warn(f"{module}.{name} is {new.__name__}.{now} now", stacklevel=3)
             return getattr(new, now)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
@@ -118,12 +119,7 @@ def _renamed(function: str, old: str, new: Renamed, kwargs: dict[str, Any]) -> M
             f"{function.removesuffix('.__init__')} got {old} and {', '.join(sorted(both))}; leave out {old}"
         )
     written = ", ".join(given if isinstance(new, str) else (f"{name}={entry!r}" for name, entry in given.items()))
-    warnings.warn(
-        f"the argument {old} of {function.removesuffix('.__init__')} is {written} now; the old name goes with the next "
-        "release",
-        FutureWarning,
-        stacklevel=3,
-    )
+    _warn(f"the argument {old} of {function.removesuffix('.__init__')} is {written} now", stacklevel=3)
     return given
 
 
@@ -139,11 +135,7 @@ class RenamedAttribute:
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        warnings.warn(
-            f"{owner.__name__}.{self.old} is {self.new} now; the old name goes with the next release",
-            FutureWarning,
-            stacklevel=2,
-        )
+        _warn(f"{owner.__name__}.{self.old} is {self.new} now", stacklevel=2)
         return getattr(instance, self.new)
 
 
@@ -156,11 +148,7 @@ def rename_members(cls: type, **renamed: str) -> None:
     """
     for old, new in renamed.items():
         if old in vars(cls) and new not in vars(cls):
-            warnings.warn(
-                f"{cls.__name__}.{old} is to be called {new} now; the old name goes with the next release",
-                FutureWarning,
-                stacklevel=3,
-            )
+            _warn(f"{cls.__name__}.{old} is to be called {new} now", stacklevel=3)
             setattr(cls, new, vars(cls)[old])
 
 
@@ -175,11 +163,7 @@ def renamed_names(module: str, **renamed: str) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in renamed:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(
-            f"{module}.{name} is {module}.{renamed[name]} now; the old name goes with the next release",
-            FutureWarning,
-            stacklevel=2,
-        )
+        _warn(f"{module}.{name} is {module}.{renamed[name]} now", stacklevel=2)
         return getattr(sys.modules[module], renamed[name])
 
     return find

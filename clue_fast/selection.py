@@ -418,7 +418,7 @@ def select(
 ) -> Selection:
     """Selects the top of a ranking as conflict units; all others are irrelevant.
 
-    Give one budget; without any, ``fraction=0.1``.
+    Give one budget; without any, ``fraction=0.3``.
 
     Args:
         scores: from ``score``; ties are broken by the lower site and unit.
