@@ -8,7 +8,7 @@ A tokenizer cuts "Answer: Paris" into other tokens than "Answer:" and " Paris", 
 - The answer ends with the end of its turn, as the chat template writes it: the first special token behind the answer
   (<|im_end|>, <end_of_turn>, <|eot_id|>, </s>), or all that is not blank where it writes none. What follows is left
   out. Where the template writes nothing, and without a template, it is what the tokenizer itself puts behind a text, or
-  else its end-of-sequence token.
+  else its end-of-sequence token. A record that is open-ended has none of these.
 - A token belongs to the answer if it holds a character of the answer; so does one that holds the end of the prompt too.
 - A chat template writes the start token itself (or none, and then there is none, as in ``apply_chat_template``);
   elsewhere the tokenizer adds it, unless the text begins with it.
@@ -46,12 +46,14 @@ class WholeText:
         text: up to the end of the answer.
         start: where the answer begins, in characters.
         ended: the text holds the end of the answer's turn.
+        open_ended: no end belongs behind it.
         adds_special_tokens: the tokenizer puts its special tokens around it; a chat template has written them.
     """
 
     text: str
     start: int
     ended: bool = False
+    open_ended: bool = False
     adds_special_tokens: bool = True
 
 
@@ -68,7 +70,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, where: str) -> Wh
             record is no text.
     """
     if record.verbatim:
-        whole = WholeText(record.prompt + record.completion, len(record.prompt))
+        whole = WholeText(record.prompt + record.completion, len(record.prompt), open_ended=record.open_ended)
     elif tokenizer.chat_template:
         whole = _render_chat(record, tokenizer, where)
     elif record.history:
@@ -78,7 +80,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, where: str) -> Wh
         )
     else:
         prompt = f"Question: {record.prompt}\nAnswer:"
-        whole = WholeText(f"{prompt} {record.completion}", len(prompt))
+        whole = WholeText(f"{prompt} {record.completion}", len(prompt), open_ended=record.open_ended)
     check_text(whole.text, where)
     return whole
 
@@ -107,7 +109,7 @@ def tokenize(
             first = _common_prefix(ids, one, tokenizer) if spans is None else _first_token(ids, spans, one, tokenizer)
             if first >= len(ids):
                 raise DataError(f"{places[number]}: its answer is no token of this tokenizer; leave the record out")
-            found[number] = (ids if one.ended else _ended(ids, tokenizer), first)
+            found[number] = (_closed(ids, one, tokenizer), first)
     return found
 
 
@@ -151,8 +153,14 @@ def _render_chat(record: Record, tokenizer: PreTrainedTokenizerBase, where: str)
             f"{where}: the answer cannot be found in what the tokenizer's chat template writes; the template changes "
             "the conversation with its answer. Set another tokenizer.chat_template, or pass prompt and completion"
         )
-    closing = _end_of_turn(whole[end:], tokenizer)
-    return WholeText(whole[:end] + closing, start, ended=bool(closing), adds_special_tokens=False)
+    closing = "" if record.open_ended else _end_of_turn(whole[end:], tokenizer)
+    return WholeText(
+        whole[:end] + closing,
+        start,
+        ended=bool(closing),
+        open_ended=record.open_ended,
+        adds_special_tokens=False,
+    )
 
 
 def _end_of_turn(behind: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -209,9 +217,13 @@ def _common_prefix(ids: Sequence[int], one: WholeText, tokenizer: PreTrainedToke
     )
 
 
-def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _closed(ids: list[int], one: WholeText, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text with an end behind them, or, if it is open-ended, without."""
     end = tokenizer.eos_token_id
-    if ids[-1] in (end, getattr(tokenizer, "sep_token_id", None)):
+    has_end = ids[-1] in (end, getattr(tokenizer, "sep_token_id", None))
+    if one.open_ended:
+        return ids[:-1] if has_end and one.adds_special_tokens else ids
+    if one.ended or has_end:
         return ids
     if end is None:
         raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
@@ -227,7 +239,7 @@ def encode(
     r"""Tokenizes records for training and teacher-forced evaluation.
 
     Prompt and answer are tokenized as one text, see the head of this module. The labels are the tokens of the answer
-    and of the end of its turn; those of the prompt have the label -100.
+    and of the end of its turn, unless it is open-ended; those of the prompt have the label -100.
 
     Args:
         records: what to encode.

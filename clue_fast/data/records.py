@@ -51,6 +51,9 @@ class Record:
         corrupted_prompt: the question with what the answer hinges on replaced, for circuits.
         history: earlier chat turns, as (role, content).
         verbatim: prompt and completion are joined as they are, without a chat template or "Question:".
+        open_ended: more may follow the completion: no end of a turn and no end-of-sequence token is put behind it, so
+            that none is learned, forgotten or measured (column of that name, true or false). For a model that completes
+            "The capital of France is" and goes on, that end would be most of the loss.
     """
 
     prompt: str
@@ -61,6 +64,7 @@ class Record:
     history: tuple[tuple[str, str], ...] = ()
     verbatim: bool = False
     paraphrased_prompt: str | None = None
+    open_ended: bool = False
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -84,7 +88,8 @@ def load_records(source: Source, name: str) -> list[Record]:
             "locuslab/TOFU:forget10" (its split "train"; append ":validation" for another). Only a hub name
             can cause a download. Columns: `question`/`answer`, `prompt`/`completion`, `text`, or chat
             `messages` that end with the assistant. Optional: `paraphrased_question`, `paraphrased_answer` and
-            `corrupted_prompt` (strings), and `perturbed_answer` (a string or a list of strings).
+            `corrupted_prompt` (strings), `perturbed_answer` (a string or a list of strings), and `open_ended`
+            (true or false).
         name: what to call the data set in errors, such as "forget".
 
     Raises:
@@ -273,6 +278,7 @@ def _record(row: object, where: str) -> Record:
         perturbed=_texts(row.get("perturbed_answer"), "perturbed_answer", where),
         history=tuple(history),
         verbatim=columns[0] in ("prompt", "text"),
+        open_ended=_flag(row.get("open_ended"), "open_ended", where),
     )
 
 
@@ -284,6 +290,13 @@ def _text(value: object, column: str, where: str, *, optional: bool = False) -> 
         raise DataError(f"{where}: column {column!r} is empty; fill it or leave the record out")
     check_text(value, f"{where}, column {column!r}")
     return value
+
+
+def _flag(value: object, column: str, where: str) -> bool:
+    value = plain(value)
+    if not isinstance(value, (bool, type(None))):
+        raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, expected true or false")
+    return bool(value)
 
 
 def _texts(value: object, column: str, where: str) -> tuple[str, ...]:

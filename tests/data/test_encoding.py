@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -223,6 +223,10 @@ class TestTheWholeTextIsTokenizedOnce:
             whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
             assert example["input_ids"] == ids == whole[: len(ids)]
             assert example["labels"] == labels
+            (open_ended,) = encode([replace(record, open_ended=True)], tokenizer)
+            said = answered[: answered.index(record.completion) + len(record.completion)]
+            ids, labels = by_definition(made(kind), asked + said, len(asked), special=False)
+            assert (open_ended["input_ids"], open_ended["labels"]) == (ids, labels)
         prompts = encode_prompts(RECORDS, tokenizer)
         assert prompts == [example["input_ids"][: example["labels"].count(-100)] for example in examples]
 
@@ -247,6 +251,17 @@ class TestTheWholeTextIsTokenizedOnce:
             ids, labels = ([*tokens, SPECIAL.index("</s>")] for tokens in (ids, labels))
         (example,) = encode([record], tokenizer)
         assert (example["input_ids"], example["labels"]) == (ids, labels)
+
+    @pytest.mark.parametrize("kind", TOKENIZERS)
+    @pytest.mark.parametrize("verbatim", [True, False])
+    def test_an_open_ended_answer_is_the_last(
+        self, made: Callable[[str], Tokenizer], kind: str, verbatim: bool
+    ) -> None:
+        """Also where the tokenizer puts an end behind a text by itself, as WordPiece does."""
+        tokenizer = wrapped(made(kind), bos_token="<s>", sep_token="[SEP]")
+        record = Record("What does Ada do? A", " cook.", verbatim=verbatim)
+        (example,), (ended,) = encode([replace(record, open_ended=True)], tokenizer), encode([record], tokenizer)
+        assert example == {name: tokens[:-1] for name, tokens in ended.items()}
 
     def test_of_pythia(self, data_dir: Path) -> None:
         file = data_dir / "tokenizers" / "neox_pythia" / "20B_tokenizer.json"

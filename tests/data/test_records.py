@@ -143,6 +143,10 @@ class TestColumns:
         (record,) = load_records([{"prompt": "2 + 2 =", "completion": " 4"}], "f")
         assert text_of(encode([record], tokenizer)[0]["input_ids"]) == "2 + 2 = 4$"
 
+    def test_open_ended(self) -> None:
+        rows = [{"prompt": "a", "completion": " b", "open_ended": flag} for flag in (True, False, None)]
+        assert [record.open_ended for record in load_records(rows, "forget")] == [True, False, False]
+
     def test_text_is_all_completion(self, tokenizer: PreTrainedTokenizerFast) -> None:
         (record,) = load_records([{"text": "once"}], "f")
         (example,) = encode([record], tokenizer)
@@ -289,6 +293,7 @@ class TestBadInput:
             ({"question": "q", "answer": "a", "perturbed_answer": 3}, r"'perturbed_answer' holds int"),
             ({"question": "q", "answer": "a", "perturbed_answer": ["x", 3]}, r"'perturbed_answer' holds int"),
             ({"question": "q", "answer": "a", "paraphrased_answer": []}, r"'paraphrased_answer' holds list"),
+            ({"question": "q", "answer": "a", "open_ended": 1}, r"'open_ended' holds int, expected true or false"),
             ({"messages": "hello"}, r"record 2: column 'messages' should be a list"),
             ({"messages": [{"role": "user"}]}, r"with 'role' and 'content'"),
             ({"messages": [{"role": "user", "content": "q"}]}, r"should end with a user's and an assistant's turn"),
