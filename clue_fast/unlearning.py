@@ -114,6 +114,7 @@ def unlearn(
     evaluate_every: int = UnlearnConfig.evaluate_every,
     samples: int = UnlearnConfig.samples,
     relearn: int = UnlearnConfig.relearn,
+    attacks: Iterable[str] | None = UnlearnConfig.attacks,
     seed: int = UnlearnConfig.seed,
     max_length: int = UnlearnConfig.max_length,
     backend: str | None = UnlearnConfig.backend,
@@ -137,7 +138,7 @@ def unlearn(
             ``strict`` is of the kinds of units that it has, and the others have no use.
         objective, stages, learning_rate, layer_lr, master_weights, stochastic_rounding, epochs, batch_size,
             retain_ratio, forget_target, evaluate_every: how to train, see ``clue_fast.config.UnlearnConfig``.
-        samples, relearn: how to evaluate, see ``clue_fast.config.EvalConfig``.
+        samples, relearn, attacks: how to evaluate, see ``clue_fast.config.EvalConfig``.
         seed, max_length, backend, progress: of everything. ``**vars(UnlearnConfig.load(file))`` gives all settings of
             a configuration file.
 

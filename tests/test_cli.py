@@ -206,7 +206,10 @@ class TestConfigurationFile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("seed: 1\nfractoin: 0.1\n", "line 2: unknown setting 'fractoin'; choose one of: alternate, backend,"),
+            (
+                "seed: 1\nfractoin: 0.1\n",
+                "line 2: unknown setting 'fractoin'; choose one of: alternate, attacks, backend,",
+            ),
             ("seed: 1\n\nfraction: 1.5\n", "line 3: fraction 1.5 is outside (0, 1]"),
             ("scope: galaxy\n", "line 1: unknown scope 'galaxy'; choose one of: layer, kind, global"),
             ("fraction: 0.1\nseed: 0\ncount: 3\n", "line 1 and 3: give one budget, not fraction and count"),

@@ -20,6 +20,7 @@ from clue_fast.config.schema import (
     ByKind,
     check_choices,
     check_rule,
+    every_one_of,
     integer,
     is_number,
     name_list,
@@ -251,18 +252,28 @@ class EvalConfig(RunConfig):
     Attributes:
         samples: answers to sample to each forget question.
         relearn: forget records that a copy of the model learns again before it is asked the others.
+        attacks: names of ``clue_fast.evaluation.ATTACKS``, or "all"; None for none.
     """
 
     samples: int = setting(0, "also sample K answers to each forget question", read=int, check=integer, metavar="K")
     relearn: int = setting(
         0, "also let a copy of the model learn N forget records again", read=int, check=integer, metavar="N"
     )
+    attacks: Iterable[str] | None = setting(
+        None,
+        "also attack the model for the forget records, NAMES with commas between (none)",
+        read=name_list,
+        choices=lambda: ("all", *registered("evaluation.ATTACKS")()),
+        check=every_one_of("attack", lambda: ("all", *registered("evaluation.ATTACKS")())),
+        metavar="NAMES",
+    )
 
     @property
     def measures(self) -> dict[str, Any]:
         """What ``clue_fast.evaluate`` takes: how deeply something is forgotten is asked of the forget set alone."""
         depth = {"samples": {"forget": self.samples}, "relearn": {"forget": self.relearn}}
-        return {**depth, "seed": self.seed, "max_length": self.max_length, "progress": self.progress}
+        attacks = {"attacks": {"forget": self.attacks or ()}}
+        return {**depth, **attacks, "seed": self.seed, "max_length": self.max_length, "progress": self.progress}
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,17 @@ def switch(name: str, value: Any) -> None:
         raise SettingError(f"{name} {value!r} is neither true nor false")
 
 
+def every_one_of(kind: str, choices: Callable[[], Sequence[str]]) -> Callable[[str, Any], None]:
+    """A check that raises UnknownNameError for a name that is none of the choices."""
+
+    def check(_: str, values: Any) -> None:
+        for value in [values] if isinstance(values, str) else values:
+            if value not in choices():
+                raise UnknownNameError(kind, value, choices())
+
+    return check
+
+
 def check_rule(layer_lr: str) -> float:
     """Returns the number of ``linear:NUMBER``. Raises SettingError for any other text."""
     kind, _, number = layer_lr.partition(":")

@@ -2,6 +2,7 @@
 
 from clue_fast.deprecated import renamed_names
 from clue_fast.evaluation.answers import ANSWERED, answered, greedy_answers, rouge_recall, sampled_answers, words
+from clue_fast.evaluation.attacks import ATTACKS, Attacked, Attempt, Target, attack, attack_names, register_attack
 from clue_fast.evaluation.comparison import Comparison, Row, compare, evaluate_model
 from clue_fast.evaluation.likelihood import (
     AnswerScore,
@@ -16,14 +17,20 @@ from clue_fast.evaluation.relearning import Relearning, relearn
 
 __all__ = [
     "ANSWERED",
+    "ATTACKS",
     "METRICS",
     "AnswerScore",
+    "Attacked",
+    "Attempt",
     "Comparison",
     "Metric",
     "Metrics",
     "Relearning",
     "Row",
+    "Target",
     "answered",
+    "attack",
+    "attack_names",
     "check_evaluation",
     "compare",
     "evaluate",
@@ -33,6 +40,7 @@ __all__ = [
     "mean_truth_ratio",
     "metric",
     "metric_title",
+    "register_attack",
     "relearn",
     "rouge_recall",
     "sampled_answers",

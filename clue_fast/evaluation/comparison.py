@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,7 @@ def evaluate_model(
     retrained: PreTrainedModel | None = None,
     samples: int = EvalConfig.samples,
     relearn: int = EvalConfig.relearn,
+    attacks: Iterable[str] | None = EvalConfig.attacks,
     seed: int = EvalConfig.seed,
     max_length: int = EvalConfig.max_length,
     progress: bool = EvalConfig.progress,
@@ -175,7 +176,7 @@ def evaluate_model(
         tokenizer: of the model.
         forget, retain, held_out: data sets, see ``clue_fast.data.load_records``.
         retrained: a model that was trained without the forget set, to compare with.
-        samples, relearn, seed, max_length, progress: see ``clue_fast.config.EvalConfig``.
+        samples, relearn, attacks, seed, max_length, progress: see ``clue_fast.config.EvalConfig``.
     """
     config = EvalConfig.of(locals())
     sets = load_sets(forget, retain, held_out)

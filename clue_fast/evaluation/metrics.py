@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,8 +30,10 @@ from clue_fast.evaluation.answers import (
     rouge_recall,
     sample_questions,
 )
+from clue_fast.evaluation.attacks import attack, attack_names
 from clue_fast.evaluation.likelihood import mean_truth_ratio, score_examples, truth_ratios
 from clue_fast.evaluation.relearning import relearn as relearn_records
+from clue_fast.evaluation.relearning import relearned_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ class Metrics:
         truth_ratio: truth ratios over the set, see ``mean_truth_ratio``; None where the records have no wrong answers.
         forgotten: whether the set is to be forgotten, which decides how truth ratios are taken and averaged; None where
             that is not known.
+        attacks: what was still answered under attack, as ``Attacked.as_dict`` has it, by the name of the attack.
         further: metrics that were registered besides, by name.
         records: what was asked, in this process; it is not saved.
     """
@@ -82,6 +84,7 @@ class Metrics:
     answers: list[str] = field(default_factory=list, repr=False)
     best_recalls: list[float] = field(default_factory=list, repr=False)
     truth_ratios: list[float] = field(default_factory=list, repr=False)
+    attacks: dict[str, Any] = field(default_factory=dict, repr=False)
     further: dict[str, float] = field(default_factory=dict)
     records: Sequence[Record] = field(default=(), repr=False, compare=False)
 
@@ -149,6 +152,8 @@ class Metrics:
         values = asdict(replace(self, records=()))
         further = values.pop("further")
         del values["records"]
+        if not values["attacks"]:
+            del values["attacks"]
         return {**values, **further}
 
     @classmethod
@@ -315,6 +320,7 @@ def evaluate(
     max_length: int | None = None,
     samples: int | Mapping[str, int] = 0,
     relearn: int | Mapping[str, int] = 0,
+    attacks: Iterable[str] | Mapping[str, Iterable[str]] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Metrics]:
@@ -337,7 +343,9 @@ def evaluate(
             ``sampled_answers``. Each takes as long as a greedy answer.
         relearn: records of a set that a copy of the model learns again before it is asked the others, or how many by
             set; see ``clue_fast.evaluation.relearn``.
-        seed: of the samples, and of which records are relearned.
+        attacks: names of attacks, see ``clue_fast.evaluation.attack``, or which by set; examples in their prompts are
+            records of the first set that is to be kept.
+        seed: of all that is drawn.
         progress: shows bars for what takes longer than a second.
 
     Raises:
@@ -352,6 +360,8 @@ def evaluate(
     check_evaluation(read, drawn, relearned)
     data = {name: _encoded(records, tokenizer, name) for name, records in read.items()}
     check_encoding(model, data, tokenizer, max_length)
+    tried = {name: attack_names(attacks.get(name, ()) if isinstance(attacks, Mapping) else attacks) for name in data}
+    kept = next((records for name, records in data.items() if name not in forgotten and records), None)
     common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     asked: dict[str, Any] = {**common, "max_new_tokens": max_new_tokens, "max_length": max_length}
     results = {}
@@ -377,6 +387,9 @@ def evaluate(
                 answered_before_relearning=relearning.answered_before,
                 answered_after_relearning=relearning.answered_after,
             )
+        if tried[name]:
+            found = attack(model, tokenizer, records, tried[name], examples=kept, seed=seed, **asked)
+            measured = replace(measured, attacks={own: one.as_dict() for own, one in found.items()})
         results[name] = measured
     return results
 
@@ -444,7 +457,7 @@ def _measure(
 
 def _dealt_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
     """So many of the records, drawn by the seed, and the others."""
-    drawn = set(random.Random(f"{seed} relearning").sample(range(len(records)), count))
+    drawn = relearned_records(len(records), count, seed)
     dealt: tuple[list[Record], list[Record]] = ([], [])
     for index, record in enumerate(records):
         dealt[index not in drawn].append(record)

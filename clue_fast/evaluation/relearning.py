@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ class Relearning:
         others: how many it was asked.
         answered_before, answered_after: share of those whose greedy answer has ROUGE-L recall >= 0.5.
         recalls_before, recalls_after: ROUGE-L recall of each of them.
+        recalls, answers: the same, and the answers themselves, by the number of steps after which they were asked: 0,
+            the last, and those between that were wanted.
     """
 
     records: int
@@ -39,6 +42,13 @@ class Relearning:
     answered_after: float
     recalls_before: list[float] = field(repr=False)
     recalls_after: list[float] = field(repr=False)
+    recalls: dict[int, list[float]] = field(default_factory=dict, repr=False)
+    answers: dict[int, list[str]] = field(default_factory=dict, repr=False)
+
+
+def relearned_records(records: int, count: int, seed: int) -> set[int]:
+    """Which of so many records are learned again, ``count`` of them, drawn by the seed: their indices from 0."""
+    return set(random.Random(f"{seed} relearning").sample(range(records), count))
 
 
 def relearn(
@@ -48,6 +58,7 @@ def relearn(
     others: Sequence[Record],
     *,
     steps: int = 10,
+    every: int | None = None,
     learning_rate: float | None = None,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
@@ -71,6 +82,7 @@ def relearn(
         records: what it learns again.
         others: what it is asked, none of ``records``.
         steps: of AdamW.
+        every: asks the others after every so many steps too, which changes nothing of the steps; None: at the end only.
         learning_rate: default 0.2 / width of the model, .001 at a width of 192 and .00005 at 4096.
         batch_size: records a forward pass; it does not change the steps.
         max_new_tokens: longest answer, see ``greedy_answers``.
@@ -83,6 +95,8 @@ def relearn(
     """
     if steps < 1:
         raise SettingError(f"{steps} steps of relearning; at least 1 is needed")
+    if every is not None and every < 1:
+        raise SettingError(f"every {every}: the others are asked after every so many steps, at least 1")
     width: int = model.get_input_embeddings().weight.shape[-1]  # type: ignore[index, assignment]
     rate = WIDTH_RATE / width if learning_rate is None else learning_rate
     if not 0.0 < rate < math.inf:
@@ -92,8 +106,11 @@ def relearn(
             f"{len(records)} records to learn again and {len(others)} to ask; relearning needs at least one of both"
         )
 
-    def recalls(asked: PreTrainedModel) -> list[float]:
-        answers = greedy_answers(
+    recalls: dict[int, list[float]] = {}
+    given: dict[int, list[str]] = {}
+
+    def ask(asked: PreTrainedModel, step: int) -> None:
+        given[step] = greedy_answers(
             asked,
             tokenizer,
             others,
@@ -102,9 +119,9 @@ def relearn(
             max_length=max_length,
             progress=progress,
         )
-        return rouge_recall([record.completion for record in others], answers)
+        recalls[step] = rouge_recall([record.completion for record in others], given[step])
 
-    before = recalls(model)
+    ask(model, 0)
     learner: Any = copy.deepcopy(model)  # its methods carry no types
     trained: PreTrainedModel = learner.float().eval().requires_grad_(True)
     examples = encode_for(model, records, tokenizer, max_length)
@@ -117,20 +134,23 @@ def relearn(
     shares = [count / sum(tokens) for count in tokens]
     optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
     with torch.enable_grad(), progress_bar(steps, description, progress, unit="step") as bar:
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             for batch, share in zip(batches, shares, strict=True):
                 torch.autograd.backward(trained(**batch, use_cache=False).loss * share)
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-    after = recalls(trained)
+            if step == steps or (every is not None and step % every == 0):
+                ask(trained, step)
     return Relearning(
         records=len(records),
         steps=steps,
         learning_rate=rate,
         others=len(others),
-        answered_before=answered(before),
-        answered_after=answered(after),
-        recalls_before=before,
-        recalls_after=after,
+        answered_before=answered(recalls[0]),
+        answered_after=answered(recalls[steps]),
+        recalls_before=recalls[0],
+        recalls_after=recalls[steps],
+        recalls=recalls,
+        answers=given,
     )

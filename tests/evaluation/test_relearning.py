@@ -79,6 +79,19 @@ def test_equals_three_steps_by_hand(
     assert found.recalls_after == rouge_recall([record.completion for record in records[2:]], expected)
 
 
+def test_a_curve_asks_on_the_way_and_changes_nothing_of_it(
+    forgot: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
+) -> None:
+    options = {"learning_rate": 3e-3, "max_new_tokens": 12, "progress": False}
+    curve = relearn(forgot, tokenizer, records[:2], records[2:], steps=5, every=3, **options)
+    assert list(curve.answers) == list(curve.recalls) == [0, 3, 5]
+    assert curve.answers[3] == answers_by_hand(forgot, tokenizer, records[:2], records[2:], 3e-3)
+    assert len({tuple(answers) for answers in curve.answers.values()}) == 3
+    straight = relearn(forgot, tokenizer, records[:2], records[2:], steps=5, **options)
+    assert straight.answers == {step: curve.answers[step] for step in (0, 5)}
+    assert (curve.recalls_before, curve.recalls_after) == (curve.recalls[0], curve.recalls[5])
+
+
 def test_the_model_keeps_every_bit(
     forgot: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
 ) -> None:
@@ -122,6 +135,8 @@ def test_numbers_out_of_range(
 ) -> None:
     with pytest.raises(SettingError, match="relearn 4 leaves none of the 4 records of the forget set"):
         evaluate(model, tokenizer, {"forget": records}, relearn=4, progress=False)
+    with pytest.raises(SettingError, match="every 0"):
+        relearn(model, tokenizer, records[:2], records[2:], every=0)
     with pytest.raises(SettingError, match="0 steps"):
         relearn(model, tokenizer, records[:2], records[2:], steps=0)
     with pytest.raises(SettingError, match="learning rate"):
