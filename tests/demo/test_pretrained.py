@@ -182,7 +182,9 @@ class TestRefusals:
         self.refused(known, tmp_path, error, message)
 
     def test_an_unknown_name(self, tmp_path: Path) -> None:
-        with pytest.raises(UnknownNameError, match=r"unknown pretrained model 'gpt-5'; choose one of: gemma3-270m, smol"):
+        with pytest.raises(
+            UnknownNameError, match=r"unknown pretrained model 'gpt-5'; choose one of: gemma3-270m, smol"
+        ):
             load_pretrained("gpt-5", tmp_path)
 
 
