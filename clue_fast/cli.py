@@ -19,7 +19,7 @@ from clue_fast.errors import ClueFastError, SettingError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from clue_fast.config.file import Settings
+    from clue_fast.config.schema import Settings
 
 logger = logging.getLogger("clue_fast.cli")
 
@@ -213,7 +213,7 @@ def _settings(options: argparse.Namespace, *kinds: type) -> Settings:
         ClueFastError: see ``read_settings``.
         SystemExit: a setting that the command needs is missing.
     """
-    from clue_fast.config.file import Settings, read_settings, settings_of
+    from clue_fast.config.schema import Settings, read_settings, settings_of
 
     known = settings_of(*kinds)
     given = {name: value for name, value in vars(options).items() if name in known}
@@ -268,7 +268,7 @@ def _model_flags(files: type, settings: str) -> Callable[[argparse.ArgumentParse
 
     def add(parser: argparse.ArgumentParser) -> None:
         from clue_fast import config
-        from clue_fast.config.file import settings_of
+        from clue_fast.config.schema import settings_of
 
         parser.add_argument("model", metavar="MODEL", help="a Hugging Face model: a folder, or a name on the hub")
         parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON by their names; flags go first")

@@ -15,13 +15,16 @@ from clue_fast.errors import UnknownNameError
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODULES: dict[str, tuple[str, ...]] = {
+    "config.file": ("config.schema",),
+    "data.labels": ("data.collator",),
     "doctor": ("env",),
-    "labels": ("data",),
+    "labels": ("data.collator",),
     "localization": ("criteria", "criteria.circuit", "config"),
     "localization.circuit": ("criteria.circuit", "config"),
     "localization.criteria": ("criteria", "criteria.registry", "criteria.passes"),
     "localization.live": ("trainer",),
     "localization.plots": ("reporting",),
+    "objectives.registry": ("objectives.base",),
     "ops.selected_update": ("ops.sparse_optimizer",),
     "ops.sparse_adamw": ("ops.sparse_optimizer",),
     "ops.sparse_sgd": ("ops.sparse_optimizer",),
@@ -30,6 +33,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "people": ("demo.people",),
     "pretraining": ("demo.pretraining",),
     "report": ("reporting",),
+    "sites.model": ("sites.internals",),
+    "sparse.audit": ("sparse",),
     "training": ("sparse", "objectives", "trainer"),
     "training.adamw": ("sparse",),
     "training.attaching": ("trainer",),

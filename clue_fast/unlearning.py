@@ -34,7 +34,7 @@ from clue_fast.ops import choose
 from clue_fast.recording import check_strictly
 from clue_fast.reporting import RESULTS, results_table, write_model_card, write_plots
 from clue_fast.selection import RELIABILITY, Selection
-from clue_fast.sparse import LayerRate, Sparse, audit
+from clue_fast.sparse import LayerRate, Sparse, changed_inside, changed_outside, snapshot
 from clue_fast.trainer.checkpoints import check_saving, check_weights, detach_quantizer, keeping_trained_weights
 from clue_fast.trainer.stages import (
     Schedule,
@@ -337,7 +337,7 @@ class _Run:
     def train(self) -> None:
         """Trains the selected units; the model stays sparse."""
         with _stage("train", self.seconds):
-            self.before = audit.snapshot(self.model)
+            self.before = snapshot(self.model)
             self.sparse, self.history = train_selected(
                 self.model,
                 self.tokenizer,
@@ -355,7 +355,7 @@ class _Run:
         if self.split is None or self.config.forget_target is None:
             return
         with _stage("scale", self.seconds):
-            now = audit.snapshot(self.model)
+            now = snapshot(self.model)
             self.whole = {name: weight for name, weight in now.items() if not torch.equal(weight, self.before[name])}
             validation = [self.sets["forget"][index] for index in self.split.validation]
             scale, unanswered = scale_to_target(
@@ -404,8 +404,8 @@ class _Run:
             "weights": {
                 "total": sum(parameter.numel() for parameter in self.model.parameters()),
                 "trained": self.trained,
-                "changed_inside": audit.changed_inside(self.before, self.model, selection),
-                "changed_outside": audit.changed_outside(self.before, self.model, selection),
+                "changed_inside": changed_inside(self.before, self.model, selection),
+                "changed_outside": changed_outside(self.before, self.model, selection),
             },
             **({"scaling": self.scaling} if self.scaling else {}),
             "history": self.history,

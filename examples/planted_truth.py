@@ -30,7 +30,7 @@ from clue_fast.criteria import CRITERIA, importances, score
 from clue_fast.criteria.measure import measure_batches
 from clue_fast.criteria.passes import Batches
 from clue_fast.data import Example
-from clue_fast.data.labels import IGNORED_LABEL
+from clue_fast.data.collator import IGNORED_LABEL
 from clue_fast.selection import CONFLICT, Scores, Selection
 from clue_fast.sites import model_fingerprint
 

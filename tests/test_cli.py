@@ -18,7 +18,7 @@ from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForC
 import clue_fast
 from clue_fast import cli
 from clue_fast.config import CircuitConfig, EvalConfig, LocalizeConfig, UnlearnConfig
-from clue_fast.config.file import Settings
+from clue_fast.config.schema import Settings
 from clue_fast.criteria import CRITERIA, TARGETS
 from clue_fast.demo import write_jsonl
 from clue_fast.demo.people import make_people, records_of

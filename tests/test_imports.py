@@ -109,6 +109,12 @@ OLD_NAMES = {
     "doctor.diagnosis": "env.diagnosis",
     "ops.sparse_adamw.sparse_adamw_": "ops.sparse_optimizer.sparse_adamw_",
     "ops.sparse_sgd.sparse_sgd_": "ops.sparse_optimizer.sparse_sgd_",
+    "labels.HEADS": "data.collator.HEADS",
+    "config.file.Settings": "config.schema.Settings",
+    "data.labels.answer_mask": "data.collator.answer_mask",
+    "objectives.registry.OBJECTIVES": "objectives.base.OBJECTIVES",
+    "sites.model.unwrap": "sites.internals.unwrap",
+    "sparse.audit.snapshot": "sparse.snapshot",
 }
 
 

@@ -25,7 +25,7 @@ from bench.files import ROOT
 from clue_fast.criteria.circuit import CorruptedExample, Graph, edge_scores, find_circuits, make_formula, solve
 from clue_fast.criteria.circuit.architecture import find_architecture
 from clue_fast.criteria.passes import record_target
-from clue_fast.data.labels import IGNORED_LABEL
+from clue_fast.data.collator import IGNORED_LABEL
 
 SEED = 0
 EDGES = 0.02

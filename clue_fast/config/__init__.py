@@ -27,6 +27,7 @@ from clue_fast.config.schema import (
     positive,
     positive_integer,
     ratio,
+    read_settings,
     registered,
     setting,
     share,
@@ -165,10 +166,8 @@ class RunConfig:
         """Reads a configuration file, YAML or JSON.
 
         Raises:
-            ClueFastError: see ``clue_fast.config.file``.
+            ClueFastError: see ``clue_fast.config.schema.read_settings``.
         """
-        from clue_fast.config.file import read_settings
-
         made: Config = read_settings(path, cls).make(cls)
         return made
 
@@ -226,7 +225,7 @@ class LocalizeConfig(RunConfig):
     permutations: int = setting(
         PERMUTATIONS, "exchanges of labels that the selection is compared with, 0 for none", read=int, metavar="N"
     )
-    circuit: CircuitConfig | None = setting(None, "")
+    circuit: CircuitConfig | None = setting(None, "", part=CircuitConfig)
     tokens_per_batch: int = setting(
         TOKENS_PER_BATCH, "in one forward pass while localizing", read=int, check=positive_integer, metavar="N"
     )

@@ -1,14 +1,22 @@
-"""What a field of a configuration is: its default, its help, the names it can have, and how it is read and checked."""
+"""What a setting is, and how the settings of a run are read from a configuration file.
+
+First the fields of a configuration: default, help, the names that a value can have, how it is read and checked. Then
+``Settings``, their values by name as a YAML or JSON file or the flags of the command have them.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from clue_fast.errors import SettingError, UnknownNameError
+from clue_fast.errors import ClueFastError, SettingError, UnknownNameError
 
 
 def setting(
@@ -19,6 +27,7 @@ def setting(
     read: Callable[[str], Any] = str,
     check: Callable[[str, Any], None] | None = None,
     metavar: str | None = None,
+    part: type | None = None,
 ) -> Any:
     """A field of a configuration.
 
@@ -29,8 +38,9 @@ def setting(
         read: makes its value of text; ValueError for what it cannot read.
         check: called with its name and value, unless that is None; raises a ClueFastError.
         metavar: what the help calls its value.
+        part: the configuration that its value is, whose fields are settings by ``NAME.FIELD``.
     """
-    metadata = {"help": help, "choices": choices, "read": read, "check": check, "metavar": metavar}
+    metadata = {"help": help, "choices": choices, "read": read, "check": check, "metavar": metavar, "part": part}
     return field(default=default, metadata=metadata)
 
 
@@ -151,3 +161,145 @@ def check_choices(config: Any, *only: str) -> None:
         value, choices = getattr(config, one.name), choices_of(one) if not only or one.name in only else ()
         if choices and value is not None and value not in choices:
             raise UnknownNameError(one.name, value, choices)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Values by the name of their setting, of a configuration file or of flags; those of a part are ``circuit.NAME``.
+
+    Attributes:
+        values: by name.
+        lines: of those that stand in a configuration file, the line of each, from 1.
+        path: of that file.
+    """
+
+    values: Mapping[str, Any]
+    lines: Mapping[str, int] = field(default_factory=dict)
+    path: str = ""
+
+    def override(self, values: Mapping[str, Any]) -> Settings:
+        """These settings with others in their place."""
+        lines = {name: line for name, line in self.lines.items() if name not in values}
+        return Settings({**self.values, **values}, lines, self.path)
+
+    def make(self, kind: Callable[..., Any]) -> Any:
+        """Makes a configuration of those of its settings that are here.
+
+        Raises:
+            ClueFastError: one is out of range, or two exclude each other; with its line in the file.
+        """
+        known = {one.name: one.metadata.get("part") for one in fields(kind)}  # type: ignore[arg-type]
+        with self.naming_lines():
+            own = {name: value for name, value in self.values.items() if name in known}
+            parts = {name: (part, self.below(name)) for name, part in known.items() if part is not None}
+            return kind(**own, **{name: part(**values) for name, (part, values) in parts.items() if values})
+
+    @contextmanager
+    def naming_lines(self) -> Iterator[None]:
+        """Puts the lines of the settings that an error names in front of it."""
+        try:
+            yield
+        except ClueFastError as error:
+            words = set(re.findall(r"\w+", str(error)))
+            lines = [line for name, line in self.lines.items() if words & set(name.split("."))]
+            if lines:
+                error.args = (f"{self.path}, line {' and '.join(map(str, sorted(lines)))}: {error}",)
+            raise
+
+    def below(self, name: str) -> dict[str, Any]:
+        """The settings of a part, such as "circuit", without its name."""
+        return {key.partition(".")[2]: value for key, value in self.values.items() if key.startswith(f"{name}.")}
+
+
+def settings_of(*kinds: Any) -> dict[str, Field[Any]]:
+    """The fields of configurations by their name in ``Settings``; not those that have no text."""
+    found: dict[str, Field[Any]] = {}
+    for one in (one for kind in kinds for one in fields(kind)):
+        if part := one.metadata.get("part"):
+            found |= {f"{one.name}.{own.name}": own for own in fields(part)}
+        elif one.metadata["help"]:
+            found.setdefault(one.name, one)
+    return found
+
+
+def read_settings(path: str | os.PathLike[str], *kinds: Any) -> Settings:
+    """Reads a configuration file, YAML or JSON: the names of settings and their values.
+
+    Args:
+        path: of the file.
+        kinds: the configurations whose settings may stand in it.
+
+    Raises:
+        SettingError: it cannot be read, or a value is of the wrong kind; with its line.
+        UnknownNameError: it holds a setting that there is not; with its line and those there are.
+    """
+    import yaml
+
+    path = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+        if path.endswith(".json"):
+            json.loads(text)
+        # JSON is YAML but for tabs, which stand between its tokens alone.
+        loader = yaml.SafeLoader(text.replace("\t", " ") if path.endswith(".json") else text)
+        root = loader.get_single_node()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"the configuration {path} cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise SettingError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = path if mark is None else f"{path}, line {mark.line + 1}"
+        raise SettingError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    known = settings_of(*kinds)
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for name, node, line in _entries(root, path, {name.partition(".")[0] for name in known if "." in name}):
+        place = f"{path}, line {line}"
+        if name in lines:
+            raise SettingError(f"{place}: {name} stands there twice; leave one of them out")
+        if name not in known:
+            unknown = UnknownNameError("setting", name, known)
+            unknown.args = (f"{place}: {unknown}",)
+            raise unknown
+        value = loader.construct_object(node, deep=True)
+        lines[name] = line
+        if value is not None:
+            values[name] = _value(known[name], value, f"{place}: {name}")
+    return Settings(values, lines, path)
+
+
+def _entries(root: Any, path: str, parts: Collection[str]) -> Iterable[tuple[str, Any, int]]:
+    """Name, node and line of each setting of a file; those of a part may stand below its name."""
+    if root is None:
+        return
+    if root.id != "mapping":
+        raise SettingError(f"{path}, line {root.start_mark.line + 1}: expected the names of settings and their values")
+    for key, node in root.value:
+        name = str(key.value).replace("-", "_")
+        if name in parts and node.id == "mapping":
+            yield from ((f"{name}.{own}", value, line) for own, value, line in _entries(node, path, ()))
+        else:
+            yield name, node, key.start_mark.line + 1
+
+
+def _value(setting: Field[Any], value: Any, place: str) -> Any:
+    """The value of a setting as its configuration has it, from one of YAML."""
+    read, text = setting.metadata["read"], isinstance(value, str)
+    if isinstance(setting.default, bool) or isinstance(value, bool):
+        if isinstance(setting.default, bool) and isinstance(value, bool):
+            return value
+        expected = "true or false" if isinstance(setting.default, bool) else "a value, not a switch"
+    elif read is name_list and isinstance(value, list):
+        return tuple(map(str, value))
+    elif isinstance(value, Mapping) and isinstance(read, ByKind):
+        return {str(kind): own for kind, own in value.items()}
+    elif text or (is_number(value) and read is not str):
+        try:
+            return read(value) if text else value
+        except ValueError:
+            expected = "a number"
+    else:
+        expected = "a name" if read is str else "a number"
+    raise SettingError(f"{place} {value!r} should be {expected}")

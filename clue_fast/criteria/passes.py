@@ -102,7 +102,7 @@ def answer_target(logits: Tensor, labels: Tensor, target: str, head: str = "caus
         logits: [records, tokens, vocabulary].
         labels: [records, tokens] int64, -100 where the token is no answer.
         target: a key of ``TARGETS``.
-        head: of the model, see ``clue_fast.data.labels``.
+        head: of the model, see ``clue_fast.data.collator``.
 
     Returns:
         The values, [answer tokens] float32, and the record of each, int64.

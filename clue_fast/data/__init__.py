@@ -1,8 +1,16 @@
 """Data: records, how they become tokens and labels, and how those become batches."""
 
-from clue_fast.data.collator import Collator, batches_by_length, padding_token
+from clue_fast.data.collator import (
+    IGNORED_LABEL,
+    Collator,
+    answer_mask,
+    batches_by_length,
+    has_head,
+    head_of,
+    padding_token,
+    shift_labels,
+)
 from clue_fast.data.encoding import EncodedRecords, check_encoding, encode, encode_for, encode_prompts, prompt_tokens
-from clue_fast.data.labels import IGNORED_LABEL, answer_mask, has_head, head_of, shift_labels
 from clue_fast.data.records import (
     COLUMN_SETS,
     OPTIONAL_COLUMNS,

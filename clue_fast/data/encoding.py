@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clue_fast.data.collator import check_examples, longest
-from clue_fast.data.labels import IGNORED_LABEL, answer_mask
+from clue_fast.data.collator import IGNORED_LABEL, answer_mask, check_examples, longest
 from clue_fast.data.records import Example, Record, check_text, place_of
 from clue_fast.errors import DataError
 

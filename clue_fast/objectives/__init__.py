@@ -12,7 +12,17 @@ of a batch, in which long answers weigh more. With one record a batch it is the 
 each objective.
 """
 
-from clue_fast.objectives.base import Batch, Objective, Predictions, Trained, predict
+from clue_fast.objectives.base import (
+    OBJECTIVES,
+    Batch,
+    Objective,
+    Predictions,
+    Trained,
+    default_objective,
+    get_objective,
+    predict,
+    register_objective,
+)
 from clue_fast.objectives.losses import (
     DPO,
     KL,
@@ -26,7 +36,6 @@ from clue_fast.objectives.losses import (
     Refusal,
     SimNPO,
 )
-from clue_fast.objectives.registry import OBJECTIVES, default_objective, get_objective, register_objective
 
 __all__ = [
     "DPO",

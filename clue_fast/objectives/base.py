@@ -1,24 +1,26 @@
-"""What all objectives share: one forward pass a step, a forget term, a retain term, and the original model.
+"""What all objectives share: one forward pass a step, a forget term, a retain term, the original model, and a registry.
 
-First how a model is run over the batches of a step, and what it says wherever it predicts a label; then ``Objective``.
+First how a model is run over the batches of a step, and what it says wherever it predicts a label; then ``Objective``;
+last the objectives that there are, by name: those of this package, and any that is registered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clue_fast.config import OBJECTIVE, OBJECTIVE_SETTINGS
 from clue_fast.data import IGNORED_LABEL, answer_mask, head_of, shift_labels
-from clue_fast.data.labels import HEADS
+from clue_fast.data.collator import HEADS
 from clue_fast.deprecated import rename_members
-from clue_fast.errors import DataError, ObjectiveError
+from clue_fast.errors import DataError, ObjectiveError, SettingError, UnknownNameError
 from clue_fast.sites import evaluation_mode, unwrap
 
 Batch: TypeAlias = "Mapping[str, Tensor]"
@@ -192,7 +194,7 @@ class Objective:
         """Returns the loss to run backward, and detached scalars to log.
 
         Args:
-            model: see ``clue_fast.data.labels`` for its heads.
+            model: see ``clue_fast.data.collator`` for its heads.
             batches: "forget" and "retain", and "alternate" for objectives that need it.
             trained: the ``Sparse`` of the model.
 
@@ -248,3 +250,55 @@ def _with_mask(batch: Batch) -> Batch:
     if "attention_mask" in batch or "input_ids" not in batch:
         return batch
     return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+Registered = TypeVar("Registered", bound=Objective)
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register_objective(objective: type[Registered]) -> type[Registered]:
+    """Makes an objective known by its name: to ``UnlearnTrainer``, ``unlearn`` and the command.
+
+    A decorator of a frozen dataclass, whose docstring says what it computes and where it was published::
+
+        @register_objective
+        @dataclass(frozen=True)
+        class Margin(Objective):
+            name: ClassVar[str] = "margin"
+            least: float = 5.0
+
+            def forget_term(self, current, original):
+                forget = current["forget"]
+                return forget.mean((self.least - forget.losses).clamp(min=0.0))
+
+    Raises:
+        SettingError: another objective has that name.
+    """
+    known = OBJECTIVES.get(objective.name)
+    # The same class may be defined again, as in a notebook.
+    if known is not None and (known.__module__, known.__qualname__) != (objective.__module__, objective.__qualname__):
+        raise SettingError(
+            f"there is an objective {objective.name!r} already, {known.__qualname__}; choose another name"
+        )
+    OBJECTIVES[objective.name] = objective
+    return objective
+
+
+def get_objective(objective: str | Objective, **overrides: Any) -> Objective:
+    """Returns an objective by its name, or the given one, with some of its parameters replaced.
+
+    Raises:
+        UnknownNameError: no objective has that name.
+        TypeError: the objective has no such parameter.
+    """
+    if isinstance(objective, Objective):
+        return replace(objective, **overrides)
+    if objective not in OBJECTIVES:
+        raise UnknownNameError("objective", objective, OBJECTIVES)
+    return OBJECTIVES[objective](**overrides)
+
+
+def default_objective() -> Objective:
+    """Returns the objective of every training that does not say another, see ``clue_fast.config``."""
+    return get_objective(OBJECTIVE, **OBJECTIVE_SETTINGS)

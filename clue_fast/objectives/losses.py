@@ -27,10 +27,10 @@ from clue_fast.objectives.base import (
     Trained,
     drop_token_group,
     join,
+    register_objective,
     run,
     set_batch_layout,
 )
-from clue_fast.objectives.registry import register_objective
 from clue_fast.sites import evaluation_mode, unwrap
 
 

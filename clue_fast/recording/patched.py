@@ -204,7 +204,7 @@ class Patched:
         Args:
             group: name of the group, such as "forget"; a new name makes a new group.
             tokens: "answers" counts only where a label other than -100 is predicted, which for a causal model is one
-                position before the token with that label, see ``clue_fast.data.labels``; "attended" all but padding.
+                position before the token with that label, see ``clue_fast.data.collator``; "attended" all but padding.
                 Default is answers where a batch has a label for every token, and attended where it has not.
             gradients: also record a·∂L/∂a in backward passes.
             on_nonfinite: what NaN or infinity in an activation leads to. "raise": an error at the end of the block;

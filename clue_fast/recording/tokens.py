@@ -104,7 +104,7 @@ class Batch:
         default: group of the rows where the batch does not say.
         groups: number of groups there are.
         tokens: ``answers``, ``attended`` or None, see ``Patched.record``.
-        head: how labels relate to positions, see ``clue_fast.data.labels``; None where the model has no head.
+        head: how labels relate to positions, see ``clue_fast.data.collator``; None where the model has no head.
         labels: of the batch, if it has any.
         images: how many there are, or how large each is, and the token ids of the text that they belong to.
         given: the batch's own ``token_group``, [batch] or [batch, tokens], or None.

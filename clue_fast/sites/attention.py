@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clue_fast.sites.internals import device_of, evaluation_mode
 from clue_fast.sites.mlp import Unmatched
-from clue_fast.sites.model import device_of, evaluation_mode
 from clue_fast.sites.projection import Projection, projection_of
 from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import required_arguments, sample

@@ -11,8 +11,8 @@ from torch import nn
 from clue_fast.errors import SelectionError, SiteError, UnknownNameError
 from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
+from clue_fast.sites.internals import unwrap
 from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp, is_added
-from clue_fast.sites.model import unwrap
 from clue_fast.sites.site import HEAD_FAMILIES, Site
 
 KINDS = (

@@ -5,10 +5,9 @@
 """
 
 from clue_fast.deprecated import renamed_names
-from clue_fast.sparse.audit import changed_inside, changed_outside, snapshot
 from clue_fast.sparse.optimizer import LayerRate, LinearLayerRate, SparseAdamW, SparseSGD
 from clue_fast.sparse.slices import TrainableSlice
-from clue_fast.sparse.sparse import Sparse, sparsify
+from clue_fast.sparse.sparse import Sparse, changed_inside, changed_outside, snapshot, sparsify
 
 __all__ = [
     "LayerRate",

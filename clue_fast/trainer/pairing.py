@@ -107,7 +107,7 @@ def grouped(batches: Mapping[str, Mapping[str, Tensor]], head: str) -> dict[str,
 
     Args:
         batches: with ``labels``.
-        head: of the model, see ``clue_fast.data.labels``.
+        head: of the model, see ``clue_fast.data.collator``.
 
     Returns:
         The batches with ``token_group``, int8 in the shape of ``input_ids``, or [records] where labels are of

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from clue_fast.data.labels import HEADS, answer_mask, has_head, head_of, shift_labels
+from clue_fast.data.collator import HEADS, answer_mask, has_head, head_of, shift_labels
 from clue_fast.errors import ObjectiveError
 from tests.models.families import SIZES, T5_SIZES
 

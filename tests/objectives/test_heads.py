@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import clue_fast
-from clue_fast.data.labels import head_of
+from clue_fast.data.collator import head_of
 from clue_fast.errors import DataError, ObjectiveError
 from clue_fast.objectives import OBJECTIVES, RMU, get_objective, predict
 from clue_fast.trainer.pairing import grouped

@@ -8,8 +8,7 @@ import torch
 import clue_fast
 from clue_fast.data import Collator
 from clue_fast.errors import PatchError, SettingError, SparseError, UnknownNameError
-from clue_fast.sparse import SparseAdamW, SparseSGD, sparsify
-from clue_fast.sparse.audit import changed_outside, snapshot
+from clue_fast.sparse import SparseAdamW, SparseSGD, changed_outside, snapshot, sparsify
 from clue_fast.trainer.trainer import UnlearnTrainer
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from clue_fast.criteria.circuit import CorruptedExample, CorruptedSet, corrupt
 from clue_fast.data import Record, encode, load_records
-from clue_fast.data.labels import IGNORED_LABEL
+from clue_fast.data.collator import IGNORED_LABEL
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import DataError, UnknownNameError
