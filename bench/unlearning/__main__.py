@@ -1,0 +1,112 @@
+"""The command of the grids: ``run`` and ``table``, see the package."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fcntl
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from bench import machine
+from bench.files import RESULTS
+from bench.unlearning.grid import Grid, Run
+from bench.unlearning.measure import measure
+from bench.unlearning.methods import relearn_half, unlearn
+from bench.unlearning.splits import Split, split
+from bench.unlearning.tables import write_tables
+from clue_fast.demo.facts import FACTS, known_facts
+from clue_fast.demo.pretrained import load_pretrained
+
+
+def results_file(grid: Grid) -> Path:
+    """Where the runs of a grid are kept."""
+    return RESULTS / "unlearning" / f"{grid.name}.jsonl"
+
+
+def load_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file; a last line that was cut off by a kill is dropped, and its run is run again."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def append(path: Path, found: dict[str, Any]) -> None:
+    """Appends one line, on disk when this returns; what a kill left of another is cut off first.
+
+    Several processes may do so at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        if whole != end:
+            file.truncate(whole)
+        file.write(json.dumps(found).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_grid(grid: Grid, models: Path, seeds: Collection[int]) -> None:
+    """Runs everything of those seeds that is not there yet."""
+    transformers_logging.disable_progress_bar()
+    model, tokenizer = load_pretrained(grid.model, models)
+    model = model.to(getattr(torch, grid.dtype)).eval()
+    known = {kind: known_facts(model, tokenizer, facts) for kind, facts in FACTS.items()}
+    path = results_file(grid)
+    done = [run["key"] for run in load_runs(path)]
+    before: dict[int, Any] = {}
+    for run in grid.runs():
+        key = run.key(grid)
+        if run.seed not in seeds or key in done:
+            continue
+        parts = split(known, grid, run.seed)
+        if run.seed not in before:
+            before[run.seed] = measure(model, tokenizer, parts.questions())
+        found = one_run(model, tokenizer, parts, run, grid)
+        append(path, {"method": run.name, "key": key, "before": before[run.seed], **found})
+        done.append(key)
+        print(f"{run.name} {run.budget:g} {run.rate:g} seed {run.seed}: {found['seconds']:.1f} s", flush=True)
+
+
+def one_run(model: Any, tokenizer: Any, parts: Split, run: Run, grid: Grid) -> dict[str, Any]:
+    """Unlearns on a copy of the model, and says what it knows afterwards."""
+    subject = copy.deepcopy(model)
+    started = time.perf_counter()
+    trained = unlearn(subject, tokenizer, parts.training(), run, grid)
+    seconds = time.perf_counter() - started
+    found: dict[str, Any] = {"after": measure(subject, tokenizer, parts.questions())}
+    if grid.relearn_steps:
+        found["relearned"] = relearn_half(subject, tokenizer, parts.forget, grid.relearn_steps)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {**found, "trained": trained, "seconds": seconds, "peak_bytes": memory, "machine": machine.describe()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.unlearning", description=__doc__)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("grid", type=Path, help="YAML file")
+    parser.add_argument("--models", type=Path, default=Path("pretrained"), help="folder of the downloaded models")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these, as one of several processes")
+    options = parser.parse_args()
+    grid = Grid.load(options.grid)
+    if options.command == "run":
+        run_grid(grid, options.models, options.seeds or grid.seeds)
+    else:
+        print(write_tables(grid, load_runs(results_file(grid)), RESULTS / "unlearning"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A grid of runs, read from one YAML file.
+
+.. code-block:: yaml
+
+    model: smollm2-135m            # a key of clue_fast.demo.pretrained.PRETRAINED
+    kind: capital                  # of the facts to forget, a key of clue_fast.demo.facts.FACTS
+    seeds: [0, 1, 2, 3, 4]         # of the split and of everything that is random
+    steps: 20                      # of training, with as many records in each as there are facts to forget
+    budgets: [0.003, 0.01]         # shares of the units of every layer
+    rates: [1, 2, 4]               # learning rates, in units of the package's default for the width of the model
+    methods:
+      random: {criterion: random}
+      difference: {criterion: difference}
+      full: {train: all, budgets: [1.0], rates: [0.01, 0.02, 0.05]}
+
+A setting of a method is one of ``Method``; whatever else stands in the file goes for all methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TRAINED = ("units", "all", "lora", "nothing")
+"""What trains: the selected units, all weights, adapters of low rank, or nothing (the selected units are zeroed)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to unlearn.
+
+    Attributes:
+        train: see ``TRAINED``.
+        criterion: that selects the units.
+        scope: what is ranked together; "layer" takes the same share of every layer.
+        kinds: of units; None for those of the criterion.
+        target: what the criterion differentiates, or None for its own.
+        categories: take forget and conflict units of the four categories, at most the budget.
+        layers: first and one after the last layer to take units of, each as shares of the depth.
+        halves: take what both halves of the forget records agree on.
+        layer_lr: rate of the last layer over that of the first.
+        objective, parameters: the loss; None for the package's default.
+        rank: of the adapters.
+        noise: standard deviation of noise on the inputs of the layers while training, over that of the inputs.
+        budgets, rates: those of the grid unless the method has its own.
+    """
+
+    train: str = "units"
+    criterion: str = "random"
+    scope: str = "layer"
+    kinds: tuple[str, ...] | None = None
+    target: str | None = None
+    categories: bool = False
+    layers: tuple[float, float] = (0.0, 1.0)
+    halves: bool = False
+    layer_lr: float = 0.2
+    objective: str | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    rank: int = 8
+    noise: float = 0.0
+    budgets: tuple[float, ...] | None = None
+    rates: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAINED:
+            raise ValueError(f"train: {self.train!r} is none of: {', '.join(TRAINED)}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that a file says.
+
+    Attributes:
+        name: of the file.
+        model, kind, seeds, steps, budgets, rates, methods: see the module.
+        dtype: of the weights; small updates are kept in float32 copies.
+        forget, retain, tune, held_out: facts of the kind that are forgotten, kept in training, held out to choose the
+            rate, and held out for the report.
+        other_retain, other_tune, other_report: facts of other kinds, likewise.
+        retain_ratio: retain records beside each forget record.
+        baseline: the method that others are compared with.
+        relearn_steps: after a run, steps of relearning on half of the forgotten facts; the others are then asked.
+    """
+
+    name: str
+    model: str
+    kind: str
+    methods: Mapping[str, Method]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    steps: int = 20
+    budgets: tuple[float, ...] = (0.01,)
+    rates: tuple[float, ...] = (1.0,)
+    dtype: str = "bfloat16"
+    forget: int = 6
+    retain: int = 6
+    tune: int = 6
+    held_out: int = 12
+    other_retain: int = 6
+    other_tune: int = 6
+    other_report: int = 12
+    retain_ratio: int = 1
+    baseline: str = "random"
+    relearn_steps: int = 0
+
+    @classmethod
+    def load(cls, path: Path) -> Grid:
+        """Reads a file. Raises ValueError for a key that is unknown, or a baseline that is no method."""
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = {one.name for one in fields(cls)}
+        for key in content:
+            if key not in known:
+                raise ValueError(f"{path}: {key} is no setting of a grid; there are: {', '.join(sorted(known))}")
+        methods = {name: _method(path, name, settings) for name, settings in content.pop("methods").items()}
+        lists = {name: tuple(content[name]) for name in ("seeds", "budgets", "rates") if name in content}
+        grid = cls(**{"name": path.stem, **content, **lists, "methods": methods})
+        if grid.baseline not in methods:
+            raise ValueError(f"{path}: the baseline {grid.baseline!r} is no method")
+        return grid
+
+    def runs(self) -> Iterator[Run]:
+        """All runs, seed by seed, so that what is there after an interruption can be compared."""
+        for seed in self.seeds:
+            for name, method in self.methods.items():
+                for budget in method.budgets or self.budgets:
+                    rates = (0.0,) if method.train == "nothing" else method.rates or self.rates
+                    for rate in rates:
+                        yield Run(name, method, budget, rate, seed)
+
+    def about(self) -> dict[str, Any]:
+        """What all runs share, apart from which ones there are."""
+        apart = {"name", "methods", "seeds", "budgets", "rates", "baseline"}
+        return {name: value for name, value in asdict(self).items() if name not in apart}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a grid."""
+
+    name: str
+    method: Method
+    budget: float
+    rate: float
+    seed: int
+
+    def key(self, grid: Grid) -> dict[str, Any]:
+        """What tells this run from all others, as JSON holds it."""
+        settings = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self.method).items()
+            if name not in ("budgets", "rates")
+        }
+        return {**grid.about(), **settings, "budget": self.budget, "rate": self.rate, "seed": self.seed}
+
+
+def _method(path: Path, name: str, settings: Mapping[str, Any] | None) -> Method:
+    known = {one.name for one in fields(Method)}
+    for key in settings or {}:
+        if key not in known:
+            raise ValueError(f"{path}: {key} is no setting of the method {name}; there are: {', '.join(sorted(known))}")
+    return Method(**{k: tuple(v) if isinstance(v, list) else v for k, v in (settings or {}).items()})

@@ -1,0 +1,68 @@
+"""What a model still knows: how likely it finds the answer to each fact, and whether it is its first choice."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clue_fast.data import Record
+from clue_fast.sites import evaluation_mode
+
+TEXT_TOKENS, TEXT_ROWS = 128, 4
+DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def answers(model: nn.Module, tokenizer: Any, records: Sequence[Record]) -> list[tuple[float, bool]]:
+    """Returns, for every record, the probability of its answer and whether greedy decoding says it.
+
+    The answer is what of the completion comes before a final full stop; the end of the text is no part of it. Greedy
+    decoding says it if each of its tokens is the first choice behind those before it.
+    """
+    rows, firsts = [], []
+    for record in records:
+        encoded = tokenizer(record.prompt + record.completion.rstrip("."), return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        rows.append(encoded["input_ids"])
+        firsts.append(next(place for place, end in enumerate(ends) if end > len(record.prompt)))
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    found = []
+    with torch.no_grad(), evaluation_mode(model):
+        hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]  # type: ignore[operator]
+        for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+            logits = model.get_output_embeddings()(hidden[number, first - 1 : len(row) - 1]).float()  # type: ignore[operator]
+            target = torch.tensor(row[first:])
+            chosen = logits.log_softmax(-1).gather(-1, target[:, None])
+            found.append((math.exp(chosen.sum().item()), bool((logits.argmax(-1) == target).all())))
+    return found
+
+
+def text_loss(model: nn.Module, tokenizer: Any) -> float:
+    """Returns the mean loss per token on the beginning of the test text of WikiText-2, in nats."""
+    text = (DATA / "wikitext2" / "test.txt").read_text(encoding="utf-8")[:20_000]
+    ids = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"][: TEXT_TOKENS * TEXT_ROWS]
+    rows = torch.tensor(ids).reshape(TEXT_ROWS, TEXT_TOKENS)
+    total = 0.0
+    with torch.no_grad(), evaluation_mode(model):
+        for row in rows:
+            logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+            total += nn.functional.cross_entropy(logits, row[1:]).item()
+    return total / TEXT_ROWS
+
+
+def measure(model: nn.Module, tokenizer: Any, sets: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """Returns the probabilities and greedy hits of every set, and the loss on general text."""
+    names = [name for name, records in sets.items() for _ in records]
+    found: dict[str, Any] = {name: {"probability": [], "answered": []} for name in sets}
+    everything = [record for records in sets.values() for record in records]
+    for name, (probability, answered) in zip(names, answers(model, tokenizer, everything), strict=True):
+        found[name]["probability"].append(round(probability, 5))
+        found[name]["answered"].append(int(answered))
+    return {**found, "text_loss": text_loss(model, tokenizer)}

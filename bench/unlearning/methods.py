@@ -1,0 +1,235 @@
+"""Every way to unlearn that a grid can name: which units it selects, and what it trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+import clue_fast
+from bench.unlearning.grid import Grid, Method, Run
+from bench.unlearning.measure import answers
+from clue_fast.config import WARMUP, UnlearnConfig, default_learning_rate
+from clue_fast.criteria import criterion
+from clue_fast.data import Collator, Record, encode, padding_token
+from clue_fast.demo.facts import Fact
+from clue_fast.evaluation.relearning import WIDTH_RATE
+from clue_fast.objectives import Objective, default_objective, get_objective
+from clue_fast.selection import Selection
+from clue_fast.trainer.pairing import Pair, PairCollator, PairedRecords, PairSampler
+from clue_fast.trainer.training import train_selected
+
+FLOOR = 1e-12
+
+
+@criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)
+def attribution_ratio(measured: Any) -> torch.Tensor:
+    """E_forget|p| / E_retain|p|
+
+    Source: importance to forget over importance to retain, after selective synaptic dampening, arXiv 2308.07707.
+    """
+    return measured.forget.abs_attribution / (measured.retain.abs_attribution + FLOOR)
+
+
+def unlearn(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run, grid: Grid) -> int:
+    """Trains a model in place, by the method of a run, and returns how many of its weights did."""
+    method = run.method
+    if method.train in ("units", "nothing"):
+        selection = select_units(model, tokenizer, sets, run)
+        if method.train == "nothing":
+            return zero(model, selection)
+        config = UnlearnConfig(
+            learning_rate=run.rate * default_learning_rate(model),
+            epochs=grid.steps * grid.forget / len(sets["forget"]),
+            batch_size=grid.forget,
+            retain_ratio=grid.retain_ratio,
+            layer_lr=method.layer_lr,
+            seed=run.seed,
+            progress=False,
+        )
+        with noisy_inputs(model, method.noise, run.seed):
+            sparse, _ = train_selected(model, tokenizer, sets, selection, objective_of(method), config)
+        trained = sum(values.numel() for values in sparse.trainable_parameters)
+        sparse.restore()
+        return trained
+    return train_dense(model, tokenizer, sets, run, grid)
+
+
+def objective_of(method: Method) -> Objective:
+    """The loss of a method."""
+    return default_objective() if method.objective is None else get_objective(method.objective, **method.parameters)
+
+
+def select_units(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run) -> Selection:
+    """The units of a method, with the budget of the run."""
+    method = run.method
+    begin, end = (round(share * model.config.num_hidden_layers) for share in method.layers)
+    share = run.budget * model.config.num_hidden_layers / (end - begin)
+    wide = min(1.0, share * (3 if method.halves else 1))
+
+    def localize(records: Sequence[Record]) -> Selection:
+        return clue_fast.localize(
+            model,
+            list(records),
+            sets["retain"],
+            tokenizer=tokenizer,
+            criterion=method.criterion,
+            fraction=wide,
+            scope=method.scope,
+            categories=method.categories,
+            target=method.target,
+            kinds=method.kinds,
+            permutations=0,
+            seed=run.seed,
+            progress=False,
+        )
+
+    forget = sets["forget"]
+    selection = localize(forget)
+    if method.halves:
+        selection = (localize(forget[0::2]) & localize(forget[1::2])).limit(share)
+    elif method.categories:
+        selection = selection.limit(share)
+    categories = {
+        site: values if begin <= site.layer < end else torch.zeros_like(values)
+        for site, values in selection.categories.items()
+    }
+    return Selection(selection.sites, categories, selection.scores, selection.source, selection.fingerprint)
+
+
+def zero(model: nn.Module, selection: Selection) -> int:
+    """Sets what the selected units write to zero, and returns how many weights that are."""
+    zeroed = 0
+    with torch.no_grad():
+        for site in selection.sites:
+            units = selection.units(site)
+            for owned in site.slices:
+                if owned.parameter.startswith(site.output):
+                    weight = owned.of(model.get_parameter(owned.parameter))
+                    weight.index_fill_(owned.dim, owned.index(units), 0.0)
+                    zeroed += len(units) * owned.size * weight.shape[1 - owned.dim]
+    return zeroed
+
+
+@contextmanager
+def noisy_inputs(model: Any, scale: float, seed: int) -> Iterator[None]:
+    """While training, adds normal noise to what every MLP reads, ``scale`` times its standard deviation."""
+    if not scale:
+        yield
+        return
+    draw = torch.Generator().manual_seed(seed)
+
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        (x,) = inputs
+        noise = torch.randn(x.shape, generator=draw).to(x.dtype)
+        return (x + scale * x.detach().std() * noise,)
+
+    hooks = [layer.mlp.register_forward_pre_hook(add) for layer in model.get_decoder().layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Dense:
+    """The training of all weights or of adapters, as an objective sees it."""
+
+    def __init__(self, model: Any, adapters: bool) -> None:
+        self.model, self.adapters = model, adapters
+        self.weights = {} if adapters else {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    @contextmanager
+    def original(self) -> Iterator[Any]:
+        """The model as it was before training."""
+        if self.adapters:
+            with self.model.disable_adapter():
+                yield self.model
+            return
+        trained = {name: value.data for name, value in self.model.named_parameters()}
+        self._put(self.weights)
+        try:
+            yield self.model
+        finally:
+            self._put(trained)
+
+    def set_batch_layout(self, forget: int, records: int, tokens: int) -> None:
+        """Nothing depends on it."""
+
+    def _put(self, values: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.data = values[name]
+
+
+def train_dense(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run, grid: Grid) -> int:
+    """Trains all weights, or adapters that are merged at the end; with the batches and the schedule of the others.
+
+    AdamW without weight decay on float32 copies, since in bfloat16 small updates are lost.
+    """
+    method, trained = run.method, model
+    if method.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(run.seed)
+        trained = get_peft_model(
+            model, LoraConfig(r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear")
+        )
+    training = Dense(trained, method.train == "lora")
+    weights = [value for value in trained.parameters() if value.requires_grad]
+    masters = [value.detach().float().requires_grad_() for value in weights]
+    optimizer = torch.optim.AdamW(masters, lr=run.rate * default_learning_rate(model), weight_decay=0.0)
+    warmup = max(1, round(WARMUP * grid.steps)) if WARMUP < 1 else int(WARMUP)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (grid.steps - step) / max(1, grid.steps - warmup))
+    )
+    pairs = PairedRecords(encode(sets["forget"], tokenizer), encode(sets["retain"], tokenizer))
+    sampler = PairSampler(len(pairs.forget), len(pairs.retain), run.seed, grid.retain_ratio)
+    collate = PairCollator(Collator(padding_token(tokenizer, model)))
+    objective = objective_of(method)
+    for batch in islice(_batches(sampler, grid.forget), grid.steps):
+        loss, _ = objective.loss(trained, collate([pairs[pair] for pair in batch]), training)
+        loss.backward()
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for master, weight in zip(masters, weights, strict=True):
+                weight.copy_(master)
+    if method.train == "lora":
+        trained.merge_and_unload()
+    return sum(value.numel() for value in weights)
+
+
+def _batches(sampler: PairSampler, size: int) -> Iterator[list[Pair]]:
+    """Epoch after epoch in batches of that many pairs."""
+    for sampler.epoch in count():
+        pairs = list(sampler)
+        yield from (pairs[start : start + size] for start in range(0, len(pairs), size))
+
+
+def relearn_half(model: Any, tokenizer: Any, forget: Sequence[Fact], steps: int) -> dict[str, Any]:
+    """What is answered of every second forgotten fact before and after the others were learned again, step by step."""
+    learned, asked = ([fact.record() for fact in forget[start::2]] for start in (0, 1))
+    learner = copy.deepcopy(model).float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=WIDTH_RATE / model.config.hidden_size, weight_decay=0.0)
+    batch = Collator(padding_token(tokenizer, model))(encode(learned, tokenizer))
+    curve = [answers(learner, tokenizer, asked)]
+    for _ in range(steps):
+        learner(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(answers(learner, tokenizer, asked))
+    return {
+        "probability": [[round(probability, 5) for probability, _ in step] for step in curve],
+        "answered": [[int(said) for _, said in step] for step in curve],
+    }

@@ -1,0 +1,78 @@
+"""Which facts are forgotten, kept, held out to choose a learning rate, and held out for the report."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.unlearning.grid import Grid
+from clue_fast.data import Record
+from clue_fast.demo.facts import Fact
+
+TRAINED = 2
+"""Ways to ask for a fact that train; all others are only reported."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The facts of a run, each in one place.
+
+    Attributes:
+        forget: to forget; they train in ``TRAINED`` ways.
+        retain: to keep, of the same and of other kinds; they train in ``TRAINED`` ways.
+        tune: held out, of the same and of other kinds; they choose the learning rate.
+        held_out: held out for the report, of the same kind.
+        other: held out for the report, of other kinds.
+    """
+
+    forget: Sequence[Fact]
+    retain: Sequence[Fact]
+    tune: Sequence[Fact]
+    held_out: Sequence[Fact]
+    other: Sequence[Fact]
+
+    def training(self) -> dict[str, list[Record]]:
+        """What trains."""
+        return {"forget": _forms(self.forget, slice(TRAINED)), "retain": _forms(self.retain, slice(TRAINED))}
+
+    def questions(self) -> dict[str, list[Record]]:
+        """What the model is asked, by the name of the set."""
+        return {
+            "forget": _forms(self.forget, slice(TRAINED)),
+            "reworded": _forms(self.forget, slice(TRAINED, None)),
+            "reverse": [fact.reverse() for fact in self.forget],
+            "tune": [fact.record() for fact in self.tune],
+            "held_out": [fact.record() for fact in self.held_out],
+            "other": [fact.record() for fact in self.other],
+        }
+
+
+def _forms(facts: Sequence[Fact], which: slice) -> list[Record]:
+    """Some of the ways to ask for each fact that the answer completes."""
+    ways = ([fact.record(), *(record for record in fact.rewordings() if record.verbatim)] for fact in facts)
+    return [record for forms in ways for record in forms[which]]
+
+
+def split(known: Mapping[str, Sequence[Fact]], grid: Grid, seed: int) -> Split:
+    """Deals the facts that a model knows out by a seed.
+
+    Raises:
+        ValueError: it knows too few of them.
+    """
+    draw = random.Random(f"split {seed}")
+    same = draw.sample(list(known[grid.kind]), len(known[grid.kind]))
+    others = [fact for kind, facts in known.items() if kind != grid.kind for fact in facts]
+    others = draw.sample(others, len(others))
+    needed = grid.forget + grid.retain + grid.tune
+    if len(same) <= needed:
+        raise ValueError(f"the model knows {len(same)} facts of the kind {grid.kind}; {needed + 1} are needed at least")
+    first, second, third = grid.forget, grid.forget + grid.retain, needed
+    kept, tuned = grid.other_retain, grid.other_retain + grid.other_tune
+    return Split(
+        forget=same[:first],
+        retain=same[first:second] + others[:kept],
+        tune=same[second:third] + others[kept:tuned],
+        held_out=same[third : third + grid.held_out],
+        other=others[tuned : tuned + grid.other_report],
+    )

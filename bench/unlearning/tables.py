@@ -1,0 +1,192 @@
+"""Tables and plots of a grid: each method and budget at the learning rate that did best on the tuning part.
+
+A run has two figures, on the tuning part and on what is reported:
+
+- forgotten: the share of the answers' probability that is gone, 1 - Σ p_after / Σ p_before, of the forget facts. To
+  tune: as the statements that trained; to report: in other words.
+- kept: of each held-out fact min(1, p_after / p_before), averaged.
+
+Their harmonic mean is the score. The rate of a method and budget is the one with the best mean score over all seeds on
+the tuning part. Differences to the baseline are paired by seed (the same split of the facts); intervals are of
+Student's t over the seeds, at 95 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from bench.unlearning.grid import Grid
+
+TUNED, REPORTED = ("forget", "tune"), ("reworded", "held_out")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one run came to, on one part of the facts.
+
+    Attributes:
+        forgotten, kept: see the module.
+    """
+
+    forgotten: float
+    kept: float
+
+    @property
+    def score(self) -> float:
+        """Harmonic mean of what is forgotten and what is kept."""
+        total = self.forgotten + self.kept
+        return 2 * self.forgotten * self.kept / total if total > 0 else 0.0
+
+
+def figures(run: Mapping[str, Any], forget: str, held_out: str) -> Figures:
+    """The figures of a run on a set to forget and one to keep."""
+    before, after = run["before"], run["after"]
+    gone = 1 - sum(after[forget]["probability"]) / sum(before[forget]["probability"])
+    return Figures(max(0.0, gone), kept(run, held_out))
+
+
+def kept(run: Mapping[str, Any], name: str) -> float:
+    """How much of the probability of the answers of a set is kept."""
+    pairs = zip(run["before"][name]["probability"], run["after"][name]["probability"], strict=True)
+    return mean(min(1.0, after / before) for before, after in pairs)
+
+
+def answered(run: Mapping[str, Any], name: str, stage: str = "after") -> float:
+    """Share of the facts of a set that greedy decoding says, of those that it said before."""
+    pairs = zip(run["before"][name]["answered"], run[stage][name]["answered"], strict=True)
+    said = [after for before, after in pairs if before]
+    return mean(said) if said else math.nan
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval, of Student's t; the width is NaN for a single value."""
+    if len(values) < 2:
+        return mean(values), math.nan
+    from scipy.stats import t
+
+    return mean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The runs of a method and budget at its own best rate, by seed."""
+
+    method: str
+    budget: float
+    rate: float
+    runs: Mapping[int, Mapping[str, Any]]
+
+    def values(self, figure: str) -> dict[int, float]:
+        """A figure of the report by seed."""
+        return {seed: getattr(figures(run, *REPORTED), figure) for seed, run in self.runs.items()}
+
+
+def choose(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]:
+    """The best rate of each method and budget, by the tuning part alone; only seeds that all its rates have count."""
+    cells: dict[tuple[str, float], dict[float, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        key = run["key"]
+        cells[run["method"], key["budget"]][key["rate"]][key["seed"]] = run
+    chosen = {}
+    for (method, budget), rates in cells.items():
+        seeds = set.intersection(*(set(found) for found in rates.values()))
+        if not seeds:
+            continue
+        scores = {rate: mean(figures(found[s], *TUNED).score for s in seeds) for rate, found in rates.items()}
+        best = max(scores, key=lambda rate: scores[rate])
+        chosen[method, budget] = Chosen(method, budget, best, {seed: rates[best][seed] for seed in sorted(seeds)})
+    return chosen
+
+
+def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
+    """A table of all methods and budgets, with the difference to the baseline at the same budget."""
+    of_grid = [run for run in runs if run["method"] in grid.methods and grid.about().items() <= run["key"].items()]
+    chosen = choose(of_grid)
+    columns = ["method", "budget", "rate", "seeds", "weights", "score", "against " + grid.baseline]
+    columns += ["forgotten", "kept", "kept, other kinds", "answered: trained", "reworded", "reverse", "held out"]
+    columns += ["text", "seconds"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * 2 + "| ---: " * (len(columns) - 2) + "|"]
+    for (method, budget), one in sorted(chosen.items(), key=lambda item: (item[0][1], -_mean(item[1], "score"))):
+        base = chosen.get((grid.baseline, budget))
+        every = list(one.runs.values())
+        line = [method, f"{budget:.1%}", f"{one.rate:g}", str(len(every)), f"{mean(r['trained'] for r in every):,.0f}"]
+        line += [shown(one.values("score").values()), against(one, base)]
+        line += [shown(one.values("forgotten").values()), shown(one.values("kept").values())]
+        line.append(f"{mean(kept(run, 'other') for run in every):.3f}")
+        line += [f"{mean(answered(run, name) for run in every):.2f}" for name in ("forget", "reworded")]
+        reverse = [value for run in every if not math.isnan(value := answered(run, "reverse"))]
+        line.append(f"{mean(reverse):.2f}" if reverse else "-")
+        line.append(f"{mean(answered(run, 'held_out') for run in every):.2f}")
+        ratio = mean(math.exp(run["after"]["text_loss"] - run["before"]["text_loss"]) for run in every)
+        line += [f"{ratio:.3f}", f"{mean(run['seconds'] for run in every):.0f}"]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def shown(values: Any) -> str:
+    """Mean and interval."""
+    middle, half = interval(list(values))
+    return f"{middle:.3f}" if math.isnan(half) else f"{middle:.3f} ± {half:.3f}"
+
+
+def against(one: Chosen, base: Chosen | None) -> str:
+    """Difference of the scores, paired by seed; with a star where the interval leaves out 0."""
+    if base is None or base.method == one.method:
+        return "-"
+    mine, theirs = one.values("score"), base.values("score")
+    seeds = sorted(set(mine) & set(theirs))
+    if not seeds:
+        return "-"
+    middle, half = interval([mine[seed] - theirs[seed] for seed in seeds])
+    return f"{middle:+.3f} ± {half:.3f}" + ("*" if abs(middle) > half else "")
+
+
+def _mean(one: Chosen, figure: str) -> float:
+    return mean(one.values(figure).values())
+
+
+def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Forgotten against kept, one point a method and budget, with intervals over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = choose([run for run in runs if run["method"] in grid.methods])
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    budgets = sorted({budget for _, budget in chosen})
+    for number, method in enumerate(grid.methods):
+        own = [chosen[method, budget] for budget in budgets if (method, budget) in chosen]
+        if not own:
+            continue
+        kept_, gone = ([interval(list(one.values(name).values())) for one in own] for name in ("kept", "forgotten"))
+        axes.errorbar(
+            [middle for middle, _ in kept_],
+            [middle for middle, _ in gone],
+            xerr=[0 if math.isnan(half) else half for _, half in kept_],
+            yerr=[0 if math.isnan(half) else half for _, half in gone],
+            fmt="osD^vPX*<>"[number % 10],
+            color=f"C{number % 10}",
+            label=method,
+            capsize=2,
+            alpha=0.8,
+        )
+    axes.set(xlabel="kept of held-out facts", ylabel="forgotten, in other words", title=grid.name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """Writes NAME.md and NAME.png beside the runs, and returns the table."""
+    text = table(grid, runs)
+    (folder / f"{grid.name}.md").write_text(text + "\n", encoding="utf-8")
+    plot(grid, runs, folder / f"{grid.name}.png")
+    return text
