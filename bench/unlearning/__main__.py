@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import fcntl
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -84,14 +83,29 @@ def run_grid(grid: Grid, models: Path, seeds: Collection[int]) -> None:
 def one_run(model: Any, tokenizer: Any, parts: Split, run: Run, grid: Grid) -> dict[str, Any]:
     """Unlearns on a copy of the model, and says what it knows afterwards."""
     subject = copy.deepcopy(model)
+    reset_peak()
     started = time.perf_counter()
     trained = unlearn(subject, tokenizer, parts.training(), run, grid)
-    seconds = time.perf_counter() - started
+    seconds, peak = time.perf_counter() - started, peak_bytes()
     found: dict[str, Any] = {"after": measure(subject, tokenizer, parts.questions())}
     if grid.relearn_steps:
         found["relearned"] = relearn_half(subject, tokenizer, parts.forget, grid.relearn_steps)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {**found, "trained": trained, "seconds": seconds, "peak_bytes": memory, "machine": machine.describe()}
+    return {**found, "trained": trained, "seconds": seconds, "peak_bytes": peak, "machine": machine.describe()}
+
+
+def reset_peak() -> None:
+    """Lets the peak of this process begin anew, where Linux does that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Most memory that this process had since ``reset_peak``, the model before training included; None elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def main() -> None:
