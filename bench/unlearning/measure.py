@@ -63,6 +63,6 @@ def measure(model: nn.Module, tokenizer: Any, sets: Mapping[str, Sequence[Record
     found: dict[str, Any] = {name: {"probability": [], "answered": []} for name in sets}
     everything = [record for records in sets.values() for record in records]
     for name, (probability, answered) in zip(names, answers(model, tokenizer, everything), strict=True):
-        found[name]["probability"].append(round(probability, 5))
+        found[name]["probability"].append(float(f"{probability:.5g}"))
         found[name]["answered"].append(int(answered))
     return {**found, "text_loss": text_loss(model, tokenizer)}

@@ -230,6 +230,6 @@ def relearn_half(model: Any, tokenizer: Any, forget: Sequence[Fact], steps: int)
         optimizer.zero_grad()
         curve.append(answers(learner, tokenizer, asked))
     return {
-        "probability": [[round(probability, 5) for probability, _ in step] for step in curve],
+        "probability": [[float(f"{probability:.5g}") for probability, _ in step] for step in curve],
         "answered": [[int(said) for _, said in step] for step in curve],
     }

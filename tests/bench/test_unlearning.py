@@ -1,0 +1,236 @@
+"""Grids of ways to unlearn: what is run, what is kept after a kill, and how a rate is chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bench.unlearning.__main__ import append, load_runs, run_grid
+from bench.unlearning.grid import Grid, Method, Run
+from bench.unlearning.measure import answers
+from bench.unlearning.methods import select_units, unlearn, zero
+from bench.unlearning.splits import split
+from bench.unlearning.tables import choose, figures, interval, table
+from clue_fast.demo.facts import FACTS
+from clue_fast.demo.pretraining import train_tokenizer
+
+GRID = """
+model: tiny
+kind: capital
+seeds: [0, 1]
+steps: 2
+forget: 3
+budgets: [0.1]
+rates: [1, 2]
+methods:
+  random: {criterion: random}
+  pruned: {train: nothing, criterion: forget_attribution}
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    records = [form for facts in FACTS.values() for fact in facts for form in (fact.record(), *fact.rewordings())]
+    return train_tokenizer(records, vocab_size=512)
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Grid:
+    (tmp_path / "tiny.yaml").write_text(GRID)
+    return Grid.load(tmp_path / "tiny.yaml")
+
+
+def test_the_sets_of_a_split_share_no_fact(grid: Grid) -> None:
+    for seed in range(20):
+        one = split(FACTS, grid, seed)
+        facts = [*one.forget, *one.retain, *one.tune, *one.held_out, *one.other]
+        assert len(set(facts)) == len(facts)
+        assert {fact.kind for fact in (*one.forget, *one.held_out)} == {"capital"}
+        assert "capital" not in {fact.kind for fact in one.other}
+        training = {record.key for records in one.training().values() for record in records}
+        reported = {record.key for name in ("reworded", "held_out", "other") for record in one.questions()[name]}
+        assert not training & reported
+
+
+def test_a_model_that_knows_too_little_is_refused(grid: Grid) -> None:
+    with pytest.raises(ValueError, match="knows 5 facts of the kind capital; 16 are needed"):
+        split({"capital": FACTS["capital"][:5]}, grid, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("budget: [1]", "budget is no setting of a grid"),
+        ("baseline: nobody", "the baseline 'nobody' is no method"),
+    ],
+)
+def test_a_setting_that_is_unknown_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(f"{GRID}{line}\n")
+    with pytest.raises(ValueError, match=message):
+        Grid.load(tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match="none of: units, all, lora, nothing"):
+        Method(train="some")
+
+
+def test_the_probability_of_an_answer_is_that_of_its_tokens_one_after_another(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records = [fact.record() for fact in random.Random(0).sample(FACTS["capital"], 7)]
+    for record, (probability, said) in zip(records, answers(model, tokenizer, records), strict=True):
+        ids = tokenizer(record.prompt)["input_ids"]
+        whole = tokenizer(record.prompt + record.completion)["input_ids"]
+        assert whole[: len(ids)] == ids
+        expected, first_choices = 1.0, True
+        for token in whole[len(ids) :]:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1].double()
+            expected *= logits.softmax(-1)[token].item()
+            first_choices &= int(logits.argmax()) == token
+            ids = [*ids, token]
+        assert probability == pytest.approx(expected, rel=1e-4)
+        assert said == first_choices
+
+
+def test_pruned_units_write_nothing(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid) -> None:
+    training = split(FACTS, grid, 0).training()
+    run = Run("pruned", Method(train="nothing", criterion="difference"), 0.1, 0.0, 0)
+    selection = select_units(model, tokenizer, training, run)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    assert zero(model, selection) == 2 * 4 * 32
+    for name, value in model.named_parameters():
+        if "down_proj" not in name:
+            assert torch.equal(value, before[name])
+    for site in selection.sites:
+        weight, units = model.get_parameter(f"{site.output}.weight"), selection.units(site)
+        rest = torch.ones(40, dtype=torch.bool)
+        rest[units] = False
+        assert len(units) == 4 and not weight[:, units].any()
+        assert torch.equal(weight[:, rest], before[f"{site.output}.weight"][:, rest])
+
+
+def test_units_of_some_layers_only(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid) -> None:
+    run = Run("late", Method(criterion="random", layers=(0.5, 1.0)), 0.1, 1.0, 0)
+    selection = select_units(model, tokenizer, split(FACTS, grid, 0).training(), run)
+    assert [len(selection.units(site)) for site in selection.sites] == [0, 8]
+
+
+@pytest.mark.parametrize("train", ["units", "all", "lora"])
+def test_every_way_to_train_makes_the_answers_less_likely(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid, train: str
+) -> None:
+    parts = split(FACTS, grid, 0)
+    asked = parts.training()["forget"]
+    before = sum(p for p, _ in answers(model, tokenizer, asked))
+    method = Method(train=train, criterion="forget_attribution")
+    trained = unlearn(model, tokenizer, parts.training(), Run(train, method, 0.5, 0.3, 0), grid)
+    assert trained > 0
+    assert sum(p for p, _ in answers(model, tokenizer, asked)) < before
+
+
+def test_a_grid_goes_on_after_a_kill(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    grid: Grid,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where = "bench.unlearning.__main__"
+    monkeypatch.setattr(f"{where}.RESULTS", tmp_path)
+    monkeypatch.setattr(f"{where}.load_pretrained", lambda name, folder: (model, tokenizer))
+    monkeypatch.setattr(f"{where}.known_facts", lambda model, tokenizer, facts: list(facts))
+    monkeypatch.setattr("bench.unlearning.measure.text_loss", lambda model, tokenizer: 1.0)
+    run_grid(grid, tmp_path, grid.seeds)
+    path = tmp_path / "unlearning" / "tiny.jsonl"
+    whole = load_runs(path)
+    assert [(run["method"], run["key"]["rate"], run["key"]["seed"]) for run in whole] == [
+        (name, rate, seed) for seed in (0, 1) for name, rate in (("random", 1), ("random", 2), ("pruned", 0.0))
+    ]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][: len(lines[4]) // 2])  # killed while it wrote
+    assert len(load_runs(path)) == 4
+    run_grid(grid, tmp_path, grid.seeds)
+    again = load_runs(path)
+    assert [run["after"] for run in again] == [run["after"] for run in whole]
+    assert path.read_bytes().startswith(b"".join(lines[:4]))
+    assert "random" in table(grid, again)
+
+
+def _run(method: str, rate: float, seed: int, *, tuned: tuple[float, float], reported: tuple[float, float]) -> Any:
+    names = dict(zip(("forget", "tune", "reworded", "held_out"), (tuned[0], tuned[1], *reported), strict=True))
+    return {
+        "method": method,
+        "key": {"budget": 0.1, "rate": rate, "seed": seed},
+        "before": {name: {"probability": [0.8, 0.8], "answered": [1, 1]} for name in names},
+        "after": {name: {"probability": [p, p], "answered": [1, 0]} for name, p in names.items()},
+    }
+
+
+def test_a_rate_is_chosen_by_the_tuning_part_and_the_rest_is_reported() -> None:
+    better = {"tuned": (0.2, 0.8), "reported": (0.4, 0.6)}
+    worse = {"tuned": (0.4, 0.8), "reported": (0.0, 0.8)}
+    chosen = choose([_run("one", rate, seed, **own) for rate, own in ((1, better), (2, worse)) for seed in (0, 1)])
+    one = chosen["one", 0.1]
+    assert one.rate == 1
+    assert one.values("forgotten") == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
+    assert one.values("kept") == {0: pytest.approx(0.75), 1: pytest.approx(0.75)}
+    assert one.values("score") == {0: pytest.approx(0.6), 1: pytest.approx(0.6)}
+
+
+def test_seeds_that_a_rate_lacks_do_not_count() -> None:
+    some = {"tuned": (0.2, 0.8), "reported": (0.4, 0.6)}
+    runs = [_run("one", rate, seed, **some) for rate, seed in ((1, 0), (1, 1), (2, 0))]
+    assert list(choose(runs)["one", 0.1].runs) == [0]
+
+
+def test_answers_that_became_likelier_are_kept_and_not_forgotten() -> None:
+    run = _run("one", 1, 0, tuned=(0.9, 0.9), reported=(0.9, 0.9))
+    assert (figures(run, "reworded", "held_out").forgotten, figures(run, "reworded", "held_out").kept) == (0.0, 1.0)
+    assert figures(run, "reworded", "held_out").score == 0.0
+
+
+def test_interval_covers_the_mean_in_95_of_100_cases() -> None:
+    draw = random.Random(0)
+    inside = 0
+    for _ in range(2000):
+        middle, half = interval([draw.gauss(1.0, 2.0) for _ in range(5)])
+        inside += abs(middle - 1.0) <= half
+    assert inside / 2000 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 2000))
+
+
+def test_append_keeps_what_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "one.jsonl"
+    append(path, {"number": 1})
+    with path.open("a") as file:
+        file.write('{"number":')
+    append(path, {"number": 2})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"number": 1}, {"number": 2}]
+
+
+def test_every_grid_of_the_repository_can_be_read() -> None:
+    grids = sorted((Path(__file__).parents[2] / "bench" / "unlearning" / "grids").glob("*.yaml"))
+    assert grids
+    for path in grids:
+        keys = [json.dumps(run.key(Grid.load(path)), sort_keys=True) for run in Grid.load(path).runs()]
+        assert len(set(keys)) == len(keys)
