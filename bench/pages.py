@@ -1,9 +1,11 @@
-"""Writes the tables of README.md, docs/results.md and docs/localization.md from the folders that runs have left.
+r"""Writes the tables of README.md and of the pages of docs from the folders that runs have left.
 
 clue-fast demo --output demo                  # also with --seed 1 and 2
+clue-fast demo --real --output real0          # also with --seed 1 and 2
 python examples/tofu_small.py --output tofu0  # also with --seed 1 and 2
 python examples/published_clue.py --output clue
-python -m bench.pages --demo demo demo1 demo2 --tofu tofu0 tofu1 tofu2 --published clue/unlearned
+python -m bench.pages --demo demo demo1 demo2 --real real0 real1 real2 --tofu tofu0 tofu1 tofu2 \
+    --published clue/unlearned
 
 What stands outside the marks of a section stays as it is.
 """
@@ -19,6 +21,7 @@ from typing import Any
 
 from bench.defaults import RESULTS
 from bench.files import write_between
+from clue_fast.demo.real import REPORT, tables
 from clue_fast.reporting import load_results, results_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +89,36 @@ def tofu(folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
+def real(folders: Sequence[Path]) -> str:
+    """A column for each seed of the demo on a real model."""
+    reports = [(load_results(folder), json.loads((folder / REPORT).read_text(encoding="utf-8"))) for folder in folders]
+    rows: dict[str, list[str]] = {"": [f"seed {run['settings']['seed']}" for run, _ in reports]}
+    rows["forgets the capitals of"] = [
+        ", ".join(fact["subject"] for fact in report["facts"]["forget"]) for _, report in reports
+    ]
+    for title in reports[0][1]["counts"]:
+        counts = [report["counts"][title] for _, report in reports]
+        rows[f"{title}: still right"] = [f"{after} of {before}" for before, after, _ in counts]
+    rows["best of 20 samples, forgotten"] = [
+        f"{run['evaluation']['after']['forget']['answered_in_samples']:.0%}" for run, _ in reports
+    ]
+    rows["answer probability, forgotten"] = [
+        " to ".join(f"{run['evaluation'][stage]['forget']['probability']:.2f}" for stage in ("before", "after"))
+        for run, _ in reports
+    ]
+    text = reports[0][1]["perplexity"]["text"]
+    rows[f"perplexity on {text}"] = [
+        f"{report['perplexity']['before']:.2f} to {report['perplexity']['after']:.2f}" for _, report in reports
+    ]
+    for name, what in (("forgotten", "forgotten"), ("never_known", "never known")):
+        rows[f"others {what}, once half is relearned"] = [
+            f"{report['relearning'][name][0]:.0%} to {report['relearning'][name][1]:.0%}" for _, report in reports
+        ]
+    rows["seconds"] = [f"{report['seconds']:.0f}" for _, report in reports]
+    lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join([lines[0], "| --- |" + " --- |" * len(reports), *lines[1:]])
+
+
 def defaults() -> str:
     """The settings that were run on all three sets of records, from ``bench/results/defaults.jsonl``."""
     runs = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
@@ -127,12 +160,17 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, nargs="+", help="output folders of the demo, seed 0 first")
     parser.add_argument("--tofu", type=Path, nargs="+", help="output folders of examples/tofu_small.py")
     parser.add_argument("--published", type=Path, help="output folder of examples/published_clue.py")
+    parser.add_argument("--real", type=Path, nargs="+", help="output folders of the demo on a real model")
     options = parser.parse_args()
     write("docs/results.md", "defaults", defaults())
     if options.demo:
         write("README.md", "demo", table(options.demo[0]))
         shutil.copyfile(options.demo[0] / "training.png", ROOT / "docs" / "demo.png")
         write("docs/results.md", "seeds of the demo", seeds(options.demo[1:]))
+    if options.real:
+        report = json.loads((options.real[0] / REPORT).read_text(encoding="utf-8"))
+        write("docs/real.md", "real demo", "\n\n".join(tables(report)))
+        write("docs/real.md", "seeds of the real demo", real(options.real))
     if options.tofu:
         write("docs/results.md", "tofu in small", tofu(options.tofu))
     if options.published:

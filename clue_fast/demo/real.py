@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,19 @@ RETAINED = 24
 HELD_OUT = 40
 UNKNOWN = 12
 SAMPLES = 20
+RELEARNING_RATE = 1e-5
+"""Of the copy that is attacked. At the default of ``relearn``, 3.5e-4 for this width, seed 10 lost what it still knew,
+and nothing came back; at 1e-5 and 3e-5 two of three facts did."""
+
 ANSWER_TOKENS = 10
 """Longest answer that is looked at, for an answer that comes after a few words."""
 
-EXAMPLES = 3
+EXAMPLES = 4
 """Answers side by side of each title, beside those of all forgotten facts."""
 
 CELL = 44
+REPORT = "real.json"
+TRAINED = "forgotten, as trained"
 
 SETTINGS: dict[str, Any] = {"fraction": 0.01, "epochs": 30, "retain_ratio": 4}
 """Of ``unlearn``, chosen on other seeds than the reported ones."""
@@ -184,7 +191,7 @@ def make_questions(data: RealData) -> dict[str, list[Question]]:
         return [Question(fact.record(), fact.accepted) for fact in facts]
 
     return {
-        "forgotten, as trained": stated(data.forget),
+        TRAINED: stated(data.forget),
         "forgotten, in other words": [
             Question(record, fact.accepted) for fact in data.forget for record in fact.rewordings()
         ],
@@ -273,6 +280,7 @@ def run_on(
         }
         return answers, perplexity(model, tokenizer, text)
 
+    data = replace(data, unknown=_unsaid(model, tokenizer, data.unknown, progress))
     before, perplexity_before = asked()
     sets = {name: [fact.record() for fact in getattr(data, name)] for name in ("forget", "retain", "held_out")}
     result = unlearn(
@@ -302,15 +310,24 @@ def run_on(
     }
     for name, records in sets.items():
         write_completions(result.output_dir / f"{name}.jsonl", records)
-    save_json(result.output_dir / "real.json", report)
+    save_json(result.output_dir / REPORT, report)
     logger.info("demo: %.1f s, everything is in %s", report["seconds"], output_dir)
-    return "\n\n".join([_knowledge(title, known), *_tables(report), result.table()])
+    return "\n\n".join([_knowledge(title, known), *tables(report), result.table()])
 
 
 def write_completions(path: Path, records: Sequence[Record]) -> None:
     """Writes statements as JSON lines, as the command line reads them."""
     rows = ({"prompt": one.prompt, "completion": one.completion, "open_ended": True} for one in records)
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def _unsaid(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], progress: bool
+) -> list[Fact]:
+    """The facts whose answer does not come a few words later either."""
+    records = [fact.record() for fact in facts]
+    answers = greedy_answers(model, tokenizer, records, max_new_tokens=ANSWER_TOKENS, progress=progress)
+    return [fact for fact, text in zip(facts, answers, strict=True) if not says(text, fact.accepted)]
 
 
 def _relearned(
@@ -329,6 +346,8 @@ def _relearned(
         tokenizer,
         [fact.record() for fact in taught],
         [fact.record() for fact in others + data.unknown],
+        learning_rate=RELEARNING_RATE,
+        max_new_tokens=ANSWER_TOKENS,
         progress=progress,
     )
     split = len(others)
@@ -350,17 +369,15 @@ def _knowledge(title: str, known: Sequence[Fact]) -> str:
     return f"{title} knows " + ", ".join(counts)
 
 
-def _tables(report: Mapping[str, Any]) -> Iterator[str]:
-    """What was forgotten and what kept, answers side by side, the general text, and the attack."""
+def tables(report: Mapping[str, Any]) -> Iterator[str]:
+    """What ``real.json`` says: what was forgotten and kept, answers side by side, and then general text and attack."""
     rows = [["asked", "right before", "still right", "of"]]
     rows += [[title, *map(str, counts)] for title, counts in report["counts"].items()]
     yield _table(rows)
-    forgotten, *_ = shown = {title: answers[:EXAMPLES] for title, answers in report["answers"].items()}
-    shown[forgotten] = report["answers"][forgotten]
     rows = [["prompt", "before", "after"]]
-    rows += [
-        [_line(one["prompt"]), _line(one["before"]), _line(one["after"])] for some in shown.values() for one in some
-    ]
+    for title, own in report["answers"].items():
+        shown = own if title == TRAINED else own[:: math.ceil(len(own) / EXAMPLES)]
+        rows += [[_line(one[column]) for column in rows[0]] for one in shown]
     yield _table(rows)
     lines = []
     if left_out := report["facts"]["left_out"]:
