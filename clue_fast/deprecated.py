@@ -33,7 +33,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "people": ("demo.people",),
     "pretraining": ("demo.pretraining",),
     "report": ("reporting",),
-    "sites.model": ("sites.internals",),
+    "sites.model": ("internals",),
     "sparse.audit": ("sparse",),
     "training": ("sparse", "objectives", "trainer"),
     "training.adamw": ("sparse",),

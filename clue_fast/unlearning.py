@@ -28,6 +28,7 @@ from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import ExtraError, SettingError
 from clue_fast.evaluation import Metrics, check_evaluation, evaluate
 from clue_fast.files import check_output, output_folder, save_json
+from clue_fast.internals import source_name
 from clue_fast.localization import check_localization, localize_records
 from clue_fast.objectives import Objective
 from clue_fast.ops import choose
@@ -435,7 +436,7 @@ class _Run:
             self.tokenizer.save_pretrained(folder)
             self.selected.save_pretrained(folder)
             save_json(folder / RESULTS, results)
-            write_model_card(folder, results, getattr(self.model.config, "_name_or_path", ""), self.output_dir.name)
+            write_model_card(folder, results, source_name(self.model), self.output_dir.name)
             try:
                 write_plots(folder, self.selected, self.selected.statistics, self.history)
             except ExtraError as error:

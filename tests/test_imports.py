@@ -113,7 +113,7 @@ OLD_NAMES = {
     "config.file.Settings": "config.schema.Settings",
     "data.labels.answer_mask": "data.collator.answer_mask",
     "objectives.registry.OBJECTIVES": "objectives.base.OBJECTIVES",
-    "sites.model.unwrap": "sites.internals.unwrap",
+    "sites.model.unwrap": "internals.unwrap",
     "sparse.audit.snapshot": "sparse.snapshot",
 }
 

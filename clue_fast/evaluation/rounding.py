@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import DataError, SettingError
+from clue_fast.internals import own_parameters
 from clue_fast.sites.experts import find_stack
 from clue_fast.sites.projection import projection_of
 
@@ -84,7 +85,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    own = module._parameters.get("weight")
+    own = own_parameters(module).get("weight")
     if own is not None and own.dim() == 2 and (projection := projection_of(module, "")) is not None:
         yield own, 1 - projection.output_dim
     if (stack := find_stack(module)) is not None:

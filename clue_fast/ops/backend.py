@@ -16,14 +16,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from clue_fast.errors import BackendError, UnknownNameError
 
@@ -303,14 +301,3 @@ def run(name: str, eager: Callable[..., Any], *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.clue_fast, name)(*arguments)
     return eager(*arguments)
-
-
-def has_no_data(x: torch.Tensor) -> bool:
-    """Whether a tensor is a fake one, which no launch function can read."""
-    return isinstance(x, FakeTensor)
-
-
-def below_autograd() -> AbstractContextManager[None]:
-    """What is dispatched inside does not come back to the autograd of the operator that it is called from."""
-    guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
-    return guard

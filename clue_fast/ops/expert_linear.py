@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clue_fast.internals import below_autograd
 from clue_fast.ops import backend as backends
 from clue_fast.ops.backend import define, define_autograd
 from clue_fast.ops.expert_statistics import expert_ranges
@@ -40,7 +41,7 @@ class _ExpertLinear(torch.autograd.Function):
         ctx.transposed, ctx.traced = transposed, traced
         if not traced:
             return _forward(x, weight, bounds, transposed)
-        with backends.below_autograd():
+        with below_autograd():
             y: Tensor = torch.ops.clue_fast.expert_linear(x, weight, bounds, transposed)
             return y
 

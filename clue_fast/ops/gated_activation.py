@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clue_fast.errors import UnknownNameError
+from clue_fast.internals import below_autograd, has_no_data
 from clue_fast.ops import backend as backends
 from clue_fast.ops.backend import define, define_autograd
 from clue_fast.ops.channel_statistics import (
@@ -289,7 +290,7 @@ class _GatedActivation(torch.autograd.Function):
         arguments = gate, up, activation, group, statistics, gradient_statistics, backend
         if not traced:
             return _forward(*arguments)
-        with backends.below_autograd():
+        with below_autograd():
             return _dispatch(*arguments)
 
     @staticmethod
@@ -377,7 +378,7 @@ def gated_activation(
         check_group(group, gate)
         check_statistics(gate, statistics, gradient_statistics)
     arguments = gate, up, activation, group, statistics, gradient_statistics, backend
-    if torch.compiler.is_compiling() or backends.has_no_data(gate):
+    if torch.compiler.is_compiling() or has_no_data(gate):
         return _dispatch(*arguments)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _apply(False, *arguments)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from clue_fast import ops
 from clue_fast.errors import PatchError
+from clue_fast.internals import expert_gate, is_expert_parallel, own_parameters
 from clue_fast.ops.expert_linear import expert_linear
 from clue_fast.recording.recorder import Point, refuse_distributed
 from clue_fast.sites.experts import Stack
-from clue_fast.sites.internals import expert_gate, is_expert_parallel, own_parameters
 
 STATE = "_clue_fast"
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

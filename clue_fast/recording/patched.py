@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clue_fast.data import has_head, head_of
 from clue_fast.errors import PatchError, SiteError, UnknownNameError
+from clue_fast.internals import is_replica
 from clue_fast.ops import backend as backends
 from clue_fast.recording.recorder import ON_NONFINITE, Recorder
 from clue_fast.recording.replacement import Hook, Installation, Override, install
@@ -34,7 +35,6 @@ from clue_fast.recording.tokens import (
 )
 from clue_fast.selection import Scores
 from clue_fast.sites import DEFAULT_KINDS, Survey, device_of, model_fingerprint, survey, unwrap
-from clue_fast.sites.internals import is_replica
 from clue_fast.statistics import Statistics
 
 TOKENS = (ANSWERS, ATTENDED)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from clue_fast import ops
+from clue_fast import internals, ops
 from clue_fast.errors import PatchError
 from clue_fast.ops.expert_statistics import add_statistics, unit_activations
 from clue_fast.ops.unit_attribution import watch_gradient
 from clue_fast.recording.tokens import IMAGES, Batch, TokenGroups
-from clue_fast.sites import Site, internals
+from clue_fast.sites import Site
 from clue_fast.statistics import Statistics
 
 ON_NONFINITE = ("raise", "skip_batch", "count")

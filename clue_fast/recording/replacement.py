@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clue_fast.errors import NonFiniteError, PatchError, SiteError
+from clue_fast.internals import OLD_FORWARD
 from clue_fast.ops import backend as backends
 from clue_fast.recording.fused import STATE, ExpertsState, FusedGatedMLP, GatedState, RecordedExperts
 from clue_fast.recording.recorder import Point, Recorder
 from clue_fast.sites import ParamSlice, Site, device_of, evaluation_mode, mixed_class
 from clue_fast.sites.experts import find_stack
-from clue_fast.sites.internals import OLD_FORWARD
 from clue_fast.sites.projection import projection_of
 
 TOKENS = 3

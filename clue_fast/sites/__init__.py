@@ -5,9 +5,9 @@ happens between them), never by the name of its class, so that a model that nobo
 """
 
 from clue_fast.deprecated import renamed_names
+from clue_fast.internals import device_of, evaluation_mode, mixed_class, model_fingerprint, unwrap
 from clue_fast.ops import ACTIVATIONS
 from clue_fast.sites.find import DEFAULT_KINDS, KINDS, Survey, check_sites, find_sites, survey
-from clue_fast.sites.internals import device_of, evaluation_mode, mixed_class, model_fingerprint, unwrap
 from clue_fast.sites.mlp import Unmatched
 from clue_fast.sites.site import HEAD_FAMILIES, ParamSlice, Site
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.sites.internals import device_of, evaluation_mode
+from clue_fast.internals import device_of, evaluation_mode
 from clue_fast.sites.mlp import Unmatched
 from clue_fast.sites.projection import Projection, projection_of
 from clue_fast.sites.site import ParamSlice, Site, layer_index

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clue_fast.internals import EagerExperts, expert_gate, own_parameters, variant
 from clue_fast.ops import ACTIVATIONS
-from clue_fast.sites.internals import EagerExperts, expert_gate, own_parameters, variant
 from clue_fast.sites.mlp import Rows, Unmatched
 from clue_fast.sites.site import ParamSlice, Site, layer_index
 from clue_fast.sites.trace import sample

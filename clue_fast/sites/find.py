@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from clue_fast.errors import SelectionError, SiteError, UnknownNameError
+from clue_fast.internals import unwrap
 from clue_fast.sites.attention import find_heads, head_size
 from clue_fast.sites.experts import find_experts
-from clue_fast.sites.internals import unwrap
 from clue_fast.sites.mlp import Unmatched, find_mlp, find_split_mlp, is_added
 from clue_fast.sites.site import HEAD_FAMILIES, Site
 

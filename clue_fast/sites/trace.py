@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clue_fast.sites.internals import NO_TORCH_FUNCTION, own_parameters, variant
+from clue_fast.internals import NO_TORCH_FUNCTION, own_parameters, variant
 
 
 @dataclass(frozen=True)

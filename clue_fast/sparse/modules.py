@@ -8,7 +8,7 @@ their values with it when it moves, and out of its state dict.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,14 @@ from torch.nn import functional
 
 from clue_fast import ops
 from clue_fast.errors import SparseError
+from clue_fast.internals import CHECKPOINT_FUNCTION, ModuleEvents, expert_gate, is_expert_parallel
 from clue_fast.sites import mixed_class
 from clue_fast.sites.experts import Stack, find_stack
-from clue_fast.sites.internals import expert_gate, is_expert_parallel
 from clue_fast.sites.projection import projection_of
 from clue_fast.sparse.slices import ForwardPass, TrainableSlice, add_slice_grad, training_rows
 
-if TYPE_CHECKING:
-    _Base = nn.Module
-else:
-    _Base = object
 
-
-class SparseModule(_Base):
+class SparseModule(ModuleEvents):
     """What all sparse modules share; comes before the class of the layer.
 
     Values of slices are parameters of the module, so that they move, train and are found with it, but they are in no
@@ -40,31 +35,20 @@ class SparseModule(_Base):
 
     trainable_slices: list[TrainableSlice]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def around_move(self, move: Callable[[], Any]) -> None:
+        """Has the values follow the weights, in their own precision."""
         values = [trained.values.detach() for trained in self.trainable_slices]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        move()
         for trained, before in zip(self.trainable_slices, values, strict=True):
             trained.follow_weight(before)
-        return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def after_save(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Leaves the values out."""
         for trained in self.trainable_slices:
-            destination.pop(prefix + trained.values_name, None)
+            state_dict.pop(prefix + trained.values_name, None)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def after_load(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> None:
+        """Takes the values from the weights that were loaded."""
         for trained in self.trainable_slices:
             if prefix + trained.values_name in missing_keys:
                 missing_keys.remove(prefix + trained.values_name)
@@ -228,7 +212,7 @@ def check_layer(model: nn.Module, planned: TrainableSlice) -> None:
 def original_class(module: SparseModule) -> type[nn.Module]:
     """Returns the class that a sparse module had before."""
     order = type(module).__mro__
-    found: type[nn.Module] = order[order.index(SparseModule) + 1]
+    found: type[nn.Module] = order[order.index(ModuleEvents) + 1]
     return found
 
 
@@ -252,10 +236,10 @@ def limit_checkpointing(model: nn.Module, trained: Iterable[TrainableSlice]) -> 
         disable()
     paths = [one.path for one in trained]
     for path, module in model.named_modules():
-        checkpoint: Any = getattr(module, "_gradient_checkpointing_func", None)
+        checkpoint: Any = getattr(module, CHECKPOINT_FUNCTION, None)
         if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
             trains = any(name.startswith(f"{path}.") for name in paths)
-            setattr(module, "_gradient_checkpointing_func", _Limited(checkpoint, trains))  # noqa: B010
+            setattr(module, CHECKPOINT_FUNCTION, _Limited(checkpoint, trains))
 
 
 class _Limited:

@@ -20,6 +20,7 @@ from clue_fast import ops
 from clue_fast.config import LAYER_LR
 from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SettingError, SparseError
+from clue_fast.internals import norms
 from clue_fast.sparse.slices import DDP, TrainableSlice, trainable_slices
 
 logger = logging.getLogger(__name__)
@@ -234,9 +235,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _has_finite_gradients(self, slices: list[TrainableSlice]) -> bool:
         gradients = [gradient(trained) for trained in slices]
         # The maximum norm takes 18 times as long on a CPU; only the other overflows for finite gradients.
-        finite = _are_finite(torch._foreach_norm(gradients))
+        finite = _are_finite(norms(gradients))
         if not all(finite):
-            finite = _are_finite(torch._foreach_norm(gradients, float("inf")))
+            finite = _are_finite(norms(gradients, float("inf")))
         bad = [trained.path for trained, ok in zip(slices, finite, strict=True) if not ok]
         if bad:
             self.skipped_steps += 1

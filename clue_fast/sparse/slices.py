@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from clue_fast.deprecated import RenamedAttribute
 from clue_fast.errors import SparseError
+from clue_fast.internals import is_view
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, Selection
 from clue_fast.sites import ParamSlice
 
@@ -354,7 +355,7 @@ class _Bias(torch.autograd.Function):
 
 def _same(ctx: Any, out: Tensor) -> Tensor:
     """The same values with another history. No view where it can be avoided: models add to outputs in place."""
-    if torch.compiler.is_compiling() or out._is_view():
+    if torch.compiler.is_compiling() or is_view(out):
         return out.view_as(out)
     ctx.mark_dirty(out)
     return out

@@ -14,6 +14,7 @@ from torch import Tensor
 from clue_fast.config import LAYER_LR
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import SparseError
+from clue_fast.internals import OUTPUT_DIR, SAVE_CHECKPOINT
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate, Sparse, sparsify
 from clue_fast.trainer.sparse_training import SparseTraining
@@ -118,8 +119,8 @@ class _Attachment(InstanceHooks):
         self.wrap("train", training.train)
         self.wrap("create_scheduler", training.create_scheduler)
         self.wrap("log", self._log)
-        self.wrap("_get_output_dir", training.checkpoints.output_dir)
-        self.wrap("_save_checkpoint", training.checkpoints.save)
+        self.wrap(OUTPUT_DIR, training.checkpoints.output_dir)
+        self.wrap(SAVE_CHECKPOINT, training.checkpoints.save)
 
     def _create_optimizer(self, model: Any = None) -> Any:
         optimizer = self.training.create_optimizer()

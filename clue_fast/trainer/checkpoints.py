@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clue_fast.config import ModelConfig
 from clue_fast.errors import ClueFastError, ModelError, NonFiniteError, OutputError
 from clue_fast.files import check_output, existing_parent
+from clue_fast.internals import output_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -89,17 +90,17 @@ class WholeCheckpoints:
         self._staging = False
 
     def output_dir(self, inner: Callable[[Any], str], trial: Any) -> str:
-        """Stands around ``_get_output_dir``: says where to write."""
+        """Stands around how a trainer says where it writes: says where to write."""
         folder = inner(trial)
         return os.path.join(folder, STAGING) if self._staging else folder
 
     def save(self, inner: Callable[[Any, Any], None], model: Any, trial: Any) -> None:
-        """Stands around ``_save_checkpoint``."""
+        """Stands around how a trainer writes a checkpoint."""
         trainer = self.trainer
         if trainer.args.push_to_hub:  # uploads read the folder that was written, later
             inner(model, trial)
             return
-        run = Path(trainer._get_output_dir(trial))
+        run = Path(output_dir(trainer, trial))
         staging = run / STAGING
         if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)

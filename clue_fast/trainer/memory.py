@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from clue_fast.data import answer_mask, head_of
 from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SparseError
+from clue_fast.internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    TorchDispatchMode,
+    storage_of,
+    tree_leaves,
+)
 from clue_fast.objectives import Batch
 from clue_fast.objectives.base import join, run
 from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
@@ -119,7 +120,7 @@ def _estimate(
     tensors = [*(p for p in shadow.parameters() if id(p) not in values), *shadow.buffers()]
     selected = sum(trained.values.numel() for trained in slices)
     constant = {
-        "weights": sum(size for _, size in {(_storage(t), t.untyped_storage().nbytes()) for t in tensors}),
+        "weights": sum(size for _, size in {(storage_of(t), t.untyped_storage().nbytes()) for t in tensors}),
         "values": 4 * selected if master_weights else 4 * len(slices),
         "original": sum(trained.original.nbytes for trained in slices),
         "optimizer_state": 8 * selected,
@@ -154,10 +155,6 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tenso
     return functional.cross_entropy(chosen, counted.remainder(logits.shape[-1]))
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 @contextmanager
 def _reference_backend() -> Iterator[None]:
     """Operators in plain PyTorch, which tensors without data pass through."""
@@ -181,7 +178,7 @@ class _Allocations(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.known = {_storage(tensor) for tensor in known}
+        self.known = {storage_of(tensor) for tensor in known}
         self.sizes: dict[StorageWeakRef, int] = {}
         self.peak = 0
 
@@ -193,7 +190,7 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _storage(tensor) not in self.known:
+            if isinstance(tensor, Tensor) and storage_of(tensor) not in self.known:
                 storage = tensor.untyped_storage()
                 self.sizes[StorageWeakRef(storage)] = storage.nbytes()
         self.peak = max(self.peak, self.live())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from clue_fast.config import LAYER_LR, RETAIN_RATIO
 from clue_fast.data import Collator, Source, head_of, padding_token
 from clue_fast.data.collator import longest
 from clue_fast.deprecated import precision, renamed_arguments
+from clue_fast.internals import TrainerEvents
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.recording import Patched
 from clue_fast.selection import Selection
@@ -31,7 +32,7 @@ from clue_fast.trainer.sparse_training import SparseTraining
 from clue_fast.trainer.stages import Stage, get_schedule, get_stages, scheduled, scheduled_objective, stage_at
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(TrainerEvents, Trainer):
     """Trains the selected units of a model on an objective. Everything else is the Trainer everybody knows.
 
     An epoch goes once through the forget records, in an order of its own; each is paired with ``retain_ratio``
@@ -215,11 +216,17 @@ class UnlearnTrainer(Trainer):
         """See ``SparseTraining.create_scheduler``."""
         return self.sparse_training.create_scheduler(super().create_scheduler, num_training_steps, optimizer)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self.sparse_training.checkpoints.output_dir(super()._get_output_dir, trial)
+    def around_output_dir(self, inner: Callable[[Any], str], trial: Any) -> str:
+        """See ``WholeCheckpoints``."""
+        return self.sparse_training.checkpoints.output_dir(inner, trial)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.sparse_training.checkpoints.save(super()._save_checkpoint, model, trial)
+    def around_save(self, inner: Callable[[Any, Any], None], model: Any, trial: Any) -> None:
+        """See ``WholeCheckpoints``."""
+        self.sparse_training.checkpoints.save(inner, model, trial)
+
+    def train_sampler(self) -> PairSampler:
+        """Pairs in the order of the epoch, see ``PairSampler``."""
+        return self._sampler
 
     def _begin_epoch(self, epoch: int) -> None:
         self._sampler.epoch = epoch
@@ -228,9 +235,6 @@ class UnlearnTrainer(Trainer):
             stage = self.stages[self._stage]
             self.objective = get_objective(stage.objective)
             self.sparse.train_only(*stage.units)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
-        return self._sampler
 
 
 class _Epochs(TrainerCallback):
