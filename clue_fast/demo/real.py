@@ -55,8 +55,8 @@ CELL = 44
 REPORT = "real.json"
 TRAINED = "forgotten, as trained"
 
-SETTINGS: dict[str, Any] = {"fraction": 0.01, "epochs": 30, "retain_ratio": 4}
-"""Of ``unlearn``, chosen on other seeds than the reported ones."""
+SETTINGS: dict[str, Any] = {"criterion": "forget_attribution", "fraction": 0.01, "epochs": 30, "retain_ratio": 2}
+"""Of ``unlearn``. Tried on seeds 10 and 11, of which nothing is reported; there ``difference`` forgot less deeply."""
 
 
 @dataclass(frozen=True)
