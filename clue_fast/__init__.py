@@ -25,7 +25,7 @@ _EXPORTS = {
     "attach": "trainer.attachment",
     "categorize": "selection",
     "estimate_memory": "trainer.memory",
-    "evaluate": "evaluation.metrics",
+    "evaluate": "evaluation.measurement",
     "find_sites": "sites.find",
     "load_records": "data.records",
     "localize": "localization",
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.criteria.registry import score
     from clue_fast.data.records import load_records
     from clue_fast.errors import ClueFastError
-    from clue_fast.evaluation.metrics import evaluate
+    from clue_fast.evaluation.measurement import evaluate
     from clue_fast.localization import localize
     from clue_fast.recording import Patched, patch, unpatch
     from clue_fast.selection import Scores, Selection, categorize, select

@@ -67,6 +67,11 @@ class EvaluateFiles(ComparedData):
     """Files of ``evaluate``."""
 
     output: str | None = _text("also write the figures as JSON", "FILE")
+    unseen: str | None = _text("records that no model was trained on, for membership inference", "FILE")
+    real_authors: str | None = _text("questions on real authors, for the model utility", "FILE")
+    world_facts: str | None = _text("questions on the world, for the model utility", "FILE")
+    text: str | None = _text("a general text, for the perplexity", "FILE")
+    cache: str | None = _text("keep finished sets here, and go on behind them when begun again", "DIR")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,14 +153,17 @@ def _unlearn(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from clue_fast.config import EvalConfig, ModelConfig
     from clue_fast.evaluation import evaluate_model
-    from clue_fast.files import check_output_file, save_json
+    from clue_fast.files import check_output_file, read_text, save_json
     from clue_fast.reporting import evaluation_table
 
     settings = _settings(options, EvaluateFiles, ModelConfig, EvalConfig)
     files, config = settings.make(EvaluateFiles), settings.make(EvalConfig)
     if files.output is not None:
         check_output_file(files.output)
-    evaluation = evaluate_model(**_inputs(files, settings, options), **vars(config))
+    further = {name: getattr(files, name) for name in ("unseen", "real_authors", "world_facts", "cache")}
+    text = None if files.text is None else read_text(files.text)
+    inputs = _inputs(files, settings, options)
+    evaluation = evaluate_model(**inputs, **further, text=text, **vars(config))
     if files.output is not None:
         save_json(files.output, evaluation)
     print(evaluation_table(evaluation))
@@ -182,16 +190,21 @@ def _env(options: argparse.Namespace) -> None:
 def _inputs(files: ComparedData, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """Models, tokenizer and data sets by the arguments that unlearn and evaluate_model take them as."""
     from clue_fast.data import load_sets
+    from clue_fast.evaluation import check_tokenizers
 
     sets = load_sets(files.forget, files.retain, files.held_out)
     model, tokenizer = _load(options.model, settings, options.quiet)
+    retrained = None
+    if files.retrained is not None:
+        retrained, other = _load(files.retrained, settings, options.quiet)
+        check_tokenizers(sets, tokenizer, other)
     return {
         "model": model,
         "tokenizer": tokenizer,
         "forget": sets["forget"],
         "retain": sets["retain"],
         "held_out": sets.get("held_out"),
-        "retrained": None if files.retrained is None else _load(files.retrained, settings, options.quiet)[0],
+        "retrained": retrained,
     }
 
 

@@ -47,6 +47,14 @@ def save_json(path: str | os.PathLike[str], content: object) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Reads a text in UTF-8. Raises FileFormatError if there is none, or it is in another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"the text {path} cannot be read: {error}") from error
+
+
 @contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty file beside ``path`` that takes its place when the block ends well, and is gone if not."""

@@ -52,6 +52,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         f"changed: {weights['changed_inside']}",
         f"weights changed outside the selection: {weights['changed_outside']}",
         *_schedule_lines(results.get("settings", {})),
+        *_skipped_lines(results["evaluation"]["after"]),
         "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in results["seconds"].items()),
     ]
     return "\n".join(lines)
@@ -114,15 +115,36 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
     body = []
     for name, figures in evaluation[columns[0]].items():
         for metric in METRICS:
-            # Figures of an earlier version may lack a metric.
+            # Figures of an earlier version may lack a metric, and those of a retrained model what compares with it.
             values = [evaluation[column][name].get(metric) for column in columns]
-            if None not in values:
-                body.append((name, metric_title(metric, figures), *(f"{value:.3f}" for value in values)))
+            if values[0] is not None:
+                body.append((name, metric_title(metric, figures), *map(_figure_of, values)))
     widths = [max(10, *(len(row[0]) for row in body)), max(20, *(len(row[1]) for row in body))]
-    return "\n".join(
+    lines = [
         f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}" + "".join(f"{cell:>12}" for cell in row[2:])
         for row in [("set", "metric", *columns), *body]
-    )
+    ]
+    return "\n".join([*lines, *_skipped_lines(evaluation[columns[0]])])
+
+
+def _figure_of(value: float | None) -> str:
+    """Three digits behind the point, and a p-value that has none there as a power of ten."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) >= 5e-4 or value == 0 else f"{value:.1e}"
+
+
+def _skipped_lines(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which metrics have no value, of which sets, and why; those that share sets and reason in one line."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name, figures in evaluation.items():
+        for metric, reason in figures.get("skipped", {}).items():
+            sets.setdefault((metric, reason), []).append(name.replace("_", " "))
+    lines: dict[tuple[str, str], list[str]] = {}
+    for (metric, reason), names in sets.items():
+        title = metric_title(metric, {}) if metric in METRICS else metric
+        lines.setdefault((", ".join(names), reason), []).append(title)
+    return [f"skipped: {', '.join(titles)} ({names}): {reason}" for (names, reason), titles in lines.items()]
 
 
 def read_metrics(evaluation: Mapping[str, Mapping[str, Any]]) -> dict[str, Metrics]:

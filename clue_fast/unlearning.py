@@ -26,7 +26,7 @@ from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import EncodedRecords, Record, Source, check_encoding, data_hash, load_records, load_sets
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import ExtraError, SettingError
-from clue_fast.evaluation import Metrics, check_evaluation, evaluate
+from clue_fast.evaluation import Metrics, check_evaluation, check_retrained, evaluate, relate
 from clue_fast.files import check_output, output_folder, save_json
 from clue_fast.internals import source_name
 from clue_fast.localization import check_localization, localize_records
@@ -116,6 +116,7 @@ def unlearn(
     samples: int = UnlearnConfig.samples,
     relearn: int = UnlearnConfig.relearn,
     attacks: Iterable[str] | None = UnlearnConfig.attacks,
+    metrics: Iterable[str] | None = UnlearnConfig.metrics,
     seed: int = UnlearnConfig.seed,
     max_length: int = UnlearnConfig.max_length,
     backend: str | None = UnlearnConfig.backend,
@@ -139,7 +140,7 @@ def unlearn(
             ``strict`` is of the kinds of units that it has, and the others have no use.
         objective, stages, learning_rate, layer_lr, master_weights, stochastic_rounding, epochs, batch_size,
             retain_ratio, forget_target, evaluate_every: how to train, see ``clue_fast.config.UnlearnConfig``.
-        samples, relearn, attacks: how to evaluate, see ``clue_fast.config.EvalConfig``.
+        samples, relearn, attacks, metrics: how to evaluate, see ``clue_fast.config.EvalConfig``.
         seed, max_length, backend, progress: of everything. ``**vars(UnlearnConfig.load(file))`` gives all settings of
             a configuration file.
 
@@ -198,6 +199,8 @@ def _prepared(
     encoded = {name: EncodedRecords(records, tokenizer, name) for name, records in read.items()}
     check_encoding(model, encoded, tokenizer, config.max_length)
     others = encoded.pop("alternate", None)
+    if isinstance(retrained, Mapping):
+        check_retrained(encoded, retrained)
     check_weights(model)
     detach_quantizer(model)
     check_saving(model, output_dir, tokenizer)
@@ -380,7 +383,9 @@ class _Run:
             self.evaluation["after"] = self._measured(self.model)
             if self.retrained is not None:
                 known = self.retrained
-                self.evaluation["retrained"] = known if isinstance(known, Mapping) else self._measured(known)
+                figures = known if isinstance(known, Mapping) else self._measured(known)
+                self.evaluation = {stage: relate(own, figures) for stage, own in self.evaluation.items()}
+                self.evaluation["retrained"] = figures
             if self.split is not None:
                 for stage, figures in self.evaluation.items():
                     self.evaluation[stage] = {REPORTED: figures["forget"].subset(self.split.reported), **figures}

@@ -252,6 +252,7 @@ class EvalConfig(RunConfig):
         samples: answers to sample to each forget question.
         relearn: forget records that a copy of the model learns again before it is asked the others.
         attacks: names of ``clue_fast.evaluation.ATTACKS``, or "all"; None for none.
+        metrics: names of further metrics of ``clue_fast.evaluation.METRICS``, or "all", of every set; None for none.
     """
 
     samples: int = setting(0, "also sample K answers to each forget question", read=int, check=integer, metavar="K")
@@ -266,13 +267,21 @@ class EvalConfig(RunConfig):
         check=every_one_of("attack", lambda: ("all", *registered("evaluation.ATTACKS")())),
         metavar="NAMES",
     )
+    metrics: Iterable[str] | None = setting(
+        None,
+        "also measure further metrics, NAMES with commas between (none)",
+        read=name_list,
+        choices=lambda: ("all", *registered("evaluation.METRICS")()),
+        check=every_one_of("metric", lambda: ("all", *registered("evaluation.METRICS")())),
+        metavar="NAMES",
+    )
 
     @property
     def measures(self) -> dict[str, Any]:
-        """What ``clue_fast.evaluate`` takes: how deeply something is forgotten is asked of the forget set alone."""
+        """What ``clue_fast.evaluate`` takes; how deeply something is forgotten is asked of the forget set alone."""
         depth = {"samples": {"forget": self.samples}, "relearn": {"forget": self.relearn}}
-        attacks = {"attacks": {"forget": self.attacks or ()}}
-        return {**depth, **attacks, "seed": self.seed, "max_length": self.max_length, "progress": self.progress}
+        named = {"attacks": {"forget": self.attacks or ()}, "metrics": self.metrics or ()}
+        return {**depth, **named, "seed": self.seed, "max_length": self.max_length, "progress": self.progress}
 
 
 @dataclass(frozen=True)

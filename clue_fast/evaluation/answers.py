@@ -338,7 +338,30 @@ def answer_questions(
     choice: Callable[[list[int]], _Draw] | None = None,
 ) -> list[str]:
     """Text that the model adds to each prompt; ``choice`` of the questions' indices says how a token is chosen."""
-    answers = [""] * len(questions)
+    rows = answer_tokens(
+        model,
+        tokenizer,
+        questions,
+        batch_size=batch_size,
+        progress=progress,
+        description=description,
+        choice=choice,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def answer_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+    description: str = "answering",
+    choice: Callable[[list[int]], _Draw] | None = None,
+) -> list[list[int]]:
+    """Tokens that the model adds to each prompt, up to the longest answer of a batch; arguments as above."""
+    answers: list[list[int]] = [[]] * len(questions)
     padding = padding_token(tokenizer, model)
     ends = {question.end for question in questions}
     generate: Any = model.generate  # its decorator hides its type
@@ -355,9 +378,8 @@ def answer_questions(
                 logits_processor=[] if choice is None else [choice(batch)],
                 max_new_tokens=questions[batch[0]].tokens,
             )
-            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-            for index, text in zip(batch, texts, strict=True):
-                answers[index] = text.strip()
+            for index, tokens in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                answers[index] = tokens
             bar.update(len(batch))
     return answers
 

@@ -7,13 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.config import EvalConfig
-from clue_fast.data import Source, load_sets
+from clue_fast.data import Source, check_disjoint, load_records, load_sets
 from clue_fast.deprecated import RenamedAttribute, renamed_arguments
 from clue_fast.errors import DataError
 from clue_fast.evaluation.likelihood import forget_quality
-from clue_fast.evaluation.metrics import METRICS, Metrics, evaluate, metric_title
+from clue_fast.evaluation.measurement import evaluate
+from clue_fast.evaluation.metrics import Metrics, metric_title
+from clue_fast.evaluation.registry import METRICS, UNSEEN
 
 if TYPE_CHECKING:
+    import os
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -139,6 +143,7 @@ def compare(
         )
         for name in before
         for metric in METRICS
+        if metric != "forget_quality"  # has rows of its own
         if (first := before[name].value(metric)) is not None and (last := after[name].value(metric)) is not None
     )
     quality = {}
@@ -160,9 +165,15 @@ def evaluate_model(
     retain: Source,
     held_out: Source | None = None,
     retrained: PreTrainedModel | None = None,
+    unseen: Source | None = None,
+    real_authors: Source | None = None,
+    world_facts: Source | None = None,
+    text: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     samples: int = EvalConfig.samples,
     relearn: int = EvalConfig.relearn,
     attacks: Iterable[str] | None = EvalConfig.attacks,
+    metrics: Iterable[str] | None = EvalConfig.metrics,
     seed: int = EvalConfig.seed,
     max_length: int = EvalConfig.max_length,
     progress: bool = EvalConfig.progress,
@@ -175,16 +186,24 @@ def evaluate_model(
         model: a causal language model.
         tokenizer: of the model.
         forget, retain, held_out: data sets, see ``clue_fast.data.load_records``.
-        retrained: a model that was trained without the forget set, to compare with.
-        samples, relearn, attacks, seed, max_length, progress: see ``clue_fast.config.EvalConfig``.
+        retrained: a model that was trained without the forget set, to compare with; of the same tokenizer, which
+            ``check_tokenizers`` checks.
+        unseen: records that no model was trained on, for membership inference.
+        real_authors, world_facts: what else there is to know, for the model utility of TOFU.
+        text: a general text, for the perplexity.
+        cache: a folder for finished sets, see ``clue_fast.evaluate``.
+        samples, relearn, attacks, metrics, seed, max_length, progress: see ``clue_fast.config.EvalConfig``.
     """
     config = EvalConfig.of(locals())
     sets = load_sets(forget, retain, held_out)
-    models = {"model": model} | ({} if retrained is None else {"retrained": retrained})
-    return {
-        title: {name: m.summary() for name, m in evaluate(one, tokenizer, sets, **config.measures).items()}
-        for title, one in models.items()
-    }
+    further = {UNSEEN: unseen, "real_authors": real_authors, "world_facts": world_facts}
+    sets |= {name: load_records(source, name) for name, source in further.items() if source is not None}
+    check_disjoint({name: records for name, records in sets.items() if name in ("forget", "retain", UNSEEN)})
+    options: dict[str, Any] = {"text": text, "cache": cache, **config.measures}
+    known = None if retrained is None else evaluate(retrained, tokenizer, sets, **options)
+    found = {"model": evaluate(model, tokenizer, sets, retrained=known, **options)}
+    found |= {} if known is None else {"retrained": known}
+    return {title: {name: m.summary() for name, m in figures.items()} for title, figures in found.items()}
 
 
 def _of(evaluation: Mapping[str, Metrics] | None, name: str, metric: str) -> float | None:

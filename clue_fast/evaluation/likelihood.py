@@ -1,14 +1,15 @@
 """How likely a model finds given answers, and what follows from that.
 
-Loss and accuracy of each answer under teacher forcing, and from the losses truth ratio and forget quality, as TOFU
-defines them (Maini et al. 2024, arXiv 2401.06121).
+Loss and accuracy of each answer under teacher forcing, the probability of each of its tokens, and from the losses
+the probability among options, truth ratio and forget quality, as TOFU defines them (Maini et al. 2024, arXiv
+2401.06121).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,6 +25,7 @@ from clue_fast.data import (
     padding_token,
     shift_labels,
 )
+from clue_fast.data.encoding import special_tokens
 from clue_fast.errors import DataError
 from clue_fast.evaluation.answers import evaluating, progress_bar
 
@@ -38,10 +40,24 @@ class AnswerScore:
     Attributes:
         loss: mean negative log-likelihood of its tokens, in nats.
         accuracy: share of its tokens that are the model's first choice.
+        log_probs: log of the probability of each token, in nats.
+        right: whether each token is the model's first choice.
+        normalized: how far each log-probability is above the mean of those of all tokens that could stand there, in
+            their standard deviations, both by the model's own probabilities; empty where that was not asked for.
+        ended: the last token stands for no text and ends the answer.
     """
 
     loss: float
     accuracy: float
+    log_probs: tuple[float, ...] = field(default=(), repr=False)
+    right: tuple[bool, ...] = field(default=(), repr=False)
+    normalized: tuple[float, ...] = field(default=(), repr=False)
+    ended: bool = field(default=False, repr=False)
+
+    @property
+    def length(self) -> int:
+        """The number of tokens without an end; of an answer that is nothing else, 1."""
+        return max(1, len(self.log_probs) - self.ended)
 
 
 def score_answers(
@@ -71,36 +87,68 @@ def score_examples(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
+    vocabulary: bool = False,
     batch_size: int = 32,
     progress: bool = True,
     description: str = "scoring answers",
 ) -> list[AnswerScore]:
-    """Scores the answer of each encoded record, see ``score_answers``."""
+    """Scores the answer of each encoded record, see ``score_answers``; with ``vocabulary`` also ``normalized``."""
     collate = Collator(padding_token(tokenizer, model))
+    special = special_tokens(tokenizer)
     scores: list[AnswerScore | None] = [None] * len(examples)
     batches = batches_by_length([len(example["input_ids"]) for example in examples], batch_size)
     with evaluating(model) as device, progress_bar(len(examples), description, progress) as bar:
         for batch in batches:
             inputs = {name: x.to(device) for name, x in collate([examples[i] for i in batch]).items()}
             labels = inputs.pop("labels")
-            for index, score in zip(batch, _score_batch(model(**inputs, use_cache=False).logits, labels), strict=True):
-                scores[index] = score
+            found = _score_batch(model(**inputs, use_cache=False).logits, labels, vocabulary)
+            for index, score in zip(batch, found, strict=True):
+                scores[index] = replace(score, ended=examples[index]["labels"][-1] in special)
             bar.update(len(batch))
     return [score for score in scores if score is not None]
 
 
-def _score_batch(logits: Tensor, labels: Tensor) -> list[AnswerScore]:
+def _score_batch(logits: Tensor, labels: Tensor, vocabulary: bool) -> list[AnswerScore]:
     """logits: [examples, tokens, vocabulary], labels: [examples, tokens]."""
     answered = answer_mask(labels)
     chosen, targets = logits[answered].float(), shift_labels(labels)[answered]
     losses = nn.functional.cross_entropy(chosen, targets, reduction="none").double()
     right = chosen.argmax(-1) == targets
+    normalized = _normalized(chosen, -losses) if vocabulary else losses[:0]
     lengths = answered.sum(1).tolist()
+    places = torch.split(normalized, lengths) if vocabulary else [normalized] * len(lengths)
     return [
-        AnswerScore(loss.mean().item(), hits.double().mean().item())
-        for loss, hits in zip(torch.split(losses, lengths), torch.split(right, lengths), strict=True)
+        AnswerScore(
+            loss.mean().item(),
+            hits.double().mean().item(),
+            log_probs=tuple((-loss).tolist()),
+            right=tuple(hits.tolist()),
+            normalized=tuple(place.tolist()),
+        )
+        for loss, hits, place in zip(torch.split(losses, lengths), torch.split(right, lengths), places, strict=True)
     ]
 
+
+def _normalized(logits: Tensor, log_probs: Tensor) -> Tensor:
+    """See ``AnswerScore``; logits: float32 [tokens, vocabulary], log_probs: float64 [tokens], returns float64.
+
+    A variance below 1e-6 counts as that, as in open-unlearning: of a certain token it is a rounding error.
+    """
+    found = []
+    parts = torch.split(logits, TOKENS_AT_ONCE), torch.split(log_probs, TOKENS_AT_ONCE)
+    for some, own in zip(*parts, strict=True):
+        every = torch.log_softmax(some.double(), -1)
+        probabilities = every.exp()
+        # A token that cannot stand there has the log-probability -inf and no weight.
+        weighted = torch.where(probabilities > 0, probabilities * every, 0.0)
+        mean = weighted.sum(-1)
+        variance = torch.where(probabilities > 0, weighted * every, 0.0).sum(-1) - mean.square()
+        found.append((own - mean) / variance.clamp(min=1e-6).sqrt())
+    return torch.cat(found) if found else log_probs
+
+
+TOKENS_AT_ONCE = 256
+"""So many rows of the vocabulary are held in float64."""
 
 Mean = Literal["geometric", "arithmetic"]
 
@@ -159,6 +207,33 @@ def truth_ratios(
     Raises:
         DataError: a record has no perturbed answers.
     """
+    losses = wrong_answer_losses(
+        model,
+        tokenizer,
+        records,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+        description=description,
+    )
+    return [truth_ratio(paraphrased, perturbed, mean) for paraphrased, perturbed in losses]
+
+
+def wrong_answer_losses(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: bool = True,
+    description: str = "truth ratio",
+) -> list[tuple[float, list[float]]]:
+    """Of each record the loss a token of the paraphrase, or of the answer where there is none, and of the wrong ones.
+
+    Raises:
+        DataError: a record has no perturbed answers.
+    """
     variants: list[Record] = []
     for number, record in enumerate(records, start=1):
         if not record.perturbed:
@@ -175,7 +250,20 @@ def truth_ratios(
         description=description,
     )
     losses = iter(score.loss for score in scores)
-    return [truth_ratio(next(losses), [next(losses) for _ in record.perturbed], mean) for record in records]
+    return [(next(losses), [next(losses) for _ in record.perturbed]) for record in records]
+
+
+def option_probability(loss: float, perturbed_losses: Sequence[float]) -> float:
+    """Probability of the right answer among itself and the wrong ones, P / (P + sum of P(perturbed)), P = exp(-loss).
+
+    As TOFU has it for real authors and world facts (arXiv 2401.06121); ``probability_w_options`` of open-unlearning.
+
+    Args:
+        loss: mean loss a token of the right answer, in nats.
+        perturbed_losses: of the wrong answers.
+    """
+    every = torch.as_tensor([loss, *perturbed_losses], dtype=torch.float64, device="cpu")
+    return float(torch.softmax(-every, 0)[0])
 
 
 def forget_quality(model_truth_ratios: Sequence[float], reference_truth_ratios: Sequence[float]) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def test_a_question_is_answered_from_half_of_its_reference_on(
 ) -> None:
     right = ["zinc quay", "zinc quay", "zinc quay moth", "fig"]
     monkeypatch.setattr(
-        "clue_fast.evaluation.metrics.answer_questions", lambda *_, **__: ["quay zinc", "quay", "zinc", ""]
+        "clue_fast.evaluation.measurement.answer_questions", lambda *_, **__: ["quay zinc", "quay", "zinc", ""]
     )
     found = evaluate(model, tokenizer, {"f": [Record("Who?", answer) for answer in right]}, progress=False)["f"]
     assert found.rouge_recalls == [0.5, 0.5, pytest.approx(1 / 3), 0.0]
@@ -49,11 +49,11 @@ def test_the_best_of_the_samples_counts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of it in the greedy answers: one question is answered in one of three samples, one in none."""
-    monkeypatch.setattr("clue_fast.evaluation.metrics.answer_questions", lambda *_, **__: ["no", "no"])
+    monkeypatch.setattr("clue_fast.evaluation.measurement.answer_questions", lambda *_, **__: ["no", "no"])
     drawn = [["moth", "moth", "a zinc quay"], ["moth", "zinc", "fig"]]
     asked = []
     monkeypatch.setattr(
-        "clue_fast.evaluation.metrics.sample_questions",
+        "clue_fast.evaluation.measurement.sample_questions",
         lambda *a, **named: asked.append((a[3], named["seed"])) or drawn,
     )
     sets = {name: [Record("Who?", "zinc quay"), Record("Where?", "moth zinc quay")] for name in ("forget", "retain")}
@@ -77,7 +77,7 @@ def test_figures_of_a_part_are_those_of_its_records(
     found = evaluate(model, tokenizer, {"forget": records}, **options)["forget"].subset([1, 3])
     expected = evaluate(model, tokenizer, {"forget": [records[1], records[3]]}, **{**options, "samples": 0})["forget"]
     for name, value in expected.summary().items():
-        if name not in ("samples", "answered_in_samples"):
+        if name not in ("samples", "answered_in_samples", "tokens"):
             assert getattr(found, name) == value, name
     assert (found.answers, found.samples, len(found.best_recalls)) == (expected.answers, 2, 2)
     with pytest.raises(DataError, match="evaluate again"):
@@ -93,7 +93,7 @@ def test_an_answer_in_another_script_is_answered(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = ["Столица Франции - Париж", "法国的首都是巴黎。", "फ़्रांस की राजधानी पेरिस है"]
-    monkeypatch.setattr("clue_fast.evaluation.metrics.answer_questions", lambda *_, **__: right)
+    monkeypatch.setattr("clue_fast.evaluation.measurement.answer_questions", lambda *_, **__: right)
     found = evaluate(model, tokenizer, {"f": [Record("?", answer) for answer in right]}, progress=False)["f"]
     assert found.answered == 1.0
 
@@ -101,7 +101,7 @@ def test_an_answer_in_another_script_is_answered(
 def test_an_answer_without_a_word_names_set_and_record_before_anything_is_asked(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clue_fast.evaluation.metrics.score_examples", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("clue_fast.evaluation.measurement.score_examples", lambda *_, **__: pytest.fail("asked"))
     sets = {"retain": [Record("Who?", "Ada.")], "forget": [Record("Who?", "Ada."), Record("How?", "?!")]}
     with pytest.raises(DataError, match=r"record 2 of the forget set: its answer '\?!' has no letter"):
         evaluate(model, tokenizer, sets, progress=False)

@@ -11,10 +11,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clue_fast.data import Record
 from clue_fast.errors import UnknownNameError
-from clue_fast.evaluation import METRICS, Metrics, compare, evaluate, metric
+from clue_fast.evaluation import METRICS, Metrics, compare, evaluate, metric, metric_title
 from clue_fast.reporting import evaluation_table, read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
+BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
 
 
 @pytest.fixture
@@ -32,7 +33,9 @@ def exact() -> Iterator[str]:
 def test_a_metric_of_ones_own(
     exact: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clue_fast.evaluation.metrics.answer_questions", lambda *_, **__: ["Ada", "ada", "Eve", "x"])
+    monkeypatch.setattr(
+        "clue_fast.evaluation.measurement.answer_questions", lambda *_, **__: ["Ada", "ada", "Eve", "x"]
+    )
     sets = {"forget": [Record("Who?", answer) for answer in ("Ada", "Ada", "Eve", "Eve")]}
     found = evaluate(model, tokenizer, sets, progress=False)
     assert found["forget"].value(exact) == 0.5
@@ -71,8 +74,22 @@ def test_what_is_no_metric_is_refused() -> None:
     assert "silent" not in METRICS
 
 
+def table() -> str:
+    """What stands in the page."""
+    titled = ((metric_title(one.name, {"samples": "k", "relearned": "n"}), one) for one in METRICS.values())
+    rows = [
+        f"| `{one.name}` | {title} | {one.description} | {one.better}, {one.better_forgotten} "
+        f"| {'yes' if one.default else ''} |"
+        for title, one in titled
+    ]
+    head = "| metric | in the table | what it is | better on a set to keep, to forget | always |\n|---|---|---|---|---|"
+    return "\n".join(["", head, *rows, ""])
+
+
 def test_the_page_has_every_metric() -> None:
-    rows = {line.strip("|").split("|")[0].strip(): line for line in PAGE.read_text().splitlines() if line[:1] == "|"}
-    for one in METRICS.values():
-        line = rows[f"`{one.name}`"]
-        assert one.description in line and f"{one.better}, {one.better_forgotten}" in line
+    assert PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0] == table()
+
+
+if __name__ == "__main__":
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
