@@ -110,11 +110,10 @@ def real(folders: Sequence[Path]) -> str:
     rows[f"perplexity on {text}"] = [
         f"{report['perplexity']['before']:.2f} to {report['perplexity']['after']:.2f}" for _, report in reports
     ]
-    for name, what in (("forgotten", "forgotten"), ("never_known", "never known")):
+    for name, what in (("forgotten", "forgotten"), ("never_known", "not known before")):
         rows[f"others {what}, once half is relearned"] = [
             f"{report['relearning'][name][0]:.0%} to {report['relearning'][name][1]:.0%}" for _, report in reports
         ]
-    rows["seconds"] = [f"{report['seconds']:.0f}" for _, report in reports]
     lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return "\n".join([lines[0], "| --- |" + " --- |" * len(reports), *lines[1:]])
 

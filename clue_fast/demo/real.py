@@ -392,10 +392,10 @@ def tables(report: Mapping[str, Any]) -> Iterator[str]:
         lines.append(
             f"relearning {attack['records']} of the forgotten facts in {attack['steps']} steps: "
             + "; ".join(
-                f"of {number} {which} facts {before:.0%} are answered before and {after:.0%} after"
+                f"of {number} {which} {before:.0%} are answered before and {after:.0%} after"
                 for which, (before, after, number) in (
-                    ("other forgotten", attack["forgotten"]),
-                    ("never known", attack["never_known"]),
+                    ("others of them", attack["forgotten"]),
+                    ("not known before", attack["never_known"]),
                 )
                 if number
             )
