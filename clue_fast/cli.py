@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.errors import ClueFastError, SettingError
@@ -66,7 +67,8 @@ class UnlearnFiles(ComparedData):
 class EvaluateFiles(ComparedData):
     """Files of ``evaluate``."""
 
-    output: str | None = _text("also write the figures as JSON", "FILE")
+    output: str | None = _text("also write the figures as JSON, and beside them a report as HTML", "FILE")
+    before: str | None = _text("the model before it unlearned, to compare with", "MODEL")
     unseen: str | None = _text("records that no model was trained on, for membership inference", "FILE")
     real_authors: str | None = _text("questions on real authors, for the model utility", "FILE")
     world_facts: str | None = _text("questions on the world, for the model utility", "FILE")
@@ -154,6 +156,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from clue_fast.config import EvalConfig, ModelConfig
     from clue_fast.evaluation import evaluate_model
     from clue_fast.files import check_output_file, read_text, save_json
+    from clue_fast.html_report import describe_data, write_report
     from clue_fast.reporting import evaluation_table
 
     settings = _settings(options, EvaluateFiles, ModelConfig, EvalConfig)
@@ -163,16 +166,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     further = {name: getattr(files, name) for name in ("unseen", "real_authors", "world_facts", "cache")}
     text = None if files.text is None else read_text(files.text)
     inputs = _inputs(files, settings, options)
-    evaluation = evaluate_model(**inputs, **further, text=text, **vars(config))
+    before = None if files.before is None else _load(files.before, settings, options.quiet)[0]
+    evaluation = evaluate_model(**inputs, **further, before=before, text=text, **vars(config))
     if files.output is not None:
         save_json(files.output, evaluation)
+        sets = {name: inputs[name] for name in ("forget", "retain", "held_out") if inputs[name] is not None}
+        page = Path(files.output).with_suffix(".html")
+        write_report(page, {options.model: {"evaluation": evaluation, "settings": vars(config), **describe_data(sets)}})
     print(evaluation_table(evaluation))
 
 
 def _report(options: argparse.Namespace) -> None:
+    from clue_fast.html_report import REPORT, run_names, write_report
     from clue_fast.reporting import load_results, results_table
 
-    print(results_table(load_results(options.folder)))
+    runs = {name: load_results(folder) for name, folder in run_names(options.folder).items()}
+    for name, results in runs.items():
+        print(*([f"{name}:"] if len(runs) > 1 else []), results_table(results), sep="\n")
+    several = "comparison.html" if len(runs) > 1 else REPORT
+    print(f"report: {write_report(options.output or Path(options.folder[0]) / several, runs)}")
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -267,7 +279,12 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="output folder of unlearn or demo")
+    parser.add_argument(
+        "folder", nargs="+", metavar="DIR", help="output folders of unlearn or demo; several are compared"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="the report (report.html, or comparison.html, in the first DIR)"
+    )
 
 
 def _push_flags(parser: argparse.ArgumentParser) -> None:
@@ -364,7 +381,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None], Callable[..., None]]] = {
         _evaluate,
         _model_flags(EvaluateFiles, "EvalConfig"),
     ),
-    "report": ("print the table of an earlier run", _report, _report_flags),
+    "report": ("print the table of earlier runs and write their report as HTML", _report, _report_flags),
     "push": ("push a selection to the hub", _push, _push_flags),
     "env": ("show what can run on this machine, and why not the rest", _env, lambda parser: None),
 }

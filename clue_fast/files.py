@@ -5,17 +5,19 @@ Files are written beside their destination and then renamed, so that an interrup
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from clue_fast.errors import FileFormatError, OutputError
@@ -43,8 +45,13 @@ def save_tensors(path: str | os.PathLike[str], kind: str, tensors: dict[str, Ten
 
 def save_json(path: str | os.PathLike[str], content: object) -> None:
     """Writes indented JSON atomically. Raises OutputError if the folder does not exist or cannot be written."""
+    save_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text as UTF-8 atomically. Raises OutputError if the folder does not exist or cannot be written."""
     with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -103,6 +110,15 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     except (KeyError, json.JSONDecodeError) as error:
         raise FileFormatError(f"{path} has a damaged header; make it again") from error
     return tensors, header
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a hash of the names, shapes, dtypes and bits of tensors, whatever their order."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {list(tensor.shape)} {tensor.dtype}\0".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def check_output_file(path: str | os.PathLike[str]) -> Path:

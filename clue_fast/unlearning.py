@@ -23,11 +23,12 @@ from clue_fast.config import (
     default_learning_rate,
 )
 from clue_fast.criteria.registry import get_criterion
-from clue_fast.data import EncodedRecords, Record, Source, check_encoding, data_hash, load_records, load_sets
+from clue_fast.data import EncodedRecords, Record, Source, check_encoding, load_records, load_sets
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.errors import ExtraError, SettingError
 from clue_fast.evaluation import Metrics, check_evaluation, check_retrained, evaluate, relate
-from clue_fast.files import check_output, output_folder, save_json
+from clue_fast.files import check_output, output_folder, save_json, tensors_hash
+from clue_fast.html_report import REPORT, describe_data, site_counts, write_report
 from clue_fast.internals import source_name
 from clue_fast.localization import check_localization, localize_records
 from clue_fast.objectives import Objective
@@ -396,7 +397,7 @@ class _Run:
         return {
             "clue_fast": __version__,
             "settings": self._settings(),
-            "data": {name: {"records": len(own), "hash": data_hash(own)} for name, own in self.sets.items()},
+            **describe_data(self.sets),
             "evaluation": {
                 stage: {name: metrics.as_dict() for name, metrics in figures.items()}
                 for stage, figures in self.evaluation.items()
@@ -405,6 +406,7 @@ class _Run:
                 "units": len(selection),
                 "of": sum(site.width for site in selection.sites),
                 "hash": selection.hash,
+                "sites": site_counts(selection),
                 **({} if reliability is None else {RELIABILITY: reliability.as_dict()}),
             },
             "weights": {
@@ -412,6 +414,7 @@ class _Run:
                 "trained": self.trained,
                 "changed_inside": changed_inside(self.before, self.model, selection),
                 "changed_outside": changed_outside(self.before, self.model, selection),
+                "hash": {"before": tensors_hash(self.before), "after": tensors_hash(snapshot(self.model))},
             },
             **({"scaling": self.scaling} if self.scaling else {}),
             "history": self.history,
@@ -435,12 +438,13 @@ class _Run:
         }
 
     def save(self, results: Mapping[str, Any]) -> None:
-        """Writes the checkpoint, its model card, the selection, the results and the plots."""
+        """Writes the checkpoint, its model card, the selection, the results, their report and the plots."""
         with _stage("save", self.seconds), output_folder(self.output_dir) as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             self.selected.save_pretrained(folder)
             save_json(folder / RESULTS, results)
+            write_report(folder / REPORT, {self.output_dir.name: results})
             write_model_card(folder, results, source_name(self.model), self.output_dir.name)
             try:
                 write_plots(folder, self.selected, self.selected.statistics, self.history)

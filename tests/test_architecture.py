@@ -26,6 +26,7 @@ LAYERS = (
     ("recording", "sparse", "objectives"),
     ("criteria", "evaluation"),
     ("localization", "trainer", "reporting"),
+    ("html_report",),
     ("unlearning",),
     ("demo", "env"),
     ("cli",),

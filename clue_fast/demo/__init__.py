@@ -23,6 +23,7 @@ PEOPLE = 60
 FORGOTTEN = 6
 HELD_OUT = 12
 SAMPLES = 20
+ATTACKS = ("relearning", "rounding", "context", "prefix")
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,18 @@ def run_demo(output_dir: str | os.PathLike[str], *, seed: int = 0, progress: boo
         data.retain + data.held_out, tokenizer, seed=seed, progress=progress, description="learn all but the forgotten"
     )
     sets = {"forget": data.forget, "retain": data.retain, "held_out": data.held_out}
+    depth = {"samples": {"forget": SAMPLES}, "attacks": {"forget": ATTACKS}}
     result = unlearn(
         model,
         tokenizer,
         forget=data.forget,
         retain=data.retain,
         held_out=data.held_out,
-        retrained=evaluate(retrained, tokenizer, sets, samples={"forget": SAMPLES}, seed=seed, progress=progress),
+        retrained=evaluate(retrained, tokenizer, sets, **depth, seed=seed, progress=progress),
         output_dir=output_dir,
         evaluate_every=8,
         samples=SAMPLES,
+        attacks=ATTACKS,
         seed=seed,
         progress=progress,
     )

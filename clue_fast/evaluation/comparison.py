@@ -165,6 +165,7 @@ def evaluate_model(
     retain: Source,
     held_out: Source | None = None,
     retrained: PreTrainedModel | None = None,
+    before: PreTrainedModel | None = None,
     unseen: Source | None = None,
     real_authors: Source | None = None,
     world_facts: Source | None = None,
@@ -178,9 +179,9 @@ def evaluate_model(
     max_length: int = EvalConfig.max_length,
     progress: bool = EvalConfig.progress,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns the figures of a model, and of a retrained one beside it.
+    """Returns the figures of a model, and of those that it is compared with, with the values of each record.
 
-    They are ``{"model": {set: figures}, "retrained": {set: figures}}``.
+    They are ``{"before": {set: figures}, "model": {set: figures}, "retrained": {set: figures}}``.
 
     Args:
         model: a causal language model.
@@ -188,6 +189,7 @@ def evaluate_model(
         forget, retain, held_out: data sets, see ``clue_fast.data.load_records``.
         retrained: a model that was trained without the forget set, to compare with; of the same tokenizer, which
             ``check_tokenizers`` checks.
+        before: the model before it unlearned, to compare with.
         unseen: records that no model was trained on, for membership inference.
         real_authors, world_facts: what else there is to know, for the model utility of TOFU.
         text: a general text, for the perplexity.
@@ -201,9 +203,14 @@ def evaluate_model(
     check_disjoint({name: records for name, records in sets.items() if name in ("forget", "retain", UNSEEN)})
     options: dict[str, Any] = {"text": text, "cache": cache, **config.measures}
     known = None if retrained is None else evaluate(retrained, tokenizer, sets, **options)
-    found = {"model": evaluate(model, tokenizer, sets, retrained=known, **options)}
+    models = {"before": before, "model": model}
+    found = {
+        title: evaluate(one, tokenizer, sets, retrained=known, **options)
+        for title, one in models.items()
+        if one is not None
+    }
     found |= {} if known is None else {"retrained": known}
-    return {title: {name: m.summary() for name, m in figures.items()} for title, figures in found.items()}
+    return {title: {name: m.as_dict() for name, m in figures.items()} for title, figures in found.items()}
 
 
 def _of(evaluation: Mapping[str, Metrics] | None, name: str, metric: str) -> float | None:
