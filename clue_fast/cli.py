@@ -171,8 +171,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if files.output is not None:
         save_json(files.output, evaluation)
         sets = {name: inputs[name] for name in ("forget", "retain", "held_out") if inputs[name] is not None}
-        page = Path(files.output).with_suffix(".html")
-        write_report(page, {options.model: {"evaluation": evaluation, "settings": vars(config), **describe_data(sets)}})
+        suffix = ".html" if Path(files.output).suffix != ".html" else ".report.html"
+        results = {"evaluation": evaluation, "settings": vars(config), **describe_data(sets)}
+        write_report(Path(files.output).with_suffix(suffix), {options.model: results})
     print(evaluation_table(evaluation))
 
 

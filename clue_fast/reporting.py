@@ -183,7 +183,8 @@ This model was made to forget a data set by clue-fast {version}: {trained} of it
 |---|---:|---|
 {data}
 
-The hash is of what the records say; the records themselves are not in this folder.
+The hash is of what the records say. The records and what was answered to them stand in `results.json` and
+`report.html`: leave both out where this folder is published.
 
 ## Measured
 

@@ -394,6 +394,7 @@ class _Run:
     def results(self) -> dict[str, Any]:
         """Everything that ``results.json`` holds."""
         selection, reliability = self.selected, self.selected.reliability
+        weights = dict(self.model.named_parameters())
         return {
             "clue_fast": __version__,
             "settings": self._settings(),
@@ -410,11 +411,14 @@ class _Run:
                 **({} if reliability is None else {RELIABILITY: reliability.as_dict()}),
             },
             "weights": {
-                "total": sum(parameter.numel() for parameter in self.model.parameters()),
+                "total": sum(weight.numel() for weight in weights.values()),
                 "trained": self.trained,
                 "changed_inside": changed_inside(self.before, self.model, selection),
                 "changed_outside": changed_outside(self.before, self.model, selection),
-                "hash": {"before": tensors_hash(self.before), "after": tensors_hash(snapshot(self.model))},
+                "hash": {
+                    "before": tensors_hash({name: self.before[name] for name in weights}),
+                    "after": tensors_hash(weights),
+                },
             },
             **({"scaling": self.scaling} if self.scaling else {}),
             "history": self.history,

@@ -351,8 +351,23 @@ def test_an_evaluation_is_written_whole(inputs: Path, tmp_path: Path, capsys: py
     sets = ["--forget", f"{inputs}/forget.jsonl", "--retain", f"{inputs}/retain.jsonl"]
     assert cli.main(["evaluate", f"{inputs}/model", *sets, "--output", f"{tmp_path}/figures.json", "--quiet"]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["model"]["forget"]["count"] == 5
+    assert figures["model"]["forget"]["count"] == 5 == len(figures["model"]["forget"]["answers"])
     assert "questions answered" in capsys.readouterr().out
+    report = (tmp_path / "figures.html").read_text()
+    assert all(record.prompt in report and record.completion in report for one in PEOPLE for record in one.records)
+
+
+def test_an_evaluation_attacks_every_model(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["--forget", f"{inputs}/forget.jsonl", "--retain", f"{inputs}/retain.jsonl"]
+    others = ["--before", f"{inputs}/model", "--retrained", f"{inputs}/model"]
+    asked = ["--attacks", "prefix,relearning", "--output", f"{tmp_path}/figures.html", "--quiet"]
+    assert cli.main(["evaluate", f"{inputs}/model", *sets, *others, *asked]) == 0
+    figures = json.loads((tmp_path / "figures.html").read_text())
+    assert list(figures) == ["before", "model", "retrained"]
+    assert capsys.readouterr().out.splitlines()[0].split() == ["set", "metric", "before", "model", "retrained"]
+    for own in figures.values():
+        assert list(own["forget"]["attacks"]) == ["greedy", "relearning", "prefix"] and "attacks" not in own["retain"]
+    assert "50% of the answer given" in (tmp_path / "figures.report.html").read_text()
 
 
 def test_an_evaluation_in_depth(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,6 +381,7 @@ def test_an_evaluation_in_depth(inputs: Path, capsys: pytest.CaptureFixture[str]
 def test_an_evaluation_out_of_range(refuses) -> None:
     refuses("relearn 5 leaves none of the 5 records of the forget set", "evaluate", "--relearn", "5")
     refuses("samples -1 of the forget set", "evaluate", "--samples", "-1")
+    refuses("unknown attack 'bribes'; choose one of: all, context,", "evaluate", "--attacks", "greedy,bribes")
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from clue_fast.files import (
     output_folder,
     save_json,
     save_tensors,
+    tensors_hash,
 )
 
 TENSORS = {
@@ -175,3 +176,16 @@ class TestOutputFolder:
         with pytest.raises(OutputError, match="cannot be made"):
             check_output(tmp_path / "precious" / "out")
         assert (tmp_path / "precious").read_text() == "keep me"
+
+
+def test_a_hash_is_of_names_shapes_dtypes_and_bits() -> None:
+    found = tensors_hash(TENSORS)
+    assert found == tensors_hash(dict(reversed(TENSORS.items()))) and len(found) == 16
+    changes = {
+        "sums": [torch.tensor([1.0, 0.0, float("inf")], dtype=torch.float64), TENSORS["sums"].float()],
+        "strided": [TENSORS["strided"].reshape(2, 3)],
+        "none": [torch.zeros(5, 0, dtype=torch.int8)],
+    }
+    others = [tensors_hash({**TENSORS, name: other}) for name, some in changes.items() for other in some]
+    others.append(tensors_hash({("whole" if name == "halves" else name): own for name, own in TENSORS.items()}))
+    assert len({found, *others}) == 6

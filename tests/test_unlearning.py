@@ -20,6 +20,8 @@ from clue_fast.demo import write_jsonl
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
 from clue_fast.errors import NonFiniteError, OutputError, SelectionError, SettingError
+from clue_fast.files import tensors_hash
+from clue_fast.html_report import html_report
 from clue_fast.reporting import results_table
 from clue_fast.trainer import Stage
 from clue_fast.trainer.update_scale import Asked
@@ -98,6 +100,12 @@ def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
     assert not any(record.prompt in card or record.completion in card for record in FORGET + RETAIN + HELD_OUT)
     assert clue_fast.Selection.from_pretrained(tmp_path / "out", model).hash == result.selection.hash
     assert results_table(results) == result.table()
+    assert (tmp_path / "out" / "report.html").read_text() == html_report({"out": results})
+    assert results["records"]["held_out"] == [{"question": r.prompt, "answer": r.completion} for r in HELD_OUT]
+    assert sum(site["selected"] for site in results["selection"]["sites"]) == results["selection"]["units"]
+    names = [name for name, _ in model.named_parameters()]
+    hashes = [tensors_hash({name: own[name] for name in names}) for own in (original, model.state_dict())]
+    assert list(results["weights"]["hash"].values()) == hashes and hashes[0] != hashes[1]
     assert results["selection"]["reliability"]["of"] == 31 and "reliability" not in results["settings"]
     assert result.selection.reliability.sentence in result.table().splitlines()
     assert "weights changed outside the selection: 0" in result.table()

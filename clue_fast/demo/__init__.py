@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clue_fast.data import Record
 from clue_fast.demo.people import make_people, records_of
@@ -81,7 +82,7 @@ def run_demo(output_dir: str | os.PathLike[str], *, seed: int = 0, progress: boo
         data.retain + data.held_out, tokenizer, seed=seed, progress=progress, description="learn all but the forgotten"
     )
     sets = {"forget": data.forget, "retain": data.retain, "held_out": data.held_out}
-    depth = {"samples": {"forget": SAMPLES}, "attacks": {"forget": ATTACKS}}
+    depth: dict[str, Any] = {"samples": {"forget": SAMPLES}, "attacks": {"forget": ATTACKS}}
     result = unlearn(
         model,
         tokenizer,

@@ -51,8 +51,8 @@ def _overview(attacked: Mapping[Column, Mapping[str, Any]]) -> Markup:
     """Every variant in a row, a column a model."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for index, (column, own) in enumerate(attacked.items()):
-        plain = [("greedy", "as it is", attempt) for attempt in own.get("greedy", {}).get("attempts", [])]
-        for _, title, attempt in [*plain, *attempts_of(column)]:
+        plain = [("as it is", attempt) for attempt in own.get("greedy", {}).get("attempts", [])]
+        for title, attempt in [*plain, *attempts_of(column)]:
             key = (title, attempt["variant"], str(len(attempt["recalls"])))
             count = sum(recall >= ANSWERED for recall in attempt["recalls"])
             rows.setdefault(key, ["-"] * len(attacked))[index] = f"{count} ({attempt['answered']:.1%})"
@@ -64,7 +64,7 @@ def _revealed(column: Column, records: Sequence[Mapping[str, str]]) -> Markup:
     """What each attack brought out of a model, record by record."""
     rows = [
         [str(index + 1), *records[index].values(), attempt["variant"], answer, decimal(recall)]
-        for _, _, attempt in attempts_of(column)
+        for _, attempt in attempts_of(column)
         for index, answer, recall in zip(attempt["asked"], attempt["answers"], attempt["recalls"], strict=True)
         if recall >= ANSWERED and index < len(records)
     ]

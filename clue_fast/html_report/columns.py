@@ -73,13 +73,12 @@ def columns_of(runs: Mapping[str, Mapping[str, Any]]) -> list[Column]:
     return sorted(found, key=lambda column: (column.stage == "retrained", column.run, list(STAGES).index(column.stage)))
 
 
-def attempts_of(column: Column) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Attack, title and attempt of everything that a model was attacked with; of a curve, its last point."""
+def attempts_of(column: Column) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Title and attempt of everything that a model was attacked with, but for asking as it is."""
     for name, attacked in column.figures.get("forget", {}).get("attacks", {}).items():
-        attempts = attacked["attempts"]
-        for attempt in attempts[-1:] if attempts and attempts[-1]["step"] is not None else attempts:
-            if name != "greedy":
-                yield name, attacked["title"], attempt
+        for attempt in attacked["attempts"]:
+            if name != "greedy" and attempt["step"] != 0:
+                yield attacked["title"], attempt
 
 
 def forget_set(columns: Sequence[Column]) -> str:

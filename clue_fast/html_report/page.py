@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def html_report(runs: Mapping[str, Mapping[str, Any]]) -> str:
         "Forget against retain": pareto(columns),
         "Attacks": attacks(columns, results[0]),
         "How sure the model is": distributions(columns),
-        "Units selected by layer": joined(units_by_layer(name, one) for name, one in titled.items()),
+        "Units selected by layer": _side_by_side(units_by_layer(name, one) for name, one in titled.items()),
         "Training": joined(training(name, one) for name, one in titled.items()),
         "Answers": answers(columns, results),
         "Settings": settings(runs),
@@ -117,7 +117,7 @@ def site_counts(selection: Selection) -> list[dict[str, Any]]:
 
 def _versions(results: Sequence[Mapping[str, Any]]) -> str:
     made = sorted({str(one["clue_fast"]) for one in results if "clue_fast" in one})
-    return f"clue-fast {' and '.join(made) or __version__}. Everything shown is in results.json beside the checkpoint."
+    return f"clue-fast {' and '.join(made) or __version__}. Everything shown is in the results beside this page."
 
 
 def _facts(columns: Sequence[Column], results: Sequence[Mapping[str, Any]]) -> Markup:
@@ -133,30 +133,23 @@ def _facts(columns: Sequence[Column], results: Sequence[Mapping[str, Any]]) -> M
             kept = f"{figures['rouge_recall'] / first:.1%}" if first else "-"
             note = f"of the recall before, {figures['count']} records" if before else f"recall of {figures['count']}"
             facts.append((f"kept on {spoken(name)}", kept, note))
-    worst = max(attempts_of(after), key=lambda found: found[2]["answered"], default=None)
+    worst = max((attempt for _, attempt in attempts_of(after)), key=lambda one: one["answered"], default=None)
     if worst is not None:
-        facts.append(("answered under the strongest attack", f"{worst[2]['answered']:.1%}", worst[2]["variant"]))
-    selection, weights = results[0].get("selection"), results[0].get("weights")
-    if selection:
-        facts.append(
-            (
-                "units selected",
-                f"{selection['units'] / selection['of']:.1%}",
-                f"{selection['units']} of {selection['of']}",
-            )
-        )
-    if weights:
-        facts.append(
-            ("weights changed outside the selection", str(weights["changed_outside"]), f"of {weights['total']} in all")
-        )
-    return element(
-        "dl",
-        *(
-            element("div", element("dt", name), element("dd", value, element("small", note)))
-            for name, value, note in facts
-        ),
-        class_="facts",
+        facts.append(("answered under the strongest attack", f"{worst['answered']:.1%}", worst["variant"]))
+    if selection := results[0].get("selection"):
+        units, of = selection["units"], selection["of"]
+        facts.append(("units selected", f"{units / of:.1%}", f"{units} of {of}"))
+    if weights := results[0].get("weights"):
+        outside = str(weights["changed_outside"])
+        facts.append(("weights changed outside the selection", outside, f"of {weights['total']} in all"))
+    boxes = (
+        element("div", element("dt", name), element("dd", value, element("small", note))) for name, value, note in facts
     )
+    return element("dl", *boxes, class_="facts")
+
+
+def _side_by_side(parts: Iterable[Markup]) -> Markup:
+    return element("div", *(element("div", part) for part in parts), class_="charts")
 
 
 def _anchor(name: str) -> str:

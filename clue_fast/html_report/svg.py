@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 480.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 14.0, 50.0
+LEFT, RIGHT, TOP, BOTTOM = 68.0, 14.0, 14.0, 50.0
 VOID = ("meta", "col")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross")
 
@@ -151,7 +151,7 @@ def bars(
     """
     stride = max(1, -(-len(columns) // 12))
     content = [_frame(x, y, [(place, x.write(place)) for place, _ in columns[::stride]])]
-    width = 0.8 * (WIDTH - LEFT - RIGHT) / max(1, len(columns))
+    width = min(48.0, 0.8 * (WIDTH - LEFT - RIGHT) / max(1, len(columns)))
     for place, heights in columns:
         base = 0.0
         for (name, color), height in zip(parts, heights, strict=True):
