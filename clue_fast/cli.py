@@ -185,7 +185,7 @@ def _report(options: argparse.Namespace) -> None:
     for name, results in runs.items():
         print(*([f"{name}:"] if len(runs) > 1 else []), results_table(results), sep="\n")
     several = "comparison.html" if len(runs) > 1 else REPORT
-    print(f"report: {write_report(options.output or Path(options.folder[0]) / several, runs)}")
+    logger.info("report: %s", write_report(options.output or Path(options.folder[0]) / several, runs))
 
 
 def _push(options: argparse.Namespace) -> None:
