@@ -86,6 +86,12 @@ def forget_set(columns: Sequence[Column]) -> str:
     return "forget_reported" if all("forget_reported" in c.figures for c in columns) else "forget"
 
 
+def others_of(columns: Sequence[Column]) -> list[str]:
+    """The sets of questions that were not to be forgotten."""
+    asked = (name for name, figures in columns[0].figures.items() if figures.get("rouge_recall") is not None)
+    return [name for name in asked if not name.startswith("forget")]
+
+
 def missing(text: str) -> Markup:
     """Names what is not there, and why."""
     return element("p", text, class_="missing")

@@ -11,7 +11,7 @@ from typing import Any
 from clue_fast.data import Record, data_hash
 from clue_fast.files import save_text
 from clue_fast.html_report.attacks import attacks
-from clue_fast.html_report.columns import Column, attempts_of, columns_of, forget_set, spoken
+from clue_fast.html_report.columns import Column, attempts_of, columns_of, forget_set, others_of, spoken
 from clue_fast.html_report.plots import distributions, pareto, training, units_by_layer
 from clue_fast.html_report.svg import Markup, element, joined
 from clue_fast.html_report.tables import answers, hashes, measured, settings
@@ -128,7 +128,7 @@ def _facts(columns: Sequence[Column], results: Sequence[Mapping[str, Any]]) -> M
     own = after.figures[forget]
     facts = [("forget questions no longer answered", f"{1 - own['answered']:.1%}", f"of {own['count']}")]
     for name, figures in after.figures.items():
-        if not name.startswith("forget"):
+        if name in others_of(columns):
             first = before.figures[name]["rouge_recall"] if before is not None and name in before.figures else 1.0
             kept = f"{figures['rouge_recall'] / first:.1%}" if first else "-"
             note = f"of the recall before, {figures['count']} records" if before else f"recall of {figures['count']}"

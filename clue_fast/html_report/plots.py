@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clue_fast.html_report.columns import Column, forget_set, missing, spoken
+from clue_fast.html_report.columns import Column, forget_set, missing, others_of, spoken
 from clue_fast.html_report.svg import Axis, Markup, Series, bars, chart, element, joined, percent
 from clue_fast.reliability import Reliability
 from clue_fast.selection import RELIABILITY
@@ -18,7 +18,7 @@ LINES = {"forget": ("c1", "square", None), "retain": ("c2", "triangle", "8 4"), 
 def pareto(columns: Sequence[Column]) -> Markup:
     """One point a model: what is forgotten against what is kept."""
     forget = forget_set(columns)
-    others = [name for name in columns[0].figures if not name.startswith("forget")]
+    others = others_of(columns)
     if not others:
         return missing("No set that is to be kept was measured.")
     kept = "held_out" if "held_out" in others else others[0]

@@ -65,7 +65,13 @@ def measured(columns: Sequence[Column]) -> Markup:
         "is teacher-forced; a retrained model was trained without the forget set."
     )
     head = ["set", "metric", *(column.name for column in columns)]
-    return joined([table(head, rows, heads=2), element("p", note, class_="note")])
+    skipped = {
+        f"{spoken(name)}: {spoken(metric)} was skipped: {reason}"
+        for column in columns
+        for name, figures in column.figures.items()
+        for metric, reason in figures.get("skipped", {}).items()
+    }
+    return joined([table(head, rows, heads=2), element("p", note, class_="note"), *map(missing, sorted(skipped))])
 
 
 def _quality(column: Column, columns: Sequence[Column], name: str) -> str | None:
@@ -80,7 +86,9 @@ def _quality(column: Column, columns: Sequence[Column], name: str) -> str | None
 def answers(columns: Sequence[Column], results: Sequence[Mapping[str, Any]]) -> Markup:
     """Every question with its right answer and what each model said, a part a set."""
     parts = []
-    for name in columns[0].figures:
+    for name, figures in columns[0].figures.items():
+        if figures.get("text"):
+            continue
         records = _records(name, results[0])
         shown = [c for c in columns if records and _has_answers(c, name, len(records), results)]
         if not shown or records is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ RATIOS = {"before": [0.01, 0.02, 0.001], "after": [0.9, 1.5, 0.4], "retrained": 
 def figures(
     recalls: list[float], answers: list[str], ratios: list[float] = (), attacks: dict[str, Any] | None = None
 ) -> dict:
-    losses = [1.0 - recall for recall in recalls]
-    made = Metrics.of(losses, recalls, recalls, answers, list(ratios), [], samples=0, forgotten=bool(ratios))
-    return made.as_dict() | ({"attacks": attacks} if attacks else {})
+    losses, mean = [1.0 - recall for recall in recalls], sum(recalls) / len(recalls)
+    answered = sum(recall >= 0.5 for recall in recalls) / len(recalls)
+    lists = {"losses": losses, "accuracies": recalls, "rouge_recalls": recalls, "answers": answers}
+    made = Metrics(len(recalls), 1.0 - mean, mean, mean, mean, answered, forgotten=bool(ratios), **lists)
+    return replace(made, truth_ratios=list(ratios), attacks=attacks or {}).as_dict()
 
 
 def attacked(brought: float) -> dict[str, Any]:
@@ -245,6 +248,17 @@ def test_what_is_missing_is_named(left_out, named: str | None) -> None:
     left_out(made)
     told = Page(html_report({"run": made})).text
     assert named is None or named in told
+
+
+def test_texts_and_skipped_metrics() -> None:
+    """A text has no questions, and a metric without a value says why."""
+    made = results()
+    for own in made["evaluation"].values():
+        own["text"] = {"count": 4, "text": True, "forgotten": False, "skipped": {}}
+        own["forget"]["skipped"] = {"privacy_leakage": f"there is no {EVIL}"}
+    told = Page(html_report({"run": made})).text
+    assert f"forget: privacy leakage was skipped: there is no {EVIL}" in told
+    assert "kept on text" not in told and "text: the results do not hold" not in told
 
 
 def test_an_evaluation_alone() -> None:
