@@ -6,6 +6,8 @@ Importing it loads torch alone; transformers, datasets and triton are loaded by 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.deprecated import keep_old_modules
@@ -59,12 +61,25 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.unlearning import unlearn
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
+def lazily(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a ``__getattr__`` for a package that imports what has a name as soon as somebody asks for it.
+
+    Args:
+        package: its name.
+        places: the module of each name, below the package.
+    """
+
+    def find(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{package}.{places[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return find
+
+
+__getattr__ = lazily(__name__, _EXPORTS)
 
 
 def __dir__() -> list[str]:

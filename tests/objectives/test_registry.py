@@ -14,8 +14,9 @@ from clue_fast import cli
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import SettingError, UnknownNameError
-from clue_fast.objectives import OBJECTIVES, Objective, default_objective, get_objective, register_objective
+from clue_fast.objectives import OBJECTIVES, UNDIAL, Objective, default_objective, get_objective, register_objective
 from clue_fast.objectives.base import Current, Original
+from clue_fast.trainer.stages import CLUE, scheduled_objective
 
 
 @pytest.fixture
@@ -76,6 +77,15 @@ def test_a_name_is_taken_once(margin) -> None:
     with pytest.raises(UnknownNameError, match="unknown objective 'none'; choose one of: dpo"):
         get_objective("none")
     assert default_objective().name == "undial"
+
+
+def test_the_default_objective_by_its_name() -> None:
+    """As without one, also where a published schedule has a retain weight of its own; its class has the paper's."""
+    assert get_objective("undial") == default_objective() == UNDIAL(strength=20.0, retain_weight=10.0)
+    assert get_objective("undial", strength=3.0) == UNDIAL(strength=3.0, retain_weight=10.0)
+    for schedule, retain_weight in ((None, 10.0), (CLUE, 1.0)):
+        named, default = (scheduled_objective(objective, schedule) for objective in ("undial", None))
+        assert named == default == UNDIAL(strength=20.0, retain_weight=retain_weight)
 
 
 def test_members_by_their_old_names(margin) -> None:
