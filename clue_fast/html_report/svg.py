@@ -18,6 +18,10 @@ VOID = ("meta", "col")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross")
 
 
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+"""Characters that HTML has no place for, and the signs that show them."""
+
+
 class Markup(str):
     """Text that is HTML already."""
 
@@ -47,7 +51,7 @@ def joined(parts: Iterable[Markup], between: str = "") -> Markup:
 
 
 def _text(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value).translate(CONTROLS)
 
 
 @dataclass(frozen=True)

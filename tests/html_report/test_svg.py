@@ -16,6 +16,9 @@ class TestElements:
         assert element("p", inner, "<u>", None, 3) == f"<p>{inner}&lt;u&gt;3</p>"
         assert isinstance(inner, Markup) and not isinstance(inner + "<i>", Markup)
 
+    def test_control_characters_are_shown(self) -> None:
+        assert element("p", "a\r\0b\x7f\n\tc") == "<p>a␍␀b␡\n\tc</p>"
+
     def test_attributes(self) -> None:
         made = element("td", class_='a"b', data_label="<x>", hidden=True, title=None, x=0.1 + 0.2)
         assert made == '<td class="a&quot;b" data-label="&lt;x&gt;" hidden x="0.3"></td>'
