@@ -104,10 +104,15 @@ def choose(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]
     return chosen
 
 
+def of_grid(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that the grid asks for now; a file may hold others, of rates or budgets that it asked for before."""
+    wanted = [run.key(grid) for run in grid.runs()]
+    return [run for run in runs if run["key"] in wanted]
+
+
 def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of all methods and budgets, with the difference to the baseline at the same budget."""
-    of_grid = [run for run in runs if run["method"] in grid.methods and grid.about().items() <= run["key"].items()]
-    chosen = choose(of_grid)
+    chosen = choose(of_grid(grid, runs))
     columns = ["method", "budget", "rate", "seeds", "weights", "score", "against " + grid.baseline]
     columns += ["forgotten", "kept", "kept, other kinds", "answered: trained", "reworded", "reverse", "held out"]
     columns += ["text", "seconds"]
@@ -158,7 +163,7 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = choose([run for run in runs if run["method"] in grid.methods])
+    chosen = choose(of_grid(grid, runs))
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     budgets = sorted({budget for _, budget in chosen})
     for number, method in enumerate(grid.methods):
