@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from bench.files import write_between
 from bench.unlearning.grid import Grid
 
 TUNED, REPORTED = ("forget", "tune"), ("reworded", "held_out")
@@ -189,9 +190,11 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """Writes NAME.md and NAME.png beside the runs, and returns the table."""
-    text = table(grid, runs)
-    (folder / f"{grid.name}.md").write_text(text + "\n", encoding="utf-8")
-    plot(grid, runs, folder / f"{grid.name}.png")
+def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], page: Path) -> str:
+    """Writes the table between the marks of the grid in a page, the plot beside it if the page shows it; returns the
+    table."""
+    text, picture = table(grid, runs), f"unlearning_{grid.name}.png"
+    write_between(page, f"<!-- grid {grid.name} -->\n", f"<!-- end of grid {grid.name} -->", f"{text}\n")
+    if picture in page.read_text(encoding="utf-8"):
+        plot(grid, runs, page.parent / picture)
     return text
