@@ -192,7 +192,8 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], page: Path) -> str:
     """Writes the table between the marks of the grid in a page, the plot beside it if the page shows it; returns the
-    table."""
+    table.
+    """
     text, picture = table(grid, runs), f"unlearning_{grid.name}.png"
     write_between(page, f"<!-- grid {grid.name} -->\n", f"<!-- end of grid {grid.name} -->", f"{text}\n")
     if picture in page.read_text(encoding="utf-8"):
