@@ -116,7 +116,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     chosen = choose(of_grid(grid, runs))
     columns = ["method", "budget", "rate", "seeds", "weights", "score", "against " + grid.baseline]
     columns += ["forgotten", "kept", "kept, other kinds", "answered: trained", "reworded", "reverse", "held out"]
-    columns += ["text", "seconds"]
+    columns += ["text", "seconds", "GB"]
     lines = ["| " + " | ".join(columns) + " |", "| --- " * 2 + "| ---: " * (len(columns) - 2) + "|"]
     for (method, budget), one in sorted(chosen.items(), key=lambda item: (item[0][1], -_mean(item[1], "score"))):
         base = chosen.get((grid.baseline, budget))
@@ -131,6 +131,8 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         line.append(f"{mean(answered(run, 'held_out') for run in every):.2f}")
         ratio = mean(math.exp(run["after"]["text_loss"] - run["before"]["text_loss"]) for run in every)
         line += [f"{ratio:.3f}", f"{mean(run['seconds'] for run in every):.0f}"]
+        peaks = [run["peak_bytes"] for run in every if run["peak_bytes"] is not None]
+        line.append(f"{mean(peaks) / 1e9:.1f}" if peaks else "-")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
