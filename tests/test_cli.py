@@ -378,7 +378,26 @@ def test_an_evaluation_in_depth(inputs: Path, capsys: pytest.CaptureFixture[str]
         assert [line.split()[0] for line in table.splitlines() if title in line] == ["forget"]
 
 
+def test_further_metrics_are_named_and_finished_sets_kept(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("The river rose slowly at first, and then it stood in the gardens.")
+    (tmp_path / "unseen.jsonl").write_text(json.dumps({"question": "Who is Zoe?", "answer": "A smith."}) + "\n")
+    sets = ["--forget", f"{inputs}/forget.jsonl", "--retain", f"{inputs}/retain.jsonl"]
+    files = ["--text", f"{tmp_path}/text.txt", "--unseen", f"{tmp_path}/unseen.jsonl", "--cache", f"{tmp_path}/kept"]
+    command = ["evaluate", f"{inputs}/model", *sets, *files, "--metrics", "all", "--quiet"]
+    assert cli.main(command) == 0
+    table = capsys.readouterr().out
+    titles = ("extraction strength, generated", "membership by min-k++", "gibberish", "perplexity")
+    assert all(title in table for title in titles)
+    assert "skipped: model utility (retain): " in table
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == table
+
+
 def test_an_evaluation_out_of_range(refuses) -> None:
+    refuses("unknown metric 'luck'; choose one of: accuracy, all,", "evaluate", "--metrics", "gibberish,luck")
     refuses("relearn 5 leaves none of the 5 records of the forget set", "evaluate", "--relearn", "5")
     refuses("samples -1 of the forget set", "evaluate", "--samples", "-1")
     refuses("unknown attack 'bribes'; choose one of: all, context,", "evaluate", "--attacks", "greedy,bribes")

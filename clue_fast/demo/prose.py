@@ -1,22 +1,13 @@
-"""A text of nothing in particular, and how well a model predicts it: what should stay whatever is forgotten."""
+"""A text of nothing in particular, which a model should predict as well as before, whatever it forgets."""
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
-
-from clue_fast.evaluation.answers import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TOKENS = 2048
 WINDOW = 256
+"""How much of it is read, and how many tokens know of one another."""
 
 PROSE = """\
 The bakery on the corner opens before it is light. Whoever passes at five in the morning sees one lit window and
@@ -54,25 +45,3 @@ def general_text() -> tuple[str, str]:
     """A name and a text: the test set of WikiText-2 where the folder CLUE_FAST_DATA has it, or else the one above."""
     file = Path(os.environ.get("CLUE_FAST_DATA", "")) / "wikitext2" / "test.txt"
     return ("WikiText-2", file.read_text(encoding="utf-8")) if file.is_file() else ("the built-in text", PROSE)
-
-
-def perplexity(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = TOKENS, window: int = WINDOW
-) -> float:
-    """Perplexity, exp of the mean loss in nats a token, of the first so many tokens of a text.
-
-    The text is cut into windows that know nothing of one another; each begins with the start token, if the tokenizer
-    puts one in front of a text, and the first token of the text in it is predicted only where there is one.
-    """
-    start = tokenizer("")["input_ids"][:1]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
-    total, count = 0.0, 0
-    with evaluating(model) as device:
-        for first in range(0, len(ids), window):
-            piece = torch.tensor([[*start, *ids[first : first + window]]], device=device)
-            if piece.shape[1] < 2:
-                continue
-            logits = model(input_ids=piece, use_cache=False).logits[0, :-1].float()
-            total += float(nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum"))
-            count += piece.shape[1] - 1
-    return math.exp(total / count)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from clue_fast.data import Record
 from clue_fast.demo.facts import FACTS, Fact, known_facts, says
 from clue_fast.demo.pretrained import load_pretrained
-from clue_fast.demo.prose import general_text, perplexity
+from clue_fast.demo.prose import TOKENS, WINDOW, general_text
 from clue_fast.errors import DataError
-from clue_fast.evaluation import answered, greedy_answers, relearn
+from clue_fast.evaluation import answered, greedy_answers, perplexity, relearn
 from clue_fast.files import check_output, save_json
 from clue_fast.unlearning import unlearn
 
@@ -278,7 +278,7 @@ def run_on(
             for name, own in questions.items()
             if own
         }
-        return answers, perplexity(model, tokenizer, text)
+        return answers, perplexity(model, tokenizer, text, tokens=TOKENS, window=WINDOW, progress=progress)
 
     data = replace(data, unknown=_unsaid(model, tokenizer, data.unknown, progress))
     before, perplexity_before = asked()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 512
+TOKENS_AT_ONCE = 2048
 NGRAM = 3
 REPEATED = 0.5
 LETTERS = 0.5
@@ -78,8 +79,23 @@ def perplexity(
         DataError: see ``text_windows``.
     """
     examples = text_windows(model, tokenizer, text, window, tokens)
-    options = {"batch_size": batch_size, "progress": progress}
-    return _perplexity(score_examples(model, tokenizer, examples, description="perplexity", **options))  # type: ignore[arg-type]
+    return _perplexity(read_windows(model, tokenizer, examples, batch_size=batch_size, progress=progress))
+
+
+def read_windows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[AnswerScore]:
+    """Scores the tokens of windows, of few at once: every token of them has logits."""
+    longest_window = max(len(example["input_ids"]) for example in examples)
+    at_once = min(batch_size, max(1, TOKENS_AT_ONCE // longest_window))
+    return score_examples(
+        model, tokenizer, examples, batch_size=at_once, progress=progress, description="reading a text"
+    )
 
 
 def _perplexity(scores: Sequence[AnswerScore]) -> float:

@@ -20,7 +20,7 @@ from clue_fast.evaluation.answers import (
 from clue_fast.evaluation.attacks import attack, attack_names
 from clue_fast.evaluation.cache import Cache, tokens_hash
 from clue_fast.evaluation.extraction import extracted_prefixes
-from clue_fast.evaluation.fluency import WINDOW, text_windows
+from clue_fast.evaluation.fluency import WINDOW, read_windows, text_windows
 from clue_fast.evaluation.likelihood import Mean, score_examples, truth_ratio, wrong_answer_losses
 from clue_fast.evaluation.metrics import Beside, Metrics
 from clue_fast.evaluation.registry import metric_names, needed
@@ -277,7 +277,7 @@ def _read(
 ) -> Metrics:
     """The losses of a general text."""
     examples = text_windows(model, tokenizer, text, WINDOW if max_length is None else max_length)
-    scores = score_examples(model, tokenizer, examples, description="text: reading", **common)
+    scores = read_windows(model, tokenizer, examples, **common)
     return Metrics.of(scores, text=True, tokens=tokens_hash(examples))
 
 

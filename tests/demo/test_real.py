@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from clue_fast.cli import main
 from clue_fast.data import load_records
 from clue_fast.demo import real
 from clue_fast.demo.facts import FACTS, Fact, says
 from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
-from clue_fast.demo.prose import PROSE, general_text, perplexity
+from clue_fast.demo.prose import PROSE, general_text
 from clue_fast.demo.real import Answers, Question, choose_facts, make_questions, make_real_data
 from clue_fast.errors import DataError
 
@@ -118,20 +116,6 @@ def taught() -> tuple[Any, Any]:
     sentences = [replace(record, completion=f"{record.completion}.") for record in records]
     config = TrainConfig(lr=5e-3, warmup=5, target_loss=0.05)
     return train_model(sentences, tokenizer, shape=Shape(2, 64, 128, 4), config=config, progress=False), tokenizer
-
-
-def test_perplexity_is_that_of_each_window_alone(taught: tuple[Any, Any]) -> None:
-    model, tokenizer = taught
-    ids = tokenizer(PROSE)["input_ids"][:50]
-    losses = []
-    for start in range(0, 50, 20):
-        piece = ids[start : min(start + 20, 50)]
-        for place in range(1, len(piece)):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([piece[:place]])).logits[0, -1].double()
-            losses.append(float(logits.logsumexp(0) - logits[piece[place]]))
-    expected = math.exp(sum(losses) / len(losses))
-    assert perplexity(model, tokenizer, PROSE, tokens=50, window=20) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_general_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
