@@ -1,4 +1,7 @@
-"""Writes the tables of docs/performance.md from the samples in bench/results.
+"""Writes the tables of docs/performance.md from the samples in bench/results, and in bench/results/one_second.
+
+The second are of one run of everything on another processor, with one second of samples to each comparison
+(``pytest bench --seconds 1 --results bench/results/one_second --benchmark-json FILE``).
 
 python -m bench.speed
 """
@@ -6,14 +9,16 @@ python -m bench.speed
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 
-from bench.files import ROOT, load, write_between
+from bench.files import RESULTS, ROOT, load, write_between
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
 
 PAGE = ROOT.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->"
+ONE_SECOND = RESULTS / "one_second"
 HEAD = "| what | ratio | target |\n| --- | ---: | ---: |\n"
 # File of results -> case, those it is held against, and another to show beside it.
 ROWS = {
@@ -22,13 +27,16 @@ ROWS = {
     "gated_activation": ("statistics", ["plain"], "eager"),
     "sparse_optimizer": ("selected", ["whole", "whole with masters"], None),
     "sparse_linear": ("selected", ["dense"], None),
+    "channel_statistics": ("statistics", ["copy"], "eager"),
+    "conflict_score": ("conflict_score", ["eager"], None),
 }
 
 
-def rows(name: str) -> Iterator[str]:
-    """A row for each comparison and pair of cases that occurs in it."""
+def rows(name: str, folder: Path) -> Iterator[str]:
+    """A row for each comparison and pair of cases that occurs in it; none for what a folder does not have."""
     case, others, beside = ROWS[name]
-    for entry in load(name)["comparisons"]:
+    kept = load(name, folder)["comparisons"] if (folder / f"{name}.json").exists() else []
+    for entry in kept:
         result = Result(entry["title"], entry["samples"])
         for against in others:
             if not {case, against} <= set(entry["samples"]):
@@ -41,9 +49,9 @@ def rows(name: str) -> Iterator[str]:
             yield f"| {entry['title']}: {case} / {against} | {ratio} | {target} |\n"
 
 
-def training_rows() -> Iterator[str]:
+def training_rows(folder: Path) -> Iterator[str]:
     """A row for each point: time of a step, and bytes that the forward saves."""
-    for entry in load("training")["points"]:
+    for entry in load("training", folder)["points"]:
         measurement = Measurement(Point(**entry["point"]), entry["samples"], entry["bytes"])
         steps, saved = measurement.steps, {method: count["saved"] for method, count in measurement.bytes.items()}
         cells = [f"{steps.ratio('ours', against).value:.2f}" for against in ("full + mask", "LoRA", "SHiRA")]
@@ -52,31 +60,38 @@ def training_rows() -> Iterator[str]:
         yield f"| {measurement.point.name} | {' | '.join(cells)} |\n"
 
 
-def section() -> str:
-    """Both tables."""
-    machine = load("forward")["machine"]
-    training = load("training")
+def tables(folder: Path, how: str) -> str:
+    """Both tables of a folder of samples."""
+    machine = load("forward", folder)["machine"]
+    training = load("training", folder)
     point = training["points"][0]["point"]
     model = training["model"]
     return "".join(
         [
-            f"Medians over interleaved rounds, {machine['processor']}, {machine['threads']} threads, torch "
+            f"Medians over interleaved rounds, {how}, {machine['processor']}, {machine['threads']} threads, torch "
             f"{machine['torch']}:\n\n",
             HEAD,
-            *(row for name in ROWS for row in rows(name)),
+            *(row for name in ROWS for row in rows(name, folder)),
             f"\nA training step of a Llama of {model['layers']} layers x {model['width']}/{model['units']}, "
             f"{point['fraction']:.0%} of the units of every layer, {point['records']} x {point['tokens']} tokens, "
             f"{point['dtype']}, unless the row says otherwise. Aims: 0.60 of full + mask, 1.00 of LoRA (r = 16) in "
             "time and in what the forward saves:\n\n",
             "| point | step / full + mask | / LoRA | / SHiRA | saved / LoRA | step |\n",
             "| --- | ---: | ---: | ---: | ---: | ---: |\n",
-            *training_rows(),
+            *training_rows(folder),
         ]
     )
 
 
+def section() -> str:
+    """The tables of both folders."""
+    commit = load("forward", ONE_SECOND)["machine"]["commit"]
+    once = f"one run of all of `make bench` at {commit} with one second of samples to each comparison"
+    return tables(RESULTS, "some ten seconds of samples to each comparison") + "\n" + tables(ONE_SECOND, once)
+
+
 def main() -> None:
-    """Writes the section."""
+    """Writes the sections."""
     write_between(PAGE, BEGIN, END, section())
 
 
