@@ -1,7 +1,7 @@
 """Ways to unlearn, compared on facts that a real language model learned in its pretraining.
 
     python -m bench.unlearning run bench/unlearning/grids/NAME.yaml      every run that bench/results has not yet
-    python -m bench.unlearning table bench/unlearning/grids/NAME.yaml    writes docs/evidence.md of what is there
+    python -m bench.unlearning table bench/unlearning/grids/NAME.yaml    tables of what is there, into the docs
 
 A grid is one YAML file: methods × budgets × learning rates × seeds, see ``bench.unlearning.grid``. A run takes the
 model, a split of the facts that it knows (``splits``), selects and trains (``methods``), and asks it (``measure``).

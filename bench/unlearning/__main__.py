@@ -26,7 +26,7 @@ from bench.unlearning.tables import write_tables
 from clue_fast.demo.facts import FACTS, known_facts
 from clue_fast.demo.pretrained import load_pretrained
 
-PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+ROOT = Path(__file__).parents[2]
 
 
 def results_file(grid: Grid) -> Path:
@@ -121,7 +121,7 @@ def main() -> None:
     if options.command == "run":
         run_grid(grid, options.models, options.seeds or grid.seeds)
     else:
-        print(write_tables(grid, load_runs(results_file(grid)), PAGE))
+        print(write_tables(grid, load_runs(results_file(grid)), ROOT))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,18 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
+    """The figures of the report alone."""
+    chosen = choose(of_grid(grid, runs))
+    lines = ["| trains | weights | forgotten | kept | score | against random units |", "| --- " + "| ---: " * 5 + "|"]
+    for (method, budget), one in sorted(chosen.items(), key=lambda item: -_mean(item[1], "score")):
+        line = [method, f"{mean(run['trained'] for run in one.runs.values()):,.0f}"]
+        line += [shown(one.values(figure).values()) for figure in ("forgotten", "kept", "score")]
+        line.append(against(one, chosen.get((grid.baseline, budget))))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
 def shown(values: Any) -> str:
     """Mean and interval."""
     middle, half = interval(list(values))
@@ -192,12 +204,16 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], page: Path) -> str:
-    """Writes the table between the marks of the grid in a page, the plot beside it if the page shows it; returns the
-    table.
+def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], root: Path) -> str:
+    """Writes the tables between the marks of the grid in docs/evidence.md and README.md, where they are.
+
+    The plot goes into docs if the page shows it. Returns the table.
     """
-    text, picture = table(grid, runs), f"unlearning_{grid.name}.png"
-    write_between(page, f"<!-- grid {grid.name} -->\n", f"<!-- end of grid {grid.name} -->", f"{text}\n")
+    text, picture, page = table(grid, runs), f"unlearning_{grid.name}.png", root / "docs" / "evidence.md"
+    begin, end = f"<!-- grid {grid.name} -->\n", f"<!-- end of grid {grid.name} -->"
+    for path, content in ((page, text), (root / "README.md", short_table(grid, runs))):
+        if begin in path.read_text(encoding="utf-8"):
+            write_between(path, begin, end, f"{content}\n")
     if picture in page.read_text(encoding="utf-8"):
         plot(grid, runs, page.parent / picture)
     return text
