@@ -156,7 +156,7 @@ def shown(values: Any) -> str:
 
 
 def against(one: Chosen, base: Chosen | None) -> str:
-    """Difference of the scores, paired by seed; with a star where the interval leaves out 0."""
+    """Difference of the scores, paired by seed, with its interval and the p-value of Student's paired test."""
     if base is None or base.method == one.method:
         return "-"
     mine, theirs = one.values("score"), base.values("score")
@@ -164,7 +164,12 @@ def against(one: Chosen, base: Chosen | None) -> str:
     if not seeds:
         return "-"
     middle, half = interval([mine[seed] - theirs[seed] for seed in seeds])
-    return f"{middle:+.3f} ± {half:.3f}" + ("*" if abs(middle) > half else "")
+    if math.isnan(half):
+        return f"{middle:+.3f}"
+    from scipy.stats import ttest_rel
+
+    p = float(ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]).pvalue)
+    return f"{middle:+.3f} ± {half:.3f} (p {p:.3f})"
 
 
 def _mean(one: Chosen, figure: str) -> float:
