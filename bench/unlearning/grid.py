@@ -82,7 +82,7 @@ class Grid:
             rate, and held out for the report.
         other_retain, other_tune, other_report: facts of other kinds, likewise.
         retain_ratio: retain records beside each forget record.
-        baseline: the method that others are compared with.
+        baselines: the methods that others are compared with.
         relearn_steps: after a run, steps of relearning on half of the forgotten facts; the others are then asked.
     """
 
@@ -103,7 +103,7 @@ class Grid:
     other_tune: int = 6
     other_report: int = 12
     retain_ratio: int = 1
-    baseline: str = "random"
+    baselines: tuple[str, ...] = ("random",)
     relearn_steps: int = 0
 
     @classmethod
@@ -115,10 +115,11 @@ class Grid:
             if key not in known:
                 raise ValueError(f"{path}: {key} is no setting of a grid; there are: {', '.join(sorted(known))}")
         methods = {name: _method(path, name, settings) for name, settings in content.pop("methods").items()}
-        lists = {name: tuple(content[name]) for name in ("seeds", "budgets", "rates") if name in content}
+        lists = {name: tuple(content[name]) for name in ("seeds", "budgets", "rates", "baselines") if name in content}
         grid = cls(**{"name": path.stem, **content, **lists, "methods": methods})
-        if grid.baseline not in methods:
-            raise ValueError(f"{path}: the baseline {grid.baseline!r} is no method")
+        for name in grid.baselines:
+            if name not in methods:
+                raise ValueError(f"{path}: the baseline {name!r} is no method")
         return grid
 
     def runs(self) -> Iterator[Run]:
@@ -132,7 +133,7 @@ class Grid:
 
     def about(self) -> dict[str, Any]:
         """What all runs share, apart from which ones there are."""
-        apart = {"name", "methods", "seeds", "budgets", "rates", "baseline"}
+        apart = {"name", "methods", "seeds", "budgets", "rates", "baselines"}
         return {name: value for name, value in asdict(self).items() if name not in apart}
 
 

@@ -83,7 +83,7 @@ def test_a_model_that_knows_too_little_is_refused(grid: Grid) -> None:
     ("line", "message"),
     [
         ("budget: [1]", "budget is no setting of a grid"),
-        ("baseline: nobody", "the baseline 'nobody' is no method"),
+        ("baselines: [nobody]", "the baseline 'nobody' is no method"),
     ],
 )
 def test_a_setting_that_is_unknown_is_named(tmp_path: Path, line: str, message: str) -> None:
