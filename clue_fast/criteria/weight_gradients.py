@@ -37,11 +37,13 @@ GRADIENT_BYTES = 8 * 2**30
 
 @dataclass(frozen=True, eq=False)
 class ModuleSlice:
-    """One part of the units of a site, bound to the linear module y = Wz + b that holds it.
+    """One slice of the units of a site, bound to the linear module y = Wz + b that holds it.
+
+    A ``ParamSlice`` says where units lie in a parameter of any layout, and this which inputs or outputs of a module are
+    theirs, whatever the layout: what is measured are the module's tokens, and the parameter is not indexed.
 
     Attributes:
         site: index of the site in the statistics.
-        number: which of the parts of the site.
         units: range of its units in the statistics.
         module: path of the module.
         side: "rows" of W, the outputs y_u of the unit; "columns" of W, its inputs z_u; or its "bias".
@@ -50,7 +52,6 @@ class ModuleSlice:
     """
 
     site: int
-    number: int
     units: slice
     module: str
     side: str
@@ -73,9 +74,9 @@ def module_slices(model: nn.Module, statistics: Statistics) -> list[ModuleSlice]
         SiteError: a part lies in no linear module, such as packed experts.
     """
     return [
-        _bind(model, part, number, index, statistics.units(site), site)
+        _bind(model, part, index, statistics.units(site), site)
         for index, site in enumerate(statistics.sites)
-        for number, part in enumerate(site.slices)
+        for part in site.slices
     ]
 
 
@@ -84,7 +85,7 @@ def input_slices(owned: Sequence[ModuleSlice]) -> list[ModuleSlice]:
     return [part for part in owned if part.side == COLUMNS]
 
 
-def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, units: slice, site: Site) -> ModuleSlice:
+def _bind(model: nn.Module, part: ParamSlice, site_index: int, units: slice, site: Site) -> ModuleSlice:
     path, _, kind = part.parameter.rpartition(".")
     module = model.get_submodule(path)
     if not is_linear(module) or kind not in ("weight", "bias") or part.expert_index is not None:
@@ -101,7 +102,7 @@ def _bind(model: nn.Module, part: ParamSlice, number: int, site_index: int, unit
         side, features = (ROWS, outputs) if rows else (COLUMNS, inputs)
     index = part.index(torch.arange(site.width, device="cpu"))
     everything = len(index) == features and bool((index == torch.arange(features, device="cpu")).all())
-    return ModuleSlice(site_index, number, units, path, side, None if everything else index, site.width)
+    return ModuleSlice(site_index, units, path, side, None if everything else index, site.width)
 
 
 class WeightInputRecorder:
