@@ -92,7 +92,8 @@ def test_loads_without_the_package_and_gives_the_same_logits(
 def test_holds_no_trace_of_the_package(unlearned: tuple[Path, LlamaForCausalLM]) -> None:
     """Neither names, nor tensors, nor files of a stock checkpoint more or less; the evidence lies beside it."""
     folder, model = unlearned
-    evidence = {"README.md", "selection.safetensors", "results.json", "selection.png", "scores.png", "training.png"}
+    evidence = {"README.md", "selection.safetensors", "results.json", "report.html"}
+    evidence |= {"selection.png", "scores.png", "training.png"}
     names = {path.name for path in folder.iterdir()}
     assert evidence < names
     for name in names - evidence:
@@ -112,4 +113,4 @@ def test_holds_no_trace_of_the_package(unlearned: tuple[Path, LlamaForCausalLM])
 
 def test_no_pickle_is_among_it(unlearned: tuple[Path, LlamaForCausalLM]) -> None:
     folder, _ = unlearned
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".png", ".jinja", ".md"}
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".png", ".jinja", ".md", ".html"}

@@ -20,7 +20,7 @@ from bench import machine
 from bench.files import RESULTS
 from bench.unlearning.grid import Grid, Run
 from bench.unlearning.measure import measure
-from bench.unlearning.methods import relearn_half, unlearn
+from bench.unlearning.methods import register_criteria, relearn_half, unlearn
 from bench.unlearning.splits import Split, split
 from bench.unlearning.tables import write_tables
 from clue_fast.demo.facts import FACTS, known_facts
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these, as one of several processes")
     options = parser.parse_args()
     grid = Grid.load(options.grid)
+    register_criteria()
     if options.command == "run":
         run_grid(grid, options.models, options.seeds or grid.seeds)
     else:

@@ -27,13 +27,17 @@ from clue_fast.trainer.training import train_selected
 FLOOR = 1e-12
 
 
-@criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)
 def attribution_ratio(measured: Any) -> torch.Tensor:
     """E_forget|p| / E_retain|p|
 
     Source: importance to forget over importance to retain, after selective synaptic dampening, arXiv 2308.07707.
     """
     return measured.forget.abs_attribution / (measured.retain.abs_attribution + FLOOR)
+
+
+def register_criteria() -> None:
+    """Makes the criteria known that only grids ask for."""
+    criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)(attribution_ratio)
 
 
 def unlearn(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run, grid: Grid) -> int:
