@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from clue_fast.data import Record
+from clue_fast.evaluation import score_answers
 from clue_fast.sites import evaluation_mode
 
 TEXT_TOKENS, TEXT_ROWS = 128, 4
@@ -24,24 +26,9 @@ def answers(model: nn.Module, tokenizer: Any, records: Sequence[Record]) -> list
     The answer is what of the completion comes before a final full stop; the end of the text is no part of it. Greedy
     decoding says it if each of its tokens is the first choice behind those before it.
     """
-    rows, firsts = [], []
-    for record in records:
-        encoded = tokenizer(record.prompt + record.completion.rstrip("."), return_offsets_mapping=True)
-        ends = [end for _, end in encoded["offset_mapping"]]
-        rows.append(encoded["input_ids"])
-        firsts.append(next(place for place, end in enumerate(ends) if end > len(record.prompt)))
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    found = []
-    with torch.no_grad(), evaluation_mode(model):
-        hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]  # type: ignore[operator]
-        for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-            logits = model.get_output_embeddings()(hidden[number, first - 1 : len(row) - 1]).float()  # type: ignore[operator]
-            target = torch.tensor(row[first:])
-            chosen = logits.log_softmax(-1).gather(-1, target[:, None])
-            found.append((math.exp(chosen.sum().item()), bool((logits.argmax(-1) == target).all())))
-    return found
+    asked = [replace(record, completion=record.completion.rstrip("."), open_ended=True) for record in records]
+    scores = score_answers(model, tokenizer, asked, progress=False)
+    return [(math.exp(math.fsum(score.log_probs)), all(score.right)) for score in scores]
 
 
 def text_loss(model: nn.Module, tokenizer: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
@@ -13,12 +12,11 @@ from torch import nn
 
 import clue_fast
 from bench.unlearning.grid import Grid, Method, Run
-from bench.unlearning.measure import answers
 from clue_fast.config import WARMUP, UnlearnConfig, default_learning_rate
 from clue_fast.criteria import criterion
 from clue_fast.data import Collator, Record, encode, padding_token
 from clue_fast.demo.facts import Fact
-from clue_fast.evaluation.relearning import WIDTH_RATE
+from clue_fast.evaluation import relearn
 from clue_fast.objectives import Objective, default_objective, get_objective
 from clue_fast.selection import Selection
 from clue_fast.trainer.pairing import Pair, PairCollator, PairedRecords, PairSampler
@@ -222,18 +220,7 @@ def _batches(sampler: PairSampler, size: int) -> Iterator[list[Pair]]:
 
 
 def relearn_half(model: Any, tokenizer: Any, forget: Sequence[Fact], steps: int) -> dict[str, Any]:
-    """What is answered of every second forgotten fact before and after the others were learned again, step by step."""
+    """ROUGE-L recalls of every second forgotten fact after each step of relearning the others, see ``relearn``."""
     learned, asked = ([fact.record() for fact in forget[start::2]] for start in (0, 1))
-    learner = copy.deepcopy(model).float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=WIDTH_RATE / model.config.hidden_size, weight_decay=0.0)
-    batch = Collator(padding_token(tokenizer, model))(encode(learned, tokenizer))
-    curve = [answers(learner, tokenizer, asked)]
-    for _ in range(steps):
-        learner(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(answers(learner, tokenizer, asked))
-    return {
-        "probability": [[float(f"{probability:.5g}") for probability, _ in step] for step in curve],
-        "answered": [[int(said) for _, said in step] for step in curve],
-    }
+    again = relearn(model, tokenizer, learned, asked, steps=steps, every=1, progress=False)
+    return {"recalls": {str(step): recalls for step, recalls in again.recalls.items()}}

@@ -22,7 +22,7 @@ from clue_fast.data import Example, Record
 from clue_fast.errors import OutputError
 from clue_fast.evaluation.likelihood import AnswerScore
 from clue_fast.evaluation.metrics import Metrics
-from clue_fast.files import save_json
+from clue_fast.files import save_json, tensors_hash
 from clue_fast.sites import unwrap
 from clue_fast.version import __version__
 
@@ -34,12 +34,8 @@ logger = logging.getLogger(__name__)
 
 def weights_hash(model: nn.Module) -> str:
     """A hash of every weight and buffer of a model, with its name, shape and dtype."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unwrap(model).state_dict(keep_vars=True).items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    state = unwrap(model).state_dict(keep_vars=True)
+    return tensors_hash({name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
 
 
 def tokens_hash(examples: Sequence[Example]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -78,18 +79,14 @@ def _attacked(metrics: Metrics, score: Callable[[Metrics, int], float]) -> float
     return area_under_curve(members, others)
 
 
+_membership = partial(metric, better="near .5", better_forgotten="near .5", sets="forgotten", default=False)
+
+
 def _min_k(metrics: Metrics) -> float:
     return _attacked(metrics, lambda one, i: min_k_score(one.scores[i].log_probs[: one.scores[i].length]))
 
 
-@metric(
-    "membership by loss",
-    better="near .5",
-    better_forgotten="near .5",
-    sets="forgotten",
-    needs=["unseen"],
-    default=False,
-)
+@_membership("membership by loss", needs=["unseen"])
 def membership_loss(metrics: Metrics) -> float:
     """Area under the ROC curve of -loss, forget set against unseen records.
 
@@ -98,14 +95,7 @@ def membership_loss(metrics: Metrics) -> float:
     return _attacked(metrics, lambda one, index: -one.losses[index])
 
 
-@metric(
-    "membership by zlib",
-    better="near .5",
-    better_forgotten="near .5",
-    sets="forgotten",
-    needs=["tokens", "unseen"],
-    default=False,
-)
+@_membership("membership by zlib", needs=["tokens", "unseen"])
 def membership_zlib(metrics: Metrics) -> float:
     """Area under the ROC curve of -loss over the size of the compressed answer, forget set against unseen records.
 
@@ -114,14 +104,7 @@ def membership_zlib(metrics: Metrics) -> float:
     return _attacked(metrics, lambda one, index: zlib_score(one.losses[index], one.records[index].completion))
 
 
-@metric(
-    "membership by min-k",
-    better="near .5",
-    better_forgotten="near .5",
-    sets="forgotten",
-    needs=["tokens", "unseen"],
-    default=False,
-)
+@_membership("membership by min-k", needs=["tokens", "unseen"])
 def membership_min_k(metrics: Metrics) -> float:
     """Area under the ROC curve of the mean of the 40 % lowest log-probabilities, forget set against unseen records.
 
@@ -130,14 +113,7 @@ def membership_min_k(metrics: Metrics) -> float:
     return _min_k(metrics)
 
 
-@metric(
-    "membership by min-k++",
-    better="near .5",
-    better_forgotten="near .5",
-    sets="forgotten",
-    needs=["vocabulary", "unseen"],
-    default=False,
-)
+@_membership("membership by min-k++", needs=["vocabulary", "unseen"])
 def membership_min_k_plus_plus(metrics: Metrics) -> float:
     """The same of log-probabilities normalized by their mean and standard deviation over the vocabulary.
 
@@ -146,14 +122,7 @@ def membership_min_k_plus_plus(metrics: Metrics) -> float:
     return _attacked(metrics, lambda one, i: min_k_score(one.scores[i].normalized[: one.scores[i].length]))
 
 
-@metric(
-    "membership by reference",
-    better="near .5",
-    better_forgotten="near .5",
-    sets="forgotten",
-    needs=["unseen", "retrained"],
-    default=False,
-)
+@_membership("membership by reference", needs=["unseen", "retrained"])
 def membership_reference(metrics: Metrics) -> float | Skipped:
     """Area under the ROC curve of the retrained model's loss minus the model's, forget set against unseen records.
 
