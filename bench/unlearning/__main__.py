@@ -21,9 +21,8 @@ from bench.files import RESULTS
 from bench.unlearning.grid import Grid, Run
 from bench.unlearning.measure import measure
 from bench.unlearning.methods import register_criteria, relearn_half, unlearn
-from bench.unlearning.splits import Split, split
+from bench.unlearning.splits import Split, load_known, split
 from bench.unlearning.tables import write_tables
-from clue_fast.demo.facts import FACTS, known_facts
 from clue_fast.demo.pretrained import load_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -65,15 +64,17 @@ def run_grid(grid: Grid, models: Path, seeds: Collection[int]) -> None:
     transformers_logging.disable_progress_bar()
     model, tokenizer = load_pretrained(grid.model, models)
     model = model.to(getattr(torch, grid.dtype)).eval()
-    known = {kind: known_facts(model, tokenizer, facts) for kind, facts in FACTS.items()}
+    known = load_known(model, tokenizer, grid.model)
     path = results_file(grid)
     done = [run["key"] for run in load_runs(path)]
     before: dict[int, Any] = {}
     for run in grid.runs():
-        key = run.key(grid)
-        if run.seed not in seeds or key in done:
+        if run.seed not in seeds:
             continue
         parts = split(known, grid, run.seed)
+        key = {**run.key(grid), "facts": parts.hash}
+        if key in done:
+            continue
         if run.seed not in before:
             before[run.seed] = measure(model, tokenizer, parts.questions())
         found = one_run(model, tokenizer, parts, run, grid)

@@ -7,7 +7,8 @@
     seeds: [0, 1, 2, 3, 4]         # of the split and of everything that is random
     steps: 20                      # of training, with as many records in each as there are facts to forget
     budgets: [0.003, 0.01]         # shares of the units of every layer
-    rates: [1, 2, 4]               # learning rates, in units of the package's default for the width of the model
+    rates: [1, 2, 4]               # learning rates, in units of the package's default for the width of the model,
+                                   # or such a list by budget: {0.003: [3, 9, 27], 0.01: [1, 3, 9]}
     methods:
       random: {criterion: random}
       difference: {criterion: difference}
@@ -18,8 +19,9 @@ A setting of a method is one of ``Method``; whatever else stands in the file goe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class Method:
         objective, parameters: the loss; None for the package's default.
         rank: of the adapters.
         noise: standard deviation of noise on the inputs of the layers while training, over that of the inputs.
+        draws: how often it runs on each split, with another random seed each time.
         budgets, rates: those of the grid unless the method has its own.
     """
 
@@ -62,6 +65,7 @@ class Method:
     parameters: Mapping[str, float] = field(default_factory=dict)
     rank: int = 8
     noise: float = 0.0
+    draws: int = 1
     budgets: tuple[float, ...] | None = None
     rates: tuple[float, ...] | None = None
 
@@ -93,7 +97,7 @@ class Grid:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = 20
     budgets: tuple[float, ...] = (0.01,)
-    rates: tuple[float, ...] = (1.0,)
+    rates: tuple[float, ...] | Mapping[float, tuple[float, ...]] = (1.0,)
     dtype: str = "bfloat16"
     forget: int = 6
     retain: int = 6
@@ -115,8 +119,14 @@ class Grid:
             if key not in known:
                 raise ValueError(f"{path}: {key} is no setting of a grid; there are: {', '.join(sorted(known))}")
         methods = {name: _method(path, name, settings) for name, settings in content.pop("methods").items()}
-        lists = {name: tuple(content[name]) for name in ("seeds", "budgets", "rates", "baselines") if name in content}
+        lists = {name: tuple(content[name]) for name in ("seeds", "budgets", "baselines") if name in content}
+        if isinstance(content.get("rates"), list):
+            lists["rates"] = tuple(content["rates"])
         grid = cls(**{"name": path.stem, **content, **lists, "methods": methods})
+        if isinstance(grid.rates, Mapping):
+            for budget in grid.budgets:
+                if budget not in grid.rates:
+                    raise ValueError(f"{path}: rates has none for the budget {budget:g}")
         for name in grid.baselines:
             if name not in methods:
                 raise ValueError(f"{path}: the baseline {name!r} is no method")
@@ -127,14 +137,16 @@ class Grid:
         for seed in self.seeds:
             for name, method in self.methods.items():
                 for budget in method.budgets or self.budgets:
-                    rates = (0.0,) if method.train == "nothing" else method.rates or self.rates
-                    for rate in rates:
-                        yield Run(name, method, budget, rate, seed)
+                    shared = self.rates[budget] if isinstance(self.rates, Mapping) else self.rates
+                    rates = (0.0,) if method.train == "nothing" else method.rates or shared
+                    for rate, draw in product(rates, range(method.draws)):
+                        yield Run(name, method, budget, rate, seed, draw)
 
     def about(self) -> dict[str, Any]:
-        """What all runs share, apart from which ones there are."""
+        """What all runs share, apart from which ones there are; a setting at its default does not stand in it."""
         apart = {"name", "methods", "seeds", "budgets", "rates", "baselines"}
-        return {name: value for name, value in asdict(self).items() if name not in apart}
+        always = {"model": self.model, "kind": self.kind, "steps": self.steps}
+        return {**always, **_changed(self, apart)}
 
 
 @dataclass(frozen=True)
@@ -146,15 +158,29 @@ class Run:
     budget: float
     rate: float
     seed: int
+    draw: int = 0
+
+    @property
+    def random_seed(self) -> int:
+        """Of everything in this run that is random, apart from the split."""
+        return self.seed + 1000 * self.draw
 
     def key(self, grid: Grid) -> dict[str, Any]:
-        """What tells this run from all others, as JSON holds it."""
-        settings = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self.method).items()
-            if name not in ("budgets", "rates")
-        }
-        return {**grid.about(), **settings, "budget": self.budget, "rate": self.rate, "seed": self.seed}
+        """What tells this run from all others, as JSON holds it; the facts of its split do not stand in it."""
+        settings = {"criterion": self.method.criterion, **_changed(self.method, {"budgets", "rates", "draws"})}
+        drawn = {"draw": self.draw} if self.draw else {}
+        return {**grid.about(), **settings, "budget": self.budget, "rate": self.rate, "seed": self.seed, **drawn}
+
+
+def _changed(settings: Grid | Method, apart: Collection[str]) -> dict[str, Any]:
+    """The settings that differ from their defaults, as JSON holds them, so that a new setting leaves old keys valid."""
+    found = {}
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if one.name not in apart and value != default:
+            found[one.name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _method(path: Path, name: str, settings: Mapping[str, Any] | None) -> Method:

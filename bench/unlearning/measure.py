@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from clue_fast.data import Record
-from clue_fast.evaluation import score_answers
-from clue_fast.sites import evaluation_mode
+from clue_fast.evaluation import perplexity, score_answers
 
-TEXT_TOKENS, TEXT_ROWS = 128, 4
+TOKENS, WINDOW = 512, 128
 DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
@@ -34,14 +32,7 @@ def answers(model: nn.Module, tokenizer: Any, records: Sequence[Record]) -> list
 def text_loss(model: nn.Module, tokenizer: Any) -> float:
     """Returns the mean loss per token on the beginning of the test text of WikiText-2, in nats."""
     text = (DATA / "wikitext2" / "test.txt").read_text(encoding="utf-8")[:20_000]
-    ids = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"][: TEXT_TOKENS * TEXT_ROWS]
-    rows = torch.tensor(ids).reshape(TEXT_ROWS, TEXT_TOKENS)
-    total = 0.0
-    with torch.no_grad(), evaluation_mode(model):
-        for row in rows:
-            logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
-            total += nn.functional.cross_entropy(logits, row[1:]).item()
-    return total / TEXT_ROWS
+    return math.log(perplexity(model, tokenizer, text, window=WINDOW, tokens=TOKENS, progress=False))
 
 
 def measure(model: nn.Module, tokenizer: Any, sets: Mapping[str, Sequence[Record]]) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def unlearn(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run,
             batch_size=grid.forget,
             retain_ratio=grid.retain_ratio,
             layer_lr=method.layer_lr,
-            seed=run.seed,
+            seed=run.random_seed,
             progress=False,
         )
-        with noisy_inputs(model, method.noise, run.seed):
+        with noisy_inputs(model, method.noise, run.random_seed):
             sparse, _ = train_selected(model, tokenizer, sets, selection, objective_of(method), config)
         trained = sum(values.numel() for values in sparse.trainable_parameters)
         sparse.restore()
@@ -87,7 +87,7 @@ def select_units(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run:
             target=method.target,
             kinds=method.kinds,
             permutations=0,
-            seed=run.seed,
+            seed=run.random_seed,
             progress=False,
         )
 
@@ -179,7 +179,7 @@ def train_dense(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: 
     if method.train == "lora":
         from peft import LoraConfig, get_peft_model
 
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.random_seed)
         trained = get_peft_model(
             model, LoraConfig(r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear")
         )
@@ -192,7 +192,7 @@ def train_dense(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: 
         optimizer, lambda step: min((step + 1) / warmup, (grid.steps - step) / max(1, grid.steps - warmup))
     )
     pairs = PairedRecords(encode(sets["forget"], tokenizer), encode(sets["retain"], tokenizer))
-    sampler = PairSampler(len(pairs.forget), len(pairs.retain), run.seed, grid.retain_ratio)
+    sampler = PairSampler(len(pairs.forget), len(pairs.retain), run.random_seed, grid.retain_ratio)
     collate = PairCollator(Collator(padding_token(tokenizer, model)))
     objective = objective_of(method)
     for batch in islice(_batches(sampler, grid.forget), grid.steps):

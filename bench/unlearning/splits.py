@@ -1,14 +1,25 @@
-"""Which facts are forgotten, kept, held out to choose a learning rate, and held out for the report."""
+"""Which facts are forgotten, kept, held out to choose a learning rate, and held out for the report.
+
+What a model knows is found out once and kept in a file (``bench/unlearning/known``): a fact at the edge is its first
+choice or not by how bfloat16 rounds, and with one fact more or less every split would be another.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
 
 from bench.unlearning.grid import Grid
 from clue_fast.data import Record
-from clue_fast.demo.facts import Fact
+from clue_fast.demo.facts import FACTS, Fact, known_facts
+from clue_fast.files import save_json
+
+KNOWN = Path(__file__).parent / "known"
 
 TRAINED = 2
 """Ways to ask for a fact that train; all others are only reported."""
@@ -32,6 +43,12 @@ class Split:
     held_out: Sequence[Fact]
     other: Sequence[Fact]
 
+    @property
+    def hash(self) -> str:
+        """Of all facts and where they stand."""
+        facts = [[astuple(fact) for fact in getattr(self, name)] for name in self.__dataclass_fields__]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
     def training(self) -> dict[str, list[Record]]:
         """What trains."""
         return {"forget": _forms(self.forget, slice(TRAINED)), "retain": _forms(self.retain, slice(TRAINED))}
@@ -52,6 +69,25 @@ def _forms(facts: Sequence[Fact], which: slice) -> list[Record]:
     """Some of the ways to ask for each fact that the answer completes."""
     ways = ([fact.record(), *(record for record in fact.rewordings() if record.verbatim)] for fact in facts)
     return [record for forms in ways for record in forms[which]]
+
+
+def load_known(model: Any, tokenizer: Any, name: str, folder: Path = KNOWN) -> dict[str, list[Fact]]:
+    """The facts that a model knows, by kind, of the file of that name, which is written if it is not there.
+
+    Raises:
+        ValueError: the file has a fact that is no longer in the list.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        known = {kind: known_facts(model, tokenizer, facts) for kind, facts in FACTS.items()}
+        save_json(path, {kind: [fact.subject for fact in facts] for kind, facts in known.items()})
+    subjects = json.loads(path.read_text(encoding="utf-8"))
+    facts = {kind: {fact.subject: fact for fact in FACTS[kind]} for kind in subjects}
+    for kind, named in subjects.items():
+        for subject in named:
+            if subject not in facts[kind]:
+                raise ValueError(f"{path}: {subject} is no {kind} of the list any more; remove it, or the file")
+    return {kind: [facts[kind][subject] for subject in named] for kind, named in subjects.items()}
 
 
 def split(known: Mapping[str, Sequence[Fact]], grid: Grid, seed: int) -> Split:

@@ -76,30 +76,42 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The runs of a method and budget at its own best rate, by seed."""
+    """The runs of a method and budget at its own best rate, all draws of a seed together."""
 
     method: str
     budget: float
     rate: float
-    runs: Mapping[int, Mapping[str, Any]]
+    runs: Mapping[int, Sequence[Mapping[str, Any]]]
+
+    @property
+    def every(self) -> list[Mapping[str, Any]]:
+        """All its runs."""
+        return [run for draws in self.runs.values() for run in draws]
 
     def values(self, figure: str) -> dict[int, float]:
-        """A figure of the report by seed."""
-        return {seed: getattr(figures(run, *REPORTED), figure) for seed, run in self.runs.items()}
+        """A figure of the report by seed; of several draws their mean."""
+        return {
+            seed: mean(getattr(figures(run, *REPORTED), figure) for run in draws) for seed, draws in self.runs.items()
+        }
 
 
 def choose(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]:
     """The best rate of each method and budget, by the tuning part alone; only seeds that all its rates have count."""
-    cells: dict[tuple[str, float], dict[float, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    cells: dict[tuple[str, float], dict[float, dict[int, list[Mapping[str, Any]]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for run in runs:
         key = run["key"]
-        cells[run["method"], key["budget"]][key["rate"]][key["seed"]] = run
+        cells[run["method"], key["budget"]][key["rate"]][key["seed"]].append(run)
     chosen = {}
     for (method, budget), rates in cells.items():
         seeds = set.intersection(*(set(found) for found in rates.values()))
         if not seeds:
             continue
-        scores = {rate: mean(figures(found[s], *TUNED).score for s in seeds) for rate, found in rates.items()}
+        scores = {
+            rate: mean(mean(figures(run, *TUNED).score for run in found[seed]) for seed in seeds)
+            for rate, found in rates.items()
+        }
         best = max(scores, key=lambda rate: scores[rate])
         chosen[method, budget] = Chosen(method, budget, best, {seed: rates[best][seed] for seed in sorted(seeds)})
     return chosen
@@ -108,7 +120,7 @@ def choose(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]
 def of_grid(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The runs that the grid asks for now; a file may hold others, of rates or budgets that it asked for before."""
     wanted = [run.key(grid) for run in grid.runs()]
-    return [run for run in runs if run["key"] in wanted]
+    return [run for run in runs if {k: v for k, v in run["key"].items() if k != "facts"} in wanted]
 
 
 def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
@@ -119,8 +131,9 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     columns += ["text", "seconds", "GB"]
     lines = ["| " + " | ".join(columns) + " |", "| --- " * 2 + "| ---: " * (len(columns) - 2) + "|"]
     for (method, budget), one in sorted(chosen.items(), key=lambda item: (item[0][1], -_mean(item[1], "score"))):
-        every = list(one.runs.values())
-        line = [method, f"{budget:.1%}", f"{one.rate:g}", str(len(every)), f"{mean(r['trained'] for r in every):,.0f}"]
+        every = one.every
+        line = [method, f"{budget:.1%}", f"{one.rate:g}", str(len(one.runs))]
+        line.append(f"{mean(run['trained'] for run in every):,.0f}")
         line += [shown(one.values("score").values())]
         line += [against(one, chosen.get((name, budget))) for name in grid.baselines]
         line += [shown(one.values("forgotten").values()), shown(one.values("kept").values())]
@@ -145,7 +158,7 @@ def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         "| --- " + "| ---: " * 5 + "|",
     ]
     for (method, budget), one in sorted(chosen.items(), key=lambda item: -_mean(item[1], "score")):
-        line = [method, f"{mean(run['trained'] for run in one.runs.values()):,.0f}"]
+        line = [method, f"{mean(run['trained'] for run in one.every):,.0f}"]
         line += [shown(one.values(figure).values()) for figure in ("forgotten", "kept", "score")]
         line.append(against(one, chosen.get((grid.baselines[0], budget))))
         lines.append("| " + " | ".join(line) + " |")

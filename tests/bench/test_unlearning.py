@@ -17,7 +17,7 @@ from bench.unlearning.__main__ import append, load_runs, run_grid
 from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.measure import answers
 from bench.unlearning.methods import select_units, unlearn, zero
-from bench.unlearning.splits import split
+from bench.unlearning.splits import load_known, split
 from bench.unlearning.tables import choose, figures, interval, table
 from clue_fast.demo.facts import FACTS
 from clue_fast.demo.pretraining import train_tokenizer
@@ -73,6 +73,43 @@ def test_the_sets_of_a_split_share_no_fact(grid: Grid) -> None:
         training = {record.key for records in one.training().values() for record in records}
         reported = {record.key for name in ("reworded", "held_out", "other") for record in one.questions()[name]}
         assert not training & reported
+
+
+def test_what_a_model_knows_is_found_out_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.unlearning.splits.known_facts", lambda model, tokenizer, facts: list(facts)[::2])
+    known = load_known(model, tokenizer, "tiny", tmp_path)
+    assert known == {kind: list(facts)[::2] for kind, facts in FACTS.items()}
+    monkeypatch.setattr("bench.unlearning.splits.known_facts", lambda model, tokenizer, facts: [])
+    assert load_known(model, tokenizer, "tiny", tmp_path) == known
+    (tmp_path / "tiny.json").write_text('{"capital": ["Atlantis"]}')
+    with pytest.raises(ValueError, match="Atlantis is no capital of the list any more"):
+        load_known(model, tokenizer, "tiny", tmp_path)
+
+
+def test_other_facts_are_another_run(grid: Grid) -> None:
+    fewer = {kind: list(facts)[1:] for kind, facts in FACTS.items()}
+    hashes = {split(known, grid, seed).hash for known in (FACTS, fewer) for seed in (0, 1)}
+    assert len(hashes) == 4
+    assert split(FACTS, grid, 0).hash == split(FACTS, grid, 0).hash
+
+
+def test_a_setting_at_its_default_does_not_change_a_key(grid: Grid) -> None:
+    plain, draws = Run("one", Method(), 0.1, 1, 0).key(grid), Run("one", Method(draws=3), 0.1, 1, 0, draw=2).key(grid)
+    assert draws == {**plain, "draw": 2}
+    assert Run("one", Method(noise=0.0, layers=(0.0, 1.0)), 0.1, 1, 0).key(grid) == plain
+    assert Run("one", Method(noise=0.1), 0.1, 1, 0).key(grid) == {**plain, "noise": 0.1}
+
+
+def test_each_budget_has_its_own_rates(tmp_path: Path) -> None:
+    text = GRID.replace("rates: [1, 2]", "rates: {0.1: [1, 2], 0.2: [3]}")
+    (tmp_path / "own.yaml").write_text(text.replace("budgets: [0.1]", "budgets: [0.1, 0.2]"))
+    runs = [run for run in Grid.load(tmp_path / "own.yaml").runs() if run.seed == 0 and run.name == "random"]
+    assert [(run.budget, run.rate) for run in runs] == [(0.1, 1), (0.1, 2), (0.2, 3)]
+    (tmp_path / "own.yaml").write_text(text.replace("budgets: [0.1]", "budgets: [0.3]"))
+    with pytest.raises(ValueError, match=r"rates has none for the budget 0\.3"):
+        Grid.load(tmp_path / "own.yaml")
 
 
 def test_a_model_that_knows_too_little_is_refused(grid: Grid) -> None:
@@ -160,7 +197,7 @@ def test_a_grid_goes_on_after_a_kill(
     where = "bench.unlearning.__main__"
     monkeypatch.setattr(f"{where}.RESULTS", tmp_path)
     monkeypatch.setattr(f"{where}.load_pretrained", lambda name, folder: (model, tokenizer))
-    monkeypatch.setattr(f"{where}.known_facts", lambda model, tokenizer, facts: list(facts))
+    monkeypatch.setattr(f"{where}.load_known", lambda model, tokenizer, name: FACTS)
     monkeypatch.setattr("bench.unlearning.measure.text_loss", lambda model, tokenizer: 1.0)
     run_grid(grid, tmp_path, grid.seeds)
     path = tmp_path / "unlearning" / "tiny.jsonl"
@@ -197,6 +234,13 @@ def test_a_rate_is_chosen_by_the_tuning_part_and_the_rest_is_reported() -> None:
     assert one.values("forgotten") == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
     assert one.values("kept") == {0: pytest.approx(0.75), 1: pytest.approx(0.75)}
     assert one.values("score") == {0: pytest.approx(0.6), 1: pytest.approx(0.6)}
+
+
+def test_draws_of_a_seed_count_as_one() -> None:
+    runs = [_run("one", 1, seed, tuned=(0.2, 0.8), reported=(gone, 0.8)) for seed in (0, 1) for gone in (0.0, 0.4, 0.8)]
+    one = choose(runs)["one", 0.1]
+    assert one.values("forgotten") == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
+    assert len(one.every) == 6
 
 
 def test_seeds_that_a_rate_lacks_do_not_count() -> None:
