@@ -290,21 +290,24 @@ class RMU(Objective):
     The mean over tokens of |h - c u|^2, plus retain_weight times that of |h - h_original|^2, h what layer
     ``layer`` gives to the next. Only units up to that layer are trained. Source: Li et al. 2024, "The WMDP
     Benchmark: Measuring and Reducing Malicious Use With Unlearning" (arXiv 2403.03218); defaults are those
-    for Zephyr-7B.
+    for Zephyr-7B, of whose 32 layers the layer 7 ends the first quarter.
 
     The public code has the mean over the features in place of the squared norm, for both terms. It updates weights
     of three layers only, and open-unlearning counts answer tokens only, where the paper counts all.
 
     Attributes:
-        layer: index of the layer.
-        scale: c, the length of the target.
+        layer: index of the layer, a whole number from 0; or, with a point, the share of the depth that it ends: 0.25 is
+            the last of the first quarter of the layers. The last layer of all is none, since what it gives is seen
+            behind the final norm only.
+        scale: c, the length of the target. Activations have other lengths in other models, and longer ones in later
+            layers.
         seed: of the direction u: uniform in [0, 1) a component, then of length 1.
     """
 
     name: ClassVar[str] = "rmu"
     heads: ClassVar[tuple[str, ...]] = ("causal", "masked", "classification")
     retain_weight: float = 1200.0
-    layer: int = 7
+    layer: int | float = 7
     scale: float = 6.5
     seed: int = 0
 
@@ -339,18 +342,30 @@ class RMU(Objective):
         """What the layer gives, [records, tokens, features] float32, for each batch."""
         output = run(model, join(list(batches.values())), output_hidden_states=True)
         states: Any = getattr(output, "hidden_states", None)
-        # Before them come the embeddings; the last has gone through the final norm already.
-        if states is None or not 0 <= self.layer < len(states) - 2:
-            layers = 0 if states is None else len(states) - 1
-            raise ObjectiveError(
-                f"rmu steers layer {self.layer}, {type(unwrap(model)).__name__} has {layers} layers; "
-                f"give it a layer below {max(0, layers - 1)}: RMU(layer=...)"
-            )
-        parts = states[self.layer + 1].split([len(batch["labels"]) for batch in batches.values()])
+        # Before them come the embeddings.
+        layer = self._index(model, 0 if states is None else len(states) - 1)
+        parts = states[layer + 1].split([len(batch["labels"]) for batch in batches.values()])
         return {
             name: part[:, : batch["input_ids"].shape[1]].float()
             for (name, batch), part in zip(batches.items(), parts, strict=True)
         }
+
+    def _index(self, model: nn.Module, layers: int) -> int:
+        """Index of the layer, of so many. Raises ObjectiveError unless another one comes behind it."""
+        layer, name = self.layer, type(unwrap(model)).__name__
+        if isinstance(layer, float):
+            if not 0.0 < layer < 1.0:
+                raise ObjectiveError(
+                    f"rmu steers the layer at the share {layer} of the depth; give a share between 0 and 1, or the "
+                    "index of a layer as a whole number"
+                )
+            layer = max(1, round(layer * layers)) - 1
+        if not 0 <= layer < layers - 1:
+            raise ObjectiveError(
+                f"rmu steers layer {layer}, {name} has {layers} layers; "
+                f"give it a layer below {max(0, layers - 1)}: RMU(layer=...)"
+            )
+        return layer
 
     def _direction(self, features: int) -> Tensor:
         direction = torch.rand(features, generator=torch.Generator().manual_seed(self.seed), device="cpu")

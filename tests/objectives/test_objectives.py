@@ -222,14 +222,22 @@ def test_equals_its_formula(objective, seed):
 
 
 @pytest.mark.parametrize(
-    "objective", [RMU(layer=0), RMU(layer=1, scale=2.0, seed=3, retain_weight=0.5), RMU(layer=1, retain_weight=0.0)]
+    ("objective", "layer"),
+    [
+        (RMU(layer=0), 0),
+        (RMU(layer=1, scale=2.0, seed=3, retain_weight=0.5), 1),
+        (RMU(layer=1, retain_weight=0.0), 1),
+        (RMU(layer=0.01), 0),
+        (RMU(layer=1 / 3), 0),
+        (RMU(layer=0.6, retain_weight=2.0), 1),
+    ],
 )
-def test_rmu_equals_its_formula(objective):
+def test_rmu_equals_its_formula(objective, layer):
     model, original, b = Stack(0), Stack(1), batches(0)
     loss, logs = objective.loss(model, b, Original(model, original))
     direction = torch.rand(5, generator=torch.Generator().manual_seed(objective.seed)).double()
     target = (objective.scale * direction / direction.square().sum().sqrt()).tolist()
-    now, then = (one.states[objective.layer + 1].tolist() for one in (model, original))
+    now, then = (one.states[layer + 1].tolist() for one in (model, original))
     terms = {
         side: mean(
             mean(
@@ -520,6 +528,32 @@ def test_says_what_is_missing():
         SimNPO().loss(model, odd, trained)
     with pytest.raises(ObjectiveError, match="rmu steers layer 7, Stack has 3 layers; give it a layer below 2"):
         RMU().loss(Stack(0), batches(0), Original(Stack(0), Stack(0)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (0.9, "rmu steers layer 2, Stack has 3 layers; give it a layer below 2"),
+        (1.0, r"rmu steers the layer at the share 1\.0 of the depth; give a share between 0 and 1, or the index"),
+        (0.0, r"the share 0\.0 of the depth"),
+        (float("nan"), "the share nan of the depth"),
+        (-1, "rmu steers layer -1, Stack has 3 layers"),
+    ],
+)
+def test_rmu_refuses_a_layer_that_it_cannot_steer(layer, message):
+    with pytest.raises(ObjectiveError, match=message):
+        RMU(layer=layer).loss(Stack(0), batches(0), Original(Stack(0), Stack(0)))
+
+
+@pytest.mark.parametrize(("layer", "index"), [(2, 2), (0.25, 0), (0.5, 1)])
+def test_rmu_trains_units_up_to_its_layer(layer, index, make_model, make_selection, make_batch):
+    model, b = make_model(layers=4), {"forget": make_batch(), "retain": make_batch(seed=1)}
+    sparse = sparsify(model, make_selection(model))
+    RMU(layer=layer).loss(model, b, sparse)[0].backward()
+    assert all((one.values.grad is not None) == (one.layer <= index) for one in sparse.slices)
+    SparseAdamW(model, lr=1e-2).step()
+    moved = {one.layer for one in sparse.slices if not torch.equal(one.read(), one.original)}
+    assert moved == set(range(index + 1))
 
 
 def test_rmu_names_a_layer_below_all_units(make_model, make_selection, make_batch):
