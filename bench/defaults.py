@@ -72,6 +72,11 @@ SETTINGS: list[dict[str, Any]] = [
     BASE | {"layer_lr": 1.0},
     BASE | {"criterion": "forget_attribution"},
     BASE | {"criterion": "random"},
+    *(
+        BASE | {"criterion": "attribution", "fraction": fraction, "rate": rate}
+        for fraction, rates in ((0.3, (1.2, 2.4)), (0.1, (2.1, 4.2)), (0.03, (3.8, 7.6)), (0.01, (6.6, 13.2)))
+        for rate in rates
+    ),
 ]
 
 
@@ -167,6 +172,7 @@ def main() -> None:
     parser.add_argument("seed", type=int, help="from 10 on; the reported tables are of seeds 0 to 2")
     parser.add_argument("--models", type=Path, default=Path("defaults"), help="folder of the trained models")
     parser.add_argument("--first", type=int, default=len(SETTINGS), help="only the first so many settings")
+    parser.add_argument("--criterion", help="only the settings with that criterion")
     options = parser.parse_args()
     if options.seed < 10:
         parser.error("seeds below 10 are for the reported tables")
@@ -177,7 +183,8 @@ def main() -> None:
     before: dict[str, Any] = {}
     print(f"| setting | answered | best of {SAMPLES} | others, relearned | retain kept | held out kept |")
     print("| - | - | - | - | - | - |")
-    for setting in ["before", "retrained", *SETTINGS[: options.first]]:
+    wanted = [s for s in SETTINGS[: options.first] if options.criterion in (None, s["criterion"])]
+    for setting in ["before", "retrained", *wanted]:
         found = next((run for run in known if run["setting"] == setting and own.items() <= run.items()), None)
         if found is None:
             started = time.perf_counter()

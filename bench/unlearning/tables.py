@@ -16,13 +16,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.files import write_between
 from bench.unlearning.grid import Grid
+
+Key = TypeVar("Key")
 
 TUNED, REPORTED = ("forget", "tune"), ("reworded", "held_out")
 
@@ -126,6 +128,7 @@ def of_grid(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
 def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of all methods and budgets, with the difference to the baseline at the same budget."""
     chosen = choose(of_grid(grid, runs))
+    compared = {name: differences(chosen, name) for name in grid.baselines}
     columns = ["method", "budget", "rate", "seeds", "weights", "score", *(f"against {name}" for name in grid.baselines)]
     columns += ["forgotten", "kept", "kept, other kinds", "answered: trained", "reworded", "reverse", "held out"]
     columns += ["text", "seconds", "GB"]
@@ -135,7 +138,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         line = [method, f"{budget:.1%}", f"{one.rate:g}", str(len(one.runs))]
         line.append(f"{mean(run['trained'] for run in every):,.0f}")
         line += [shown(one.values("score").values())]
-        line += [against(one, chosen.get((name, budget))) for name in grid.baselines]
+        line += [str(compared[name].get((method, budget), "-")) for name in grid.baselines]
         line += [shown(one.values("forgotten").values()), shown(one.values("kept").values())]
         line.append(f"{mean(kept(run, 'other') for run in every):.3f}")
         line += [f"{mean(answered(run, name) for run in every):.2f}" for name in ("forget", "reworded")]
@@ -153,6 +156,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
 def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """The figures of the report alone."""
     chosen = choose(of_grid(grid, runs))
+    compared = differences(chosen, grid.baselines[0])
     lines = [
         f"| trains | weights | forgotten | kept | score | against {grid.baselines[0]} |",
         "| --- " + "| ---: " * 5 + "|",
@@ -160,7 +164,7 @@ def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     for (method, budget), one in sorted(chosen.items(), key=lambda item: -_mean(item[1], "score")):
         line = [method, f"{mean(run['trained'] for run in one.every):,.0f}"]
         line += [shown(one.values(figure).values()) for figure in ("forgotten", "kept", "score")]
-        line.append(against(one, chosen.get((grid.baselines[0], budget))))
+        line.append(str(compared.get((method, budget), "-")))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
@@ -171,21 +175,56 @@ def shown(values: Any) -> str:
     return f"{middle:.3f}" if math.isnan(half) else f"{middle:.3f} ± {half:.3f}"
 
 
-def against(one: Chosen, base: Chosen | None) -> str:
-    """Difference of the scores, paired by seed, with its interval and the p-value of Student's paired test."""
-    if base is None or base.method == one.method:
-        return "-"
-    mine, theirs = one.values("score"), base.values("score")
-    seeds = sorted(set(mine) & set(theirs))
-    if not seeds:
-        return "-"
-    middle, half = interval([mine[seed] - theirs[seed] for seed in seeds])
-    if math.isnan(half):
-        return f"{middle:+.3f}"
+@dataclass(frozen=True)
+class Difference:
+    """How much better a method is than a baseline at the same budget, paired by seed.
+
+    Attributes:
+        middle, half: mean of the differences of the scores, and half the width of its 95 % interval, of Student's t.
+        p: of Student's paired test.
+        corrected: p by Holm's method (1979), for all methods and budgets that are compared with that baseline.
+    """
+
+    middle: float
+    half: float
+    p: float
+    corrected: float = math.nan
+
+    def __str__(self) -> str:
+        if math.isnan(self.half):
+            return f"{self.middle:+.3f}"
+        return f"{self.middle:+.3f} ± {self.half:.3f} (p {self.p:.3f}, corrected {self.corrected:.3f})"
+
+
+def differences(chosen: Mapping[tuple[str, float], Chosen], baseline: str) -> dict[tuple[str, float], Difference]:
+    """All methods that can be compared with a baseline."""
     from scipy.stats import ttest_rel
 
-    p = float(ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]).pvalue)
-    return f"{middle:+.3f} ± {half:.3f} (p {p:.3f})"
+    found = {}
+    for (method, budget), one in chosen.items():
+        base = chosen.get((baseline, budget))
+        if base is None or method == baseline:
+            continue
+        mine, theirs = one.values("score"), base.values("score")
+        seeds = sorted(set(mine) & set(theirs))
+        if not seeds:
+            continue
+        middle, half = interval([mine[seed] - theirs[seed] for seed in seeds])
+        p = math.nan
+        if not math.isnan(half):
+            p = float(ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]).pvalue)
+        found[method, budget] = Difference(middle, half, p)
+    corrected = holm({key: one.p for key, one in found.items() if not math.isnan(one.p)})
+    return {key: replace(one, corrected=corrected.get(key, math.nan)) for key, one in found.items()}
+
+
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
+    """P-values corrected for their number: the smallest times n, the next times n - 1, none below one before it."""
+    corrected, largest = {}, 0.0
+    for rank, key in enumerate(sorted(p, key=lambda key: p[key])):
+        largest = max(largest, min(1.0, p[key] * (len(p) - rank)))
+        corrected[key] = largest
+    return corrected
 
 
 def _mean(one: Chosen, figure: str) -> float:

@@ -18,7 +18,7 @@ from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.measure import answers
 from bench.unlearning.methods import select_units, unlearn, zero
 from bench.unlearning.splits import load_known, split
-from bench.unlearning.tables import choose, figures, interval, table
+from bench.unlearning.tables import choose, differences, figures, holm, interval, table
 from clue_fast.demo.facts import FACTS
 from clue_fast.demo.pretraining import train_tokenizer
 
@@ -234,6 +234,31 @@ def test_a_rate_is_chosen_by_the_tuning_part_and_the_rest_is_reported() -> None:
     assert one.values("forgotten") == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
     assert one.values("kept") == {0: pytest.approx(0.75), 1: pytest.approx(0.75)}
     assert one.values("score") == {0: pytest.approx(0.6), 1: pytest.approx(0.6)}
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {"a": 0.03, "c": 0.06, "b": 0.06}
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+def test_methods_are_compared_with_the_baseline_split_by_split() -> None:
+    rows = {"random": (0.8, 0.7, 0.5), "better": (0.4, 0.3, 0.2), "same": (0.8, 0.7, 0.5)}
+    runs = [
+        _run(name, 1, seed, tuned=(0.2, 0.8), reported=(left * 0.8, 0.8))
+        for name, lefts in rows.items()
+        for seed, left in enumerate(lefts)
+    ]
+    found = differences(choose(runs), "random")
+    assert set(found) == {("better", 0.1), ("same", 0.1)}
+    scores = {name: [2 * (1 - left) / (2 - left) for left in lefts] for name, lefts in rows.items()}
+    gained = [mine - theirs for mine, theirs in zip(scores["better"], scores["random"], strict=True)]
+    one = found["better", 0.1]
+    assert one.middle == pytest.approx(sum(gained) / 3)
+    spread = (sum((value - one.middle) ** 2 for value in gained) / 2) ** 0.5
+    assert one.half == pytest.approx(4.302653 * spread / 3**0.5, rel=1e-5)
+    assert one.p < 0.05
+    assert one.corrected == one.p  # the other one has no p-value: all its differences are 0
+    assert str(found["same", 0.1]).startswith("+0.000 ± 0.000")
 
 
 def test_draws_of_a_seed_count_as_one() -> None:
