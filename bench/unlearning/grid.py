@@ -30,6 +30,8 @@ import yaml
 TRAINED = ("units", "all", "lora", "nothing")
 """What trains: the selected units, all weights, adapters of low rank, or nothing (the selected units are zeroed)."""
 
+RESET = (None, "reads", "writes")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -48,6 +50,13 @@ class Method:
         objective, parameters: the loss; None for the package's default.
         rank: of the adapters.
         noise: standard deviation of noise on the inputs of the layers while training, over that of the inputs.
+        rounds: how often units are selected anew and trained, with the steps of the grid for all rounds together. Each
+            is a training of its own: the original model of its objective is what the round before has left.
+        reset: before training, what the selected units read ("reads") or write ("writes") becomes the mean over the
+            units of their layer.
+        sharpness: radius in which the forget term is taken where it is worst, see ``SharpnessAware``.
+        relearn_inside, relearn_inside_rate: steps of relearning behind which the forget term is taken, and their
+            learning rate, see ``RelearnedInside``.
         draws: how often it runs on each split, with another random seed each time.
         budgets, rates: those of the grid unless the method has its own.
     """
@@ -65,6 +74,11 @@ class Method:
     parameters: Mapping[str, float] = field(default_factory=dict)
     rank: int = 8
     noise: float = 0.0
+    rounds: int = 1
+    reset: str | None = None
+    sharpness: float = 0.0
+    relearn_inside: int = 0
+    relearn_inside_rate: float = 0.1
     draws: int = 1
     budgets: tuple[float, ...] | None = None
     rates: tuple[float, ...] | None = None
@@ -72,6 +86,14 @@ class Method:
     def __post_init__(self) -> None:
         if self.train not in TRAINED:
             raise ValueError(f"train: {self.train!r} is none of: {', '.join(TRAINED)}")
+        if self.reset not in RESET:
+            raise ValueError(f"reset: {self.reset!r} is none of: reads, writes")
+        if self.sharpness and self.relearn_inside:
+            raise ValueError("sharpness and relearn_inside take the gradient of forgetting in two places; choose one")
+        only = {"rounds": self.rounds != 1, "reset": self.reset, "sharpness": self.sharpness}
+        for name, given in {**only, "relearn_inside": self.relearn_inside}.items():
+            if given and self.train != "units":
+                raise ValueError(f"{name} is a setting of the training of units; this method trains {self.train}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import reduce
 from itertools import count, islice
+from operator import or_
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 
 import clue_fast
 from bench.unlearning.grid import Grid, Method, Run
+from bench.unlearning.staying import trainer_of
 from clue_fast.config import WARMUP, UnlearnConfig, default_learning_rate
 from clue_fast.criteria import criterion
 from clue_fast.data import Collator, Record, encode, padding_token
@@ -23,6 +27,7 @@ from clue_fast.trainer.pairing import Pair, PairCollator, PairedRecords, PairSam
 from clue_fast.trainer.training import train_selected
 
 FLOOR = 1e-12
+ROUND_SEED = 100_000
 
 
 def attribution_ratio(measured: Any) -> torch.Tensor:
@@ -40,26 +45,57 @@ def register_criteria() -> None:
 
 def unlearn(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run, grid: Grid) -> int:
     """Trains a model in place, by the method of a run, and returns how many of its weights did."""
+    if run.method.train == "nothing":
+        return zero(model, select_units(model, tokenizer, sets, run))
+    if run.method.train != "units":
+        return train_dense(model, tokenizer, sets, run, grid)
+    selections = []
+    for number, steps in enumerate(_shares(grid.steps, run.method.rounds)):
+        part = replace(run, seed=run.seed + ROUND_SEED * number)
+        selections.append(select_units(model, tokenizer, sets, part))
+        train_units(model, tokenizer, sets, selections[-1], steps, part, grid)
+    return owned_weights(model, reduce(or_, selections))
+
+
+def train_units(
+    model: Any,
+    tokenizer: Any,
+    sets: dict[str, list[Record]],
+    selection: Selection,
+    steps: int,
+    run: Run,
+    grid: Grid,
+) -> None:
+    """Trains the selected units in place, by the method of a run."""
     method = run.method
-    if method.train in ("units", "nothing"):
-        selection = select_units(model, tokenizer, sets, run)
-        if method.train == "nothing":
-            return zero(model, selection)
-        config = UnlearnConfig(
-            learning_rate=run.rate * default_learning_rate(model),
-            epochs=grid.steps * grid.forget / len(sets["forget"]),
-            batch_size=grid.forget,
-            retain_ratio=grid.retain_ratio,
-            layer_lr=method.layer_lr,
-            seed=run.random_seed,
-            progress=False,
+    config = UnlearnConfig(
+        learning_rate=run.rate * default_learning_rate(model),
+        epochs=steps * grid.forget / len(sets["forget"]),
+        batch_size=grid.forget,
+        retain_ratio=grid.retain_ratio,
+        layer_lr=method.layer_lr,
+        seed=run.random_seed,
+        progress=False,
+    )
+    with noisy_inputs(model, method.noise, run.random_seed):
+        sparse, _ = train_selected(
+            model, tokenizer, sets, selection, objective_of(method), config, make_trainer=trainer_of(method)
         )
-        with noisy_inputs(model, method.noise, run.random_seed):
-            sparse, _ = train_selected(model, tokenizer, sets, selection, objective_of(method), config)
-        trained = sum(values.numel() for values in sparse.trainable_parameters)
-        sparse.restore()
-        return trained
-    return train_dense(model, tokenizer, sets, run, grid)
+    sparse.restore()
+
+
+def _shares(steps: int, rounds: int) -> list[int]:
+    """Steps of each round, the same number but for one. Raises ValueError if there are fewer steps than rounds."""
+    if not 1 <= rounds <= steps:
+        raise ValueError(f"{steps} steps are too few for {rounds} rounds")
+    return [steps // rounds + (number < steps % rounds) for number in range(rounds)]
+
+
+def owned_weights(model: nn.Module, selection: Selection) -> int:
+    """How many weights the selected units own."""
+    owned_by = ((len(selection.units(site)), owned) for site in selection.sites for owned in site.slices)
+    weights = ((units * owned.size, owned, owned.of(model.get_parameter(owned.parameter))) for units, owned in owned_by)
+    return sum(slices * weight.numel() // weight.shape[owned.dim] for slices, owned, weight in weights)
 
 
 def objective_of(method: Method) -> Objective:

@@ -192,6 +192,37 @@ class Sparse:
                     trained.write(weights)
                     trained.swapped = False
 
+    @contextmanager
+    def moved(self, offsets: Iterable[Tensor]) -> Iterator[nn.Module]:
+        """The model with its trained weights so far from where they are, for as long as the context lasts.
+
+        For gradients that are taken elsewhere than where they are applied, as in sharpness-aware and in meta steps.
+        Afterwards the weights have the bits that they had; ``values``, their gradients and optimizer state are left
+        alone, so step the optimizer outside. A forward pass can be run backward within the context that it began in
+        only.
+
+        Args:
+            offsets: for each of ``slices``, of the shape of its values; added to the values, and then rounded to the
+                precision of the weights.
+
+        Raises:
+            SparseError: inside ``original``.
+            ValueError: there is not one offset for each of the slices.
+        """
+        slices = self.slices
+        if any(trained.swapped for trained in slices):
+            raise SparseError("the model holds its original weights; move its weights outside Sparse.original()")
+        pairs = list(zip(slices, offsets, strict=True))
+        before = [trained.read() for trained in slices]
+        try:
+            for trained, offset in pairs:
+                where = trained.values.detach() if trained.has_values else trained.read().float()
+                trained.write(where + offset)
+            yield self.model
+        finally:
+            for trained, weights in zip(slices, before, strict=True):
+                trained.write(weights)
+
     def revert(self) -> None:
         """Puts the original values back for good, into weights and values; optimizer state is left alone."""
         for trained in self.slices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ def train_selected(
     *,
     alternate: Sequence[Record] | None = None,
     stages: Sequence[Stage] | None = None,
+    make_trainer: Callable[..., UnlearnTrainer] | None = None,
 ) -> tuple[Sparse, list[dict[str, float]]]:
     """Runs the UnlearnTrainer.
 
@@ -59,6 +60,8 @@ def train_selected(
         config: with learning rate, epochs, rate by layer and retain ratio in their places.
         alternate: other answers to the forget questions.
         stages: in place of the objective and the epochs.
+        make_trainer: called with the arguments of ``UnlearnTrainer``, all by name; default that class. For one of your
+            own below it, or to do something before the first step.
 
     Returns:
         The still sparse model, and the history of its losses and recalls.
@@ -68,7 +71,7 @@ def train_selected(
     from clue_fast.trainer.trainer import UnlearnTrainer
 
     with tempfile.TemporaryDirectory() as scratch:
-        trainer: UnlearnTrainer = UnlearnTrainer(
+        trainer: UnlearnTrainer = (make_trainer or UnlearnTrainer)(
             model=model,
             args=config.training_arguments(scratch),
             processing_class=tokenizer,

@@ -16,11 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bench.unlearning.__main__ import append, load_runs, run_grid
 from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.measure import answers
-from bench.unlearning.methods import select_units, unlearn, zero
+from bench.unlearning.methods import owned_weights, select_units, unlearn, zero
 from bench.unlearning.splits import load_known, split
 from bench.unlearning.tables import choose, differences, figures, holm, interval, table
 from clue_fast.demo.facts import FACTS
 from clue_fast.demo.pretraining import train_tokenizer
+from clue_fast.selection import Selection
+from clue_fast.sparse import changed_inside, changed_outside, snapshot
+from clue_fast.trainer import train_selected
 
 GRID = """
 model: tiny
@@ -174,17 +177,58 @@ def test_units_of_some_layers_only(model: LlamaForCausalLM, tokenizer: PreTraine
     assert [len(selection.units(site)) for site in selection.sites] == [0, 8]
 
 
-@pytest.mark.parametrize("train", ["units", "all", "lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": "units"},
+        {"train": "all"},
+        {"train": "lora"},
+        {"rounds": 3},
+        {"reset": "reads"},
+        {"sharpness": 0.1},
+        {"relearn_inside": 2},
+    ],
+    ids=str,
+)
 def test_every_way_to_train_makes_the_answers_less_likely(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid, train: str
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid, settings: dict[str, Any]
 ) -> None:
     parts = split(FACTS, grid, 0)
     asked = parts.training()["forget"]
     before = sum(math.log(p) for p, _ in answers(model, tokenizer, asked))
-    method = Method(train=train, criterion="forget_attribution", objective="npo")
-    trained = unlearn(model, tokenizer, parts.training(), Run(train, method, 0.5, 0.3, 0), replace(grid, steps=8))
+    method = Method(criterion="forget_attribution", objective="npo", **settings)
+    trained = unlearn(model, tokenizer, parts.training(), Run("one", method, 0.5, 0.3, 0), replace(grid, steps=8))
     assert trained > 0
     assert sum(math.log(p) for p, _ in answers(model, tokenizer, asked)) < before - 0.1
+
+
+def test_rounds_share_the_steps_and_each_selects_anew(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    selections: list[Selection] = []
+
+    def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+        sparse, history = train_selected(model, *args, **kwargs)
+        steps.append(len(history))
+        selections.append(sparse.selection)
+        assert owned_weights(model, sparse.selection) == sum(values.numel() for values in sparse.trainable_parameters)
+        return sparse, history
+
+    monkeypatch.setattr("bench.unlearning.methods.train_selected", watched)
+    parts = split(FACTS, grid, 0)
+    before = snapshot(model)
+    run = Run("rounds", Method(criterion="random", rounds=3), 0.25, 1.0, 0)
+    trained = unlearn(model, tokenizer, parts.training(), run, replace(grid, steps=8))
+    assert steps == [3, 3, 2]
+    first, second, third = selections
+    assert len({one.hash for one in selections}) == 3 and len(first) == len(second) == len(third) == 2 * 10
+    union = first | second | third
+    assert trained == len(union) * 3 * 32
+    assert changed_outside(before, model, union) == 0
+    assert changed_inside(before, model, union) > 0.9 * trained
+    with pytest.raises(ValueError, match="2 steps are too few for 3 rounds"):
+        unlearn(model, tokenizer, parts.training(), run, grid)
 
 
 def test_a_grid_goes_on_after_a_kill(

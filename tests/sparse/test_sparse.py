@@ -194,6 +194,54 @@ def test_backward_across_a_swap_raises(make_model, make_selection, make_batch):
         loss.backward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moved_is_a_model_with_other_weights(dtype, make_model, make_selection, make_batch):
+    """Its logits and its gradients; the reference has the weights written by hand, one unit at a time."""
+    model, batch = make_model(dtype), make_batch()
+    sparse = sparsify(model, make_selection(model))
+    train(model, batch, 3)
+    draw = torch.Generator().manual_seed(0)
+    offsets = [torch.randn(values.shape, generator=draw) * 0.1 for values in sparse.trainable_parameters]
+    other = copy.deepcopy(model)
+    for one, offset in zip(sparse.slices, offsets, strict=True):
+        weight = other.get_parameter(one.path).data
+        for place, unit in enumerate(one.index.tolist()):
+            weight.select(one.dim, unit).copy_((one.values.detach() + offset).select(one.dim, place))
+    values = [parameter.detach().clone() for parameter in sparse.trainable_parameters]
+    before = {name: bits(tensor) for name, tensor in snapshot(model).items()}
+    with sparse.moved(offsets) as moved:
+        output = moved(**batch)
+        found = torch.autograd.grad(output.loss, sparse.trainable_parameters)
+        with sparse.original():
+            pass
+        assert torch.equal(bits(moved(**batch).logits), bits(output.logits))
+    expected = other(**batch)
+    assert torch.equal(bits(output.logits), bits(expected.logits))
+    parameters = [one.values for one in trainable_slices(other)]
+    for gradient, same in zip(found, torch.autograd.grad(expected.loss, parameters), strict=True):
+        assert torch.equal(gradient, same)
+    assert all(torch.equal(before[name], bits(now)) for name, now in snapshot(model).items())
+    assert all(torch.equal(one, now) for one, now in zip(values, sparse.trainable_parameters, strict=True))
+
+
+def test_moved_comes_back_whatever_happens(make_model, make_selection, make_batch):
+    model = make_model(torch.bfloat16)
+    sparse = sparsify(model, make_selection(model))
+    before, offsets = snapshot(model), [torch.ones_like(values) for values in sparse.trainable_parameters]
+    with pytest.raises(ZeroDivisionError), sparse.moved(offsets):
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="shorter"), sparse.moved(offsets[1:]):
+        pass
+    with sparse.original(), pytest.raises(SparseError, match="holds its original weights"), sparse.moved(offsets):
+        pass
+    assert all(torch.equal(before[name], now) for name, now in snapshot(model).items())
+    loss = model(**make_batch()).loss
+    with sparse.moved(offsets):
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_revert_undoes_the_training(make_model, make_selection, make_batch):
     model, batch = make_model(torch.bfloat16), make_batch()
     before = snapshot(model)
