@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from clue_fast.data import Collator, Example, answer_mask, shift_labels
 from clue_fast.errors import UnknownNameError
-from clue_fast.ops.channel_statistics import wide
+from clue_fast.ops.accumulators import wide
 from clue_fast.sites import evaluation_mode
 from clue_fast.statistics import DEFAULT_GROUPS
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import SiteError
-from clue_fast.ops.channel_statistics import wide
+from clue_fast.ops.accumulators import wide
 from clue_fast.sites import ParamSlice, Site
 from clue_fast.sites.projection import is_linear, output_bias, projection_of, weight_matrix
 from clue_fast.statistics import Statistics

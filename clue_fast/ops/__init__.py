@@ -1,7 +1,8 @@
 """The operators: each has a definition in plain PyTorch and faster backends, see `clue_fast.ops.backend`."""
 
+from clue_fast.ops.accumulators import FIELDS, GRADIENT_FIELDS
 from clue_fast.ops.backend import BACKENDS, Choice, available, choose
-from clue_fast.ops.channel_statistics import FIELDS, GRADIENT_FIELDS, channel_attribution, channel_statistics
+from clue_fast.ops.channel_statistics import channel_attribution, channel_statistics
 from clue_fast.ops.conflict_score import CRITERIA_OPS, conflict_score
 from clue_fast.ops.gated_activation import ACTIVATIONS, gated_activation
 from clue_fast.ops.sparse_linear import sparse_linear

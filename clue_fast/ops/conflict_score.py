@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clue_fast.errors import UnknownNameError
 from clue_fast.ops import backend as backends
+from clue_fast.ops.accumulators import FIELDS, GRADIENT_FIELDS
 from clue_fast.ops.backend import define
-from clue_fast.ops.channel_statistics import FIELDS, GRADIENT_FIELDS
 
 CRITERIA_OPS = ("difference", "ratio", "attribution")
 VARIANCE_FLOOR = 1e-12

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from clue_fast.ops import backend as backends
-from clue_fast.ops.channel_statistics import channel_statistics, wide
+from clue_fast.ops.accumulators import wide
+from clue_fast.ops.channel_statistics import channel_statistics
 
 
 def unit_activations(h: Tensor, channels: int) -> Tensor:

@@ -16,15 +16,9 @@ from torch.autograd.function import once_differentiable
 from clue_fast.errors import UnknownNameError
 from clue_fast.internals import below_autograd, has_no_data
 from clue_fast.ops import backend as backends
+from clue_fast.ops.accumulators import check_group, check_statistics, rows, wide
 from clue_fast.ops.backend import define, define_autograd
-from clue_fast.ops.channel_statistics import (
-    check_group,
-    check_statistics,
-    reference_attribution,
-    reference_statistics,
-    rows,
-    wide,
-)
+from clue_fast.ops.channel_statistics import reference_attribution, reference_statistics
 
 SQRT_HALF = 0.5**0.5
 SQRT_2_OVER_PI = 0.7978845608028654

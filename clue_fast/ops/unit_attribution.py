@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clue_fast.ops import backend as backends
-from clue_fast.ops.channel_statistics import channel_attribution, wide
+from clue_fast.ops.accumulators import wide
+from clue_fast.ops.channel_statistics import channel_attribution
 from clue_fast.ops.expert_statistics import expert_ranges
 
 

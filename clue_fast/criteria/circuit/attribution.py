@@ -31,7 +31,7 @@ from clue_fast.criteria.circuit.graph import EdgeScores, Graph
 from clue_fast.criteria.passes import record_target
 from clue_fast.data import Collator, Example
 from clue_fast.errors import CircuitError, NonFiniteError
-from clue_fast.ops.channel_statistics import wide
+from clue_fast.ops.accumulators import wide
 from clue_fast.sites.projection import output_bias, weight_matrix
 
 CHUNK_BYTES = 64 * 2**20
