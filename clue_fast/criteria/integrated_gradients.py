@@ -48,25 +48,25 @@ class IntegratedGradients:
             )
         statistics.allocate_record_sums(INTEGRATED)
 
-    def add(self, forward: Callable[[], Tensor], groups: Tensor, predicting: Tensor) -> None:
+    def add(self, forward: Callable[[], Tensor], groups: Tensor, counted: Tensor) -> None:
         """Runs the model ``steps`` times per site on one batch.
 
         Args:
             forward: runs the model and returns P, one value that sums over the records.
             groups: int64 [records], the group of each.
-            predicting: bool [records, tokens], true where an answer token is predicted.
+            counted: bool [records, tokens], where units are measured, such as where an answer token is predicted.
         """
         for path, parts in self._by_module.items():
             gradient: Tensor | None = None
             for step in range(1, self.steps + 1):
-                scaled = _Scaled(self._model.get_submodule(path), step / self.steps, predicting)
+                scaled = _Scaled(self._model.get_submodule(path), step / self.steps, counted)
                 with scaled, torch.enable_grad():
                     torch.autograd.backward(forward())
                 grad = scaled.leaf.grad
                 assert grad is not None
                 gradient = grad.double() if gradient is None else gradient + grad.double()
             assert gradient is not None
-            product = scaled.activation.double() * gradient / self.steps * predicting.reshape(-1)[:, None]
+            product = scaled.activation.double() * gradient / self.steps * counted.reshape(-1)[:, None]
             for owned in parts:
                 values = owned.per_unit(owned.take(product))
                 self.statistics.add_records(

@@ -12,6 +12,7 @@ from clue_fast.criteria.integrated_gradients import STEPS, IntegratedGradients
 from clue_fast.criteria.passes import (
     Batches,
     answer_target,
+    counted_mask,
     inference,
     logits_of,
     record_target,
@@ -24,7 +25,7 @@ from clue_fast.criteria.weight_gradients import (
     mean_gradient_recorders,
     module_slices,
 )
-from clue_fast.data import answer_mask, head_of
+from clue_fast.data import head_of
 from clue_fast.recording import Patched, patch
 from clue_fast.sites import Survey, device_of, model_fingerprint
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
@@ -155,7 +156,7 @@ def record_integrated_gradients(job: Job) -> Recorded:
                 logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
                 return answer_target(logits, batch["labels"], job.target, head)[0].sum()
 
-            integrated.add(forward, groups, answer_mask(batch["labels"], head))
+            integrated.add(forward, groups, counted_mask(batch, head))
     return Recorded(statistics)
 
 

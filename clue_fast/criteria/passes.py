@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clue_fast.data import Collator, Example, answer_mask, shift_labels
-from clue_fast.errors import UnknownNameError
+from clue_fast.errors import DataError, UnknownNameError
 from clue_fast.ops.accumulators import wide
 from clue_fast.sites import evaluation_mode
 from clue_fast.statistics import DEFAULT_GROUPS
@@ -25,7 +25,8 @@ class Batches:
     """Encoded records of several groups, sorted by length, in padded batches.
 
     Attributes:
-        data: encoded records of group 1, 2 and so on.
+        data: encoded records of group 1, 2 and so on. Units are measured where the answer is predicted; or where the
+            record says so, with ``counted``, a 1 or 0 for each of its tokens.
         pad_token_id: fills up shorter records.
         tokens_per_batch: most tokens in a batch, padding included.
         progress: show a progress bar.
@@ -39,7 +40,13 @@ class Batches:
     groups: Sequence[str] = DEFAULT_GROUPS
 
     def on(self, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yields batches, and the group of each of their records, int64."""
+        """Yields batches, and the group of each of their records, int64.
+
+        Raises:
+            DataError: some records have ``counted``, and others have not.
+        """
+        if len({"counted" in record for records in self.data for record in records}) > 1:
+            raise DataError("some records say with counted where units are measured, and others do not; give it to all")
         items = sorted(
             ((record, group) for group, records in enumerate(self.data, start=1) for record in records),
             key=lambda item: len(item[0]["input_ids"]),
@@ -52,7 +59,10 @@ class Batches:
                 size = max(1, self.tokens_per_batch // len(items[start][0]["input_ids"]))
                 # Neighboring tokens of one group are summed together.
                 chosen = sorted(items[start : start + size], key=lambda item: item[1])
-                batch = collate([record for record, _ in chosen])
+                records = [record for record, _ in chosen]
+                batch = collate(records)
+                if "counted" in records[0]:
+                    batch["counted"] = _padded([record["counted"] for record in records], batch["labels"])
                 groups = torch.tensor([group for _, group in chosen], device=device)
                 yield {name: tensor.to(device) for name, tensor in batch.items()}, groups
                 bar.update(len(chosen))
@@ -129,9 +139,22 @@ def logits_of(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Ten
     return logits
 
 
+def _padded(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """Rows of 0 and 1 as a mask in the shape of another tensor, false behind the end of each."""
+    mask = torch.zeros_like(like, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        mask[number, : len(row)] = torch.tensor(row, dtype=torch.bool, device=like.device)
+    return mask
+
+
+def counted_mask(batch: dict[str, Tensor], head: str) -> Tensor:
+    """Where units are measured, bool [records, tokens]: where an answer token is predicted, unless the records say."""
+    return batch["counted"] if "counted" in batch else answer_mask(batch["labels"], head)
+
+
 def token_groups(batch: dict[str, Tensor], groups: Tensor, head: str) -> Tensor:
-    """The group of each position that predicts an answer token, 0 elsewhere, [records, tokens] int8."""
-    return answer_mask(batch["labels"], head).to(torch.int8) * groups[:, None].to(torch.int8)
+    """The group of each position where units are measured, 0 elsewhere, [records, tokens] int8."""
+    return counted_mask(batch, head).to(torch.int8) * groups[:, None].to(torch.int8)
 
 
 @contextmanager

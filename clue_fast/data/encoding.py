@@ -309,7 +309,8 @@ class EncodedRecords(list[Record]):
         name: of the data set, for errors.
 
     Attributes:
-        examples: whole, see ``encode``.
+        examples: whole, see ``encode``. Each may get a list ``counted``, 1 or 0 for each of its tokens: where units are
+            measured then, instead of where the answer is predicted. Nothing else reads it.
 
     Raises:
         DataError: see ``encode``.

@@ -11,11 +11,13 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
+from clue_fast.config import LocalizeConfig
 from clue_fast.criteria import CRITERIA, measure, record_groups, score
-from clue_fast.data import encode, load_records
+from clue_fast.data import EncodedRecords, encode, load_records
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.errors import BudgetError, DataError, PatchError, SelectionError, UnknownNameError
+from clue_fast.localization import localize_records
 from clue_fast.selection import Selection
 
 PEOPLE = make_people(6, seed=3)
@@ -32,8 +34,13 @@ def model(make_llama: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedToke
     return make_llama(tokenizer, width=48, units=120)
 
 
-def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list) -> dict:
-    """Activations and their products with the gradient of the log-odds where answers are predicted, [tokens, width]."""
+def answer_activations(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list, before: int | None = None
+) -> dict:
+    """Activations and their products with the gradient of the log-odds of the answers, [tokens, width].
+
+    Where answers are predicted, or so many tokens before the first of them.
+    """
     activations: dict[str, list[torch.Tensor]] = {}
     products: dict[str, list[torch.Tensor]] = {}
     for example in encode(records, tokenizer):
@@ -51,9 +58,11 @@ def answer_activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
         (chosen.log() - (1 - chosen).log()).sum().backward()
         for handle in handles:
             handle.remove()
+        first = int(answer.nonzero()[0])
+        where = answer if before is None else torch.arange(len(answer)) == first - before
         for path, value in seen.items():
-            activations.setdefault(path, []).append(value[0, :-1][answer].detach().double())
-            products.setdefault(path, []).append((value * value.grad)[0, :-1][answer].detach().double())
+            activations.setdefault(path, []).append(value[0, :-1][where].detach().double())
+            products.setdefault(path, []).append((value * value.grad)[0, :-1][where].detach().double())
     return {
         "activations": {path: torch.cat(parts) for path, parts in activations.items()},
         "products": {path: torch.cat(parts) for path, parts in products.items()},
@@ -81,6 +90,36 @@ def test_scores_equal_the_formula_over_single_records(
         torch.testing.assert_close(found.double() / scale, expected / scale, rtol=1e-4, atol=1e-5)
     assert all(p.grad is None for p in model.parameters())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("criterion", ["difference", "attribution"])
+def test_units_are_measured_where_the_records_say(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, criterion: str
+) -> None:
+    """What is differentiated stays the log-odds of the whole answer."""
+    sets = {"forget": FORGET, "retain": RETAIN}
+    encoded = {name: EncodedRecords(records, tokenizer) for name, records in sets.items()}
+    for example in (example for records in encoded.values() for example in records.examples):
+        place = example["labels"].count(-100) - 4  # three tokens before that which predicts the first of the answer
+        example["counted"] = [int(position == place) for position in range(len(example["input_ids"]))]
+    config = LocalizeConfig(criterion=criterion, fraction=0.1, permutations=0, progress=False)
+    selection = localize_records(model, encoded, tokenizer, config)
+    forget, retain = (answer_activations(model, tokenizer, records, 3) for records in (FORGET, RETAIN))
+    for number, (site, found) in enumerate(selection.scores.items()):
+        f, r = forget["activations"][site.path], retain["activations"][site.path]
+        assert (len(f), len(r)) == (len(FORGET), len(RETAIN))
+        expected = (f.mean(0) - r.mean(0)).abs() / ((f.var(0, correction=0) + r.var(0, correction=0)) / 2).sqrt()
+        if criterion == "attribution":
+            f, r = forget["products"][site.path], retain["products"][site.path]
+            expected = f.abs().mean(0) - r.abs().mean(0)
+            if number == 1:  # behind the last layer no token reads another
+                assert not expected.any() and not found.any()
+                continue
+        scale = expected.abs().amax()
+        torch.testing.assert_close(found.double() / scale, expected / scale, rtol=1e-4, atol=1e-5)
+    del encoded["retain"].examples[1]["counted"]
+    with pytest.raises(DataError, match="some records say with counted where units are measured"):
+        localize_records(model, encoded, tokenizer, config)
 
 
 def test_random_is_a_function_of_the_seed_and_needs_no_data(
