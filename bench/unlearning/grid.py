@@ -31,6 +31,7 @@ TRAINED = ("units", "all", "lora", "nothing")
 """What trains: the selected units, all weights, adapters of low rank, or nothing (the selected units are zeroed)."""
 
 RESET = (None, "reads", "writes")
+POSITIONS = ("answer", "subject")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Method:
         scope: what is ranked together; "layer" takes the same share of every layer.
         kinds: of units; None for those of the criterion.
         target: what the criterion differentiates, or None for its own.
+        positions: tokens at which units are measured: those that predict the answer, or the last one of the subject.
         categories: take forget and conflict units of the four categories, at most the budget.
         layers: first and one after the last layer to take units of, each as shares of the depth.
         halves: take what both halves of the forget records agree on.
@@ -66,6 +68,7 @@ class Method:
     scope: str = "layer"
     kinds: tuple[str, ...] | None = None
     target: str | None = None
+    positions: str = "answer"
     categories: bool = False
     layers: tuple[float, float] = (0.0, 1.0)
     halves: bool = False
@@ -88,6 +91,8 @@ class Method:
             raise ValueError(f"train: {self.train!r} is none of: {', '.join(TRAINED)}")
         if self.reset not in RESET:
             raise ValueError(f"reset: {self.reset!r} is none of: reads, writes")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: {self.positions!r} is none of: {', '.join(POSITIONS)}")
         if self.sharpness and self.relearn_inside:
             raise ValueError("sharpness and relearn_inside take the gradient of forgetting in two places; choose one")
         only = {"rounds": self.rounds != 1, "reset": self.reset, "sharpness": self.sharpness}

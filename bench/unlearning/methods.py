@@ -15,12 +15,15 @@ from torch import nn
 
 import clue_fast
 from bench.unlearning.grid import Grid, Method, Run
+from bench.unlearning.positions import at_subjects
 from bench.unlearning.staying import trainer_of
-from clue_fast.config import WARMUP, UnlearnConfig, default_learning_rate
+from clue_fast.config import WARMUP, LocalizeConfig, UnlearnConfig, default_learning_rate
 from clue_fast.criteria import criterion
+from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import Collator, Record, encode, padding_token
 from clue_fast.demo.facts import Fact
 from clue_fast.evaluation import relearn
+from clue_fast.localization import localize_records
 from clue_fast.objectives import Objective, default_objective, get_objective
 from clue_fast.selection import Selection
 from clue_fast.trainer.pairing import Pair, PairCollator, PairedRecords, PairSampler
@@ -110,22 +113,25 @@ def select_units(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run:
     share = run.budget * model.config.num_hidden_layers / (end - begin)
     wide = min(1.0, share * (3 if method.halves else 1))
 
+    settings: dict[str, Any] = {
+        "criterion": method.criterion,
+        "fraction": wide,
+        "scope": method.scope,
+        "categories": method.categories,
+        "target": method.target,
+        "kinds": method.kinds,
+        "permutations": 0,
+        "seed": run.random_seed,
+        "progress": False,
+    }
+
     def localize(records: Sequence[Record]) -> Selection:
-        return clue_fast.localize(
-            model,
-            list(records),
-            sets["retain"],
-            tokenizer=tokenizer,
-            criterion=method.criterion,
-            fraction=wide,
-            scope=method.scope,
-            categories=method.categories,
-            target=method.target,
-            kinds=method.kinds,
-            permutations=0,
-            seed=run.random_seed,
-            progress=False,
-        )
+        if method.positions == "answer":
+            return clue_fast.localize(model, list(records), sets["retain"], tokenizer=tokenizer, **settings)
+        if get_criterion(method.criterion).measurement.counts != "token":
+            raise ValueError(f"{method.criterion} measures whole records; it cannot be asked of a subject's token")
+        read = {name: at_subjects(own, tokenizer) for name, own in (("forget", records), ("retain", sets["retain"]))}
+        return localize_records(model, read, tokenizer, LocalizeConfig(**settings))
 
     forget = sets["forget"]
     selection = localize(forget)

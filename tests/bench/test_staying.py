@@ -185,6 +185,7 @@ def test_the_trainer_of_a_method_trains_its_units_alone(method, expected, make_t
     ("settings", "message"),
     [
         ({"reset": "rows"}, "'rows' is none of: reads, writes"),
+        ({"positions": "end"}, "'end' is none of: answer, subject"),
         ({"sharpness": 0.1, "relearn_inside": 1}, "choose one"),
         ({"train": "lora", "rounds": 2}, "rounds is a setting of the training of units; this method trains lora"),
         ({"train": "all", "sharpness": 0.1}, "sharpness is a setting of the training of units"),

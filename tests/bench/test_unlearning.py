@@ -17,8 +17,10 @@ from bench.unlearning.__main__ import append, load_runs, run_grid
 from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.measure import answers
 from bench.unlearning.methods import owned_weights, select_units, unlearn, zero
+from bench.unlearning.positions import at_subjects
 from bench.unlearning.splits import load_known, split
 from bench.unlearning.tables import choose, differences, figures, holm, interval, table
+from clue_fast.data import Record
 from clue_fast.demo.facts import FACTS
 from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.selection import Selection
@@ -175,6 +177,47 @@ def test_units_of_some_layers_only(model: LlamaForCausalLM, tokenizer: PreTraine
     run = Run("late", Method(criterion="random", layers=(0.5, 1.0)), 0.1, 1.0, 0)
     selection = select_units(model, tokenizer, split(FACTS, grid, 0).training(), run)
     assert [len(selection.units(site)) for site in selection.sites] == [0, 8]
+
+
+def test_units_are_measured_at_the_last_token_of_the_subject(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid
+) -> None:
+    """Scores of every unit, against a loop over records in which the place is found by decoding."""
+    training = split(FACTS, grid, 0).training()
+    run = Run("one", Method(criterion="forget_attribution", positions="subject"), 0.1, 1.0, 0)
+    selection = select_units(model, tokenizer, training, run)
+    sums = {site.path: torch.zeros(site.width, dtype=torch.float64) for site in selection.sites}
+    for record in training["forget"]:
+        subjects = [fact.subject for facts in FACTS.values() for fact in facts if fact.subject in record.prompt]
+        end = record.prompt.index(max(subjects, key=len)) + len(max(subjects, key=len))
+        ids = tokenizer(record.prompt + record.completion)["input_ids"]
+        place = next(n for n in range(len(ids)) if len(tokenizer.decode(ids[: n + 1])) >= end)
+        answer = len(ids) - len(tokenizer(record.completion)["input_ids"])
+        assert record.completion == tokenizer.decode(ids[answer:])
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep(path: str, kept: dict[str, torch.Tensor] = kept) -> Any:
+            return lambda _, args: (args[0].retain_grad(), kept.__setitem__(path, args[0]))[1]
+
+        hooks = [
+            model.get_submodule(site.output).register_forward_pre_hook(keep(site.path)) for site in selection.sites
+        ]
+        p = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+        chosen = torch.stack([p[n - 1, ids[n]] for n in range(answer, len(ids))])
+        (chosen.log() - (1 - chosen).log()).sum().backward()
+        for path, activation in kept.items():
+            assert activation.grad is not None
+            sums[path] += (activation * activation.grad)[0, place].detach().double().abs()
+        for hook in hooks:
+            hook.remove()
+    for number, site in enumerate(selection.sites):
+        expected = sums[site.path] / len(training["forget"])
+        assert bool(expected.any()) == (number == 0)  # behind the last layer no token reads another
+        torch.testing.assert_close(selection.scores[site].double(), expected, rtol=1e-4, atol=1e-8)
+    with pytest.raises(ValueError, match="fisher measures whole records"):
+        select_units(model, tokenizer, training, replace(run, method=replace(run.method, criterion="fisher")))
+    with pytest.raises(ValueError, match="asks for no fact"):
+        at_subjects([Record("Who is it?", " Me", verbatim=True, open_ended=True)], tokenizer)
 
 
 @pytest.mark.parametrize(
