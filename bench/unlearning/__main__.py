@@ -13,17 +13,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from bench import machine
 from bench.files import RESULTS
 from bench.unlearning.grid import Grid, Run
-from bench.unlearning.measure import measure
-from bench.unlearning.methods import register_criteria, relearn_half, unlearn
-from bench.unlearning.splits import Split, load_known, split
+from bench.unlearning.kinds import kind_of
+from bench.unlearning.methods import register_criteria, unlearn
+from bench.unlearning.subjects import Subject
 from bench.unlearning.tables import write_tables
-from clue_fast.demo.pretrained import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,37 +60,36 @@ def append(path: Path, found: dict[str, Any]) -> None:
 def run_grid(grid: Grid, models: Path, seeds: Collection[int]) -> None:
     """Runs everything of those seeds that is not there yet."""
     transformers_logging.disable_progress_bar()
-    model, tokenizer = load_pretrained(grid.model, models)
-    model = model.to(getattr(torch, grid.dtype)).eval()
-    known = load_known(model, tokenizer, grid.model)
+    subject_of = kind_of(grid).load(grid, models)
     path = results_file(grid)
     done = [run["key"] for run in load_runs(path)]
-    before: dict[int, Any] = {}
-    for run in grid.runs():
-        if run.seed not in seeds:
-            continue
-        parts = split(known, grid, run.seed)
-        key = {**run.key(grid), "facts": parts.hash}
-        if key in done:
-            continue
-        if run.seed not in before:
-            before[run.seed] = measure(model, tokenizer, parts.questions())
-        found = one_run(model, tokenizer, parts, run, grid)
-        append(path, {"method": run.name, "key": key, "before": before[run.seed], **found})
-        done.append(key)
-        print(f"{run.name} {run.budget:g} {run.rate:g} seed {run.seed}: {found['seconds']:.1f} s", flush=True)
+    for seed in [seed for seed in grid.seeds if seed in seeds]:
+        subject, before = subject_of(seed), None
+        for run in grid.runs():
+            key = {**run.key(grid), "facts": subject.hash}
+            if run.seed != seed or key in done:
+                continue
+            before = before or subject.measure(subject.model)
+            found = one_run(subject, run, grid)
+            append(path, {"method": run.name, "key": key, "before": before, **found})
+            done.append(key)
+            print(f"{run.name} {run.budget:g} {run.rate:g} seed {seed}: {found['seconds']:.1f} s", flush=True)
 
 
-def one_run(model: Any, tokenizer: Any, parts: Split, run: Run, grid: Grid) -> dict[str, Any]:
+def one_run(subject: Subject, run: Run, grid: Grid) -> dict[str, Any]:
     """Unlearns on a copy of the model, and says what it knows afterwards."""
-    subject = copy.deepcopy(model)
-    reset_peak()
-    started = time.perf_counter()
-    trained = unlearn(subject, tokenizer, parts.training(), run, grid)
-    seconds, peak = time.perf_counter() - started, peak_bytes()
-    found: dict[str, Any] = {"after": measure(subject, tokenizer, parts.questions())}
+    if run.method.train == "retrained":
+        model, seconds = subject.retrained()
+        trained, peak = model.num_parameters(), None
+    else:
+        model = copy.deepcopy(subject.model)
+        reset_peak()
+        started = time.perf_counter()
+        trained = unlearn(model, subject.tokenizer, subject.training(), run, grid)
+        seconds, peak = time.perf_counter() - started, peak_bytes()
+    found: dict[str, Any] = {"after": subject.measure(model)}
     if grid.relearn_steps:
-        found["relearned"] = relearn_half(subject, tokenizer, parts.forget, grid.relearn_steps)
+        found["relearned"] = subject.relearn(model, grid.relearn_steps)
     return {**found, "trained": trained, "seconds": seconds, "peak_bytes": peak, "machine": machine.describe()}
 
 
@@ -115,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.unlearning", description=__doc__)
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("grid", type=Path, help="YAML file")
-    parser.add_argument("--models", type=Path, default=Path("pretrained"), help="folder of the downloaded models")
+    parser.add_argument(
+        "--models", type=Path, default=Path("pretrained"), help="folder of downloaded models and trained toys"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="only these, as one of several processes")
     options = parser.parse_args()
     grid = Grid.load(options.grid)

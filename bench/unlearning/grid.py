@@ -2,8 +2,8 @@
 
 .. code-block:: yaml
 
-    model: smollm2-135m            # a key of clue_fast.demo.pretrained.PRETRAINED
-    kind: capital                  # of the facts to forget, a key of clue_fast.demo.facts.FACTS
+    model: smollm2-135m            # a key of clue_fast.demo.pretrained.PRETRAINED, or of bench.unlearning.toys.TOYS
+    kind: capital                  # of the facts to forget, a key of clue_fast.demo.facts.FACTS, or of the toy's kinds
     seeds: [0, 1, 2, 3, 4]         # of the split and of everything that is random
     steps: 20                      # of training, with as many records in each as there are facts to forget
     budgets: [0.003, 0.01]         # shares of the units of every layer
@@ -27,8 +27,9 @@ from typing import Any
 
 import yaml
 
-TRAINED = ("units", "all", "lora", "nothing")
-"""What trains: the selected units, all weights, adapters of low rank, or nothing (the selected units are zeroed)."""
+TRAINED = ("units", "all", "lora", "nothing", "retrained")
+"""What trains: the selected units, all weights, adapters of low rank, or nothing (the selected units are zeroed); or a
+new model, without what is to be forgotten (toys only)."""
 
 RESET = (None, "reads", "writes")
 POSITIONS = ("answer", "subject")
@@ -50,6 +51,8 @@ class Method:
         halves: take what both halves of the forget records agree on.
         layer_lr: rate of the last layer over that of the first.
         objective, parameters: the loss; None for the package's default.
+        stages: name of a published schedule of stages, see ``clue_fast.trainer.stages.SCHEDULES``, over the steps of
+            the grid; its rate by layer and retain ratio are those of method and grid.
         rank: of the adapters.
         noise: standard deviation of noise on the inputs of the layers while training, over that of the inputs.
         rounds: how often units are selected anew and trained, with the steps of the grid for all rounds together. Each
@@ -75,6 +78,7 @@ class Method:
     layer_lr: float = 0.2
     objective: str | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
+    stages: str | None = None
     rank: int = 8
     noise: float = 0.0
     rounds: int = 1
@@ -95,7 +99,7 @@ class Method:
             raise ValueError(f"positions: {self.positions!r} is none of: {', '.join(POSITIONS)}")
         if self.sharpness and self.relearn_inside:
             raise ValueError("sharpness and relearn_inside take the gradient of forgetting in two places; choose one")
-        only = {"rounds": self.rounds != 1, "reset": self.reset, "sharpness": self.sharpness}
+        only = {"stages": self.stages, "rounds": self.rounds != 1, "reset": self.reset, "sharpness": self.sharpness}
         for name, given in {**only, "relearn_inside": self.relearn_inside}.items():
             if given and self.train != "units":
                 raise ValueError(f"{name} is a setting of the training of units; this method trains {self.train}")
@@ -108,9 +112,10 @@ class Grid:
     Attributes:
         name: of the file.
         model, kind, seeds, steps, budgets, rates, methods: see the module.
-        dtype: of the weights; small updates are kept in float32 copies.
+        batch_size: forget records in a step; None for as many as there are facts to forget.
+        dtype: of the weights of a pretrained model; small updates are kept in float32 copies.
         forget, retain, tune, held_out: facts of the kind that are forgotten, kept in training, held out to choose the
-            rate, and held out for the report.
+            rate, and held out for the report. Of toys, records.
         other_retain, other_tune, other_report: facts of other kinds, likewise.
         retain_ratio: retain records beside each forget record.
         baselines: the methods that others are compared with.
@@ -125,6 +130,7 @@ class Grid:
     steps: int = 20
     budgets: tuple[float, ...] = (0.01,)
     rates: tuple[float, ...] | Mapping[float, tuple[float, ...]] = (1.0,)
+    batch_size: int | None = None
     dtype: str = "bfloat16"
     forget: int = 6
     retain: int = 6
@@ -136,6 +142,11 @@ class Grid:
     retain_ratio: int = 1
     baselines: tuple[str, ...] = ("random",)
     relearn_steps: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Forget records in a step."""
+        return self.forget if self.batch_size is None else self.batch_size
 
     @classmethod
     def load(cls, path: Path) -> Grid:
@@ -165,7 +176,7 @@ class Grid:
             for name, method in self.methods.items():
                 for budget in method.budgets or self.budgets:
                     shared = self.rates[budget] if isinstance(self.rates, Mapping) else self.rates
-                    rates = (0.0,) if method.train == "nothing" else method.rates or shared
+                    rates = (0.0,) if method.train in ("nothing", "retrained") else method.rates or shared
                     for rate, draw in product(rates, range(method.draws)):
                         yield Run(name, method, budget, rate, seed, draw)
 

@@ -20,14 +20,14 @@ from bench.unlearning.staying import trainer_of
 from clue_fast.config import WARMUP, LocalizeConfig, UnlearnConfig, default_learning_rate
 from clue_fast.criteria import criterion
 from clue_fast.criteria.registry import get_criterion
-from clue_fast.data import Collator, Record, encode, padding_token
-from clue_fast.demo.facts import Fact
-from clue_fast.evaluation import relearn
+from clue_fast.data import Collator, Record, padding_token
 from clue_fast.localization import localize_records
-from clue_fast.objectives import Objective, default_objective, get_objective
+from clue_fast.objectives import Objective, get_objective
 from clue_fast.selection import Selection
-from clue_fast.trainer.pairing import Pair, PairCollator, PairedRecords, PairSampler
+from clue_fast.trainer.pairing import Pair, PairCollator, PairSampler, encode_pairs
+from clue_fast.trainer.stages import Stage, get_schedule, get_stages, make_stages, scheduled_objective
 from clue_fast.trainer.training import train_selected
+from clue_fast.trainer.update_scale import teaches_answers
 
 FLOOR = 1e-12
 ROUND_SEED = 100_000
@@ -73,18 +73,41 @@ def train_units(
     method = run.method
     config = UnlearnConfig(
         learning_rate=run.rate * default_learning_rate(model),
-        epochs=steps * grid.forget / len(sets["forget"]),
-        batch_size=grid.forget,
+        epochs=steps * grid.batch / len(sets["forget"]),
+        batch_size=grid.batch,
         retain_ratio=grid.retain_ratio,
         layer_lr=method.layer_lr,
         seed=run.random_seed,
         progress=False,
     )
+    stages = None if method.stages is None else stages_of(method, selection, config.epochs)
     with noisy_inputs(model, method.noise, run.random_seed):
         sparse, _ = train_selected(
-            model, tokenizer, sets, selection, objective_of(method), config, make_trainer=trainer_of(method)
+            model,
+            tokenizer,
+            sets,
+            selection,
+            objective_of(method),
+            config,
+            stages=stages,
+            make_trainer=trainer_of(method),
         )
     sparse.restore()
+
+
+def stages_of(method: Method, selection: Selection, epochs: float | None) -> list[Stage]:
+    """The stages of a schedule for which there are units, as much longer as all of them are to be together.
+
+    Raises:
+        ValueError: so many epochs are no multiple of those that were published.
+    """
+    assert method.stages is not None and epochs is not None
+    objective = objective_of(method)
+    published = sum(stage.epochs for stage in make_stages(method.stages, objective))
+    if epochs <= 0 or epochs % published:
+        raise ValueError(f"the schedule {method.stages} has {published} epochs; {epochs:g} are no multiple of these")
+    stages = get_stages(method.stages, objective, selection)
+    return [replace(stage, epochs=stage.epochs * int(epochs // published)) for stage in stages]
 
 
 def _shares(steps: int, rounds: int) -> list[int]:
@@ -103,7 +126,9 @@ def owned_weights(model: nn.Module, selection: Selection) -> int:
 
 def objective_of(method: Method) -> Objective:
     """The loss of a method."""
-    return default_objective() if method.objective is None else get_objective(method.objective, **method.parameters)
+    if method.objective is None:
+        return scheduled_objective(None, get_schedule(method.stages))
+    return get_objective(method.objective, **method.parameters)
 
 
 def select_units(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run) -> Selection:
@@ -233,11 +258,21 @@ def train_dense(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (grid.steps - step) / max(1, grid.steps - warmup))
     )
-    pairs = PairedRecords(encode(sets["forget"], tokenizer), encode(sets["retain"], tokenizer))
+    objective = objective_of(method)
+    pairs = encode_pairs(
+        model,
+        tokenizer,
+        sets["forget"],
+        sets["retain"],
+        None,
+        teaches=teaches_answers(objective, None),
+        max_length=None,
+        collated=False,
+        seed=run.random_seed,
+    )
     sampler = PairSampler(len(pairs.forget), len(pairs.retain), run.random_seed, grid.retain_ratio)
     collate = PairCollator(Collator(padding_token(tokenizer, model)))
-    objective = objective_of(method)
-    for batch in islice(_batches(sampler, grid.forget), grid.steps):
+    for batch in islice(_batches(sampler, grid.batch), grid.steps):
         loss, _ = objective.loss(trained, collate([pairs[pair] for pair in batch]), training)
         loss.backward()
         for master, weight in zip(masters, weights, strict=True):
@@ -259,10 +294,3 @@ def _batches(sampler: PairSampler, size: int) -> Iterator[list[Pair]]:
     for sampler.epoch in count():
         pairs = list(sampler)
         yield from (pairs[start : start + size] for start in range(0, len(pairs), size))
-
-
-def relearn_half(model: Any, tokenizer: Any, forget: Sequence[Fact], steps: int) -> dict[str, Any]:
-    """ROUGE-L recalls of every second forgotten fact after each step of relearning the others, see ``relearn``."""
-    learned, asked = ([fact.record() for fact in forget[start::2]] for start in (0, 1))
-    again = relearn(model, tokenizer, learned, asked, steps=steps, every=1, progress=False)
-    return {"recalls": {str(step): recalls for step, recalls in again.recalls.items()}}

@@ -1,13 +1,7 @@
 """Tables and plots of a grid: each method and budget at the learning rate that did best on the tuning part.
 
-A run has two figures, on the tuning part and on what is reported:
-
-- forgotten: the share of the answers' probability that is gone, 1 - Σ p_after / Σ p_before, of the forget facts. To
-  tune: as the statements that trained; to report: in other words.
-- kept: of each held-out fact min(1, p_after / p_before), averaged.
-
-Their harmonic mean is the score. The rate of a method and budget is the one with the best mean score over all seeds on
-the tuning part. Differences to the baseline are paired by seed (the same split of the facts); intervals are of
+What runs come to is in ``scores``. The rate of a method and budget is the one with the best mean score over all seeds
+on the tuning part. Differences to the baseline are paired by seed (the same split of the facts); intervals are of
 Student's t over the seeds, at 95 %.
 """
 
@@ -23,48 +17,13 @@ from typing import Any, TypeVar
 
 from bench.files import write_between
 from bench.unlearning.grid import Grid
+from bench.unlearning.kinds import kind_of
+from bench.unlearning.scores import Scoring
 
 Key = TypeVar("Key")
 
-TUNED, REPORTED = ("forget", "tune"), ("reworded", "held_out")
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one run came to, on one part of the facts.
-
-    Attributes:
-        forgotten, kept: see the module.
-    """
-
-    forgotten: float
-    kept: float
-
-    @property
-    def score(self) -> float:
-        """Harmonic mean of what is forgotten and what is kept."""
-        total = self.forgotten + self.kept
-        return 2 * self.forgotten * self.kept / total if total > 0 else 0.0
-
-
-def figures(run: Mapping[str, Any], forget: str, held_out: str) -> Figures:
-    """The figures of a run on a set to forget and one to keep."""
-    before, after = run["before"], run["after"]
-    gone = 1 - sum(after[forget]["probability"]) / sum(before[forget]["probability"])
-    return Figures(max(0.0, gone), kept(run, held_out))
-
-
-def kept(run: Mapping[str, Any], name: str) -> float:
-    """How much of the probability of the answers of a set is kept."""
-    pairs = zip(run["before"][name]["probability"], run["after"][name]["probability"], strict=True)
-    return mean(min(1.0, after / before) for before, after in pairs)
-
-
-def answered(run: Mapping[str, Any], name: str, stage: str = "after") -> float:
-    """Share of the facts of a set that greedy decoding says, of those that it said before."""
-    pairs = zip(run["before"][name]["answered"], run[stage][name]["answered"], strict=True)
-    said = [after for before, after in pairs if before]
-    return mean(said) if said else math.nan
+PAGES = ("evidence.md", "results.md")
+"""In docs, where tables and plots stand."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -84,6 +43,7 @@ class Chosen:
     budget: float
     rate: float
     runs: Mapping[int, Sequence[Mapping[str, Any]]]
+    scoring: Scoring
 
     @property
     def every(self) -> list[Mapping[str, Any]]:
@@ -92,12 +52,14 @@ class Chosen:
 
     def values(self, figure: str) -> dict[int, float]:
         """A figure of the report by seed; of several draws their mean."""
+        scoring = self.scoring
         return {
-            seed: mean(getattr(figures(run, *REPORTED), figure) for run in draws) for seed, draws in self.runs.items()
+            seed: mean(getattr(scoring.figures(run, scoring.reported), figure) for run in draws)
+            for seed, draws in self.runs.items()
         }
 
 
-def choose(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]:
+def choose(runs: Sequence[Mapping[str, Any]], scoring: Scoring) -> dict[tuple[str, float], Chosen]:
     """The best rate of each method and budget, by the tuning part alone; only seeds that all its rates have count."""
     cells: dict[tuple[str, float], dict[float, dict[int, list[Mapping[str, Any]]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -111,11 +73,12 @@ def choose(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]
         if not seeds:
             continue
         scores = {
-            rate: mean(mean(figures(run, *TUNED).score for run in found[seed]) for seed in seeds)
+            rate: mean(mean(scoring.figures(run, scoring.tuned).score for run in found[seed]) for seed in seeds)
             for rate, found in rates.items()
         }
         best = max(scores, key=lambda rate: scores[rate])
-        chosen[method, budget] = Chosen(method, budget, best, {seed: rates[best][seed] for seed in sorted(seeds)})
+        own = {seed: rates[best][seed] for seed in sorted(seeds)}
+        chosen[method, budget] = Chosen(method, budget, best, own, scoring)
     return chosen
 
 
@@ -125,13 +88,18 @@ def of_grid(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
     return [run for run in runs if {k: v for k, v in run["key"].items() if k != "facts"} in wanted]
 
 
+def chosen_of(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]:
+    """The best rates of what the grid asks for."""
+    return choose(of_grid(grid, runs), kind_of(grid).scoring)
+
+
 def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of all methods and budgets, with the difference to the baseline at the same budget."""
-    chosen = choose(of_grid(grid, runs))
+    chosen = chosen_of(grid, runs)
+    further = kind_of(grid).scoring.columns
     compared = {name: differences(chosen, name) for name in grid.baselines}
     columns = ["method", "budget", "rate", "seeds", "weights", "score", *(f"against {name}" for name in grid.baselines)]
-    columns += ["forgotten", "kept", "kept, other kinds", "answered: trained", "reworded", "reverse", "held out"]
-    columns += ["text", "seconds", "GB"]
+    columns += ["forgotten", "kept", *further, "seconds", "GB"]
     lines = ["| " + " | ".join(columns) + " |", "| --- " * 2 + "| ---: " * (len(columns) - 2) + "|"]
     for (method, budget), one in sorted(chosen.items(), key=lambda item: (item[0][1], -_mean(item[1], "score"))):
         every = one.every
@@ -140,13 +108,8 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         line += [shown(one.values("score").values())]
         line += [str(compared[name].get((method, budget), "-")) for name in grid.baselines]
         line += [shown(one.values("forgotten").values()), shown(one.values("kept").values())]
-        line.append(f"{mean(kept(run, 'other') for run in every):.3f}")
-        line += [f"{mean(answered(run, name) for run in every):.2f}" for name in ("forget", "reworded")]
-        reverse = [value for run in every if not math.isnan(value := answered(run, "reverse"))]
-        line.append(f"{mean(reverse):.2f}" if reverse else "-")
-        line.append(f"{mean(answered(run, 'held_out') for run in every):.2f}")
-        ratio = mean(math.exp(run["after"]["text_loss"] - run["before"]["text_loss"]) for run in every)
-        line += [f"{ratio:.3f}", f"{mean(run['seconds'] for run in every):.0f}"]
+        line += [write(every) for write in further.values()]
+        line.append(f"{mean(run['seconds'] for run in every):.0f}")
         peaks = [run["peak_bytes"] for run in every if run["peak_bytes"] is not None]
         line.append(f"{mean(peaks) / 1e9:.1f}" if peaks else "-")
         lines.append("| " + " | ".join(line) + " |")
@@ -155,7 +118,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
 
 def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """The figures of the report alone."""
-    chosen = choose(of_grid(grid, runs))
+    chosen = chosen_of(grid, runs)
     compared = differences(chosen, grid.baselines[0])
     lines = [
         f"| trains | weights | forgotten | kept | score | against {grid.baselines[0]} |",
@@ -238,7 +201,7 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = choose(of_grid(grid, runs))
+    chosen = chosen_of(grid, runs)
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     budgets = sorted({budget for _, budget in chosen})
     for number, method in enumerate(grid.methods):
@@ -257,7 +220,8 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
             capsize=2,
             alpha=0.8,
         )
-    axes.set(xlabel="kept of held-out facts", ylabel="forgotten, in other words", title=grid.name)
+    ylabel, xlabel = kind_of(grid).scoring.labels
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=grid.name)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -265,15 +229,17 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], root: Path) -> str:
-    """Writes the tables between the marks of the grid in docs/evidence.md and README.md, where they are.
+    """Writes the tables between the marks of the grid in the pages that have them, a short one into README.md.
 
-    The plot goes into docs if the page shows it. Returns the table.
+    The plot goes into docs if a page shows it. Returns the table.
     """
-    text, picture, page = table(grid, runs), f"unlearning_{grid.name}.png", root / "docs" / "evidence.md"
+    text, picture, docs = table(grid, runs), f"unlearning_{grid.name}.png", root / "docs"
     begin, end = f"<!-- grid {grid.name} -->\n", f"<!-- end of grid {grid.name} -->"
-    for path, content in ((page, text), (root / "README.md", short_table(grid, runs))):
-        if begin in path.read_text(encoding="utf-8"):
-            write_between(path, begin, end, f"{content}\n")
-    if picture in page.read_text(encoding="utf-8"):
-        plot(grid, runs, page.parent / picture)
+    for name in PAGES:
+        if begin in (docs / name).read_text(encoding="utf-8"):
+            write_between(docs / name, begin, end, f"{text}\n")
+        if picture in (docs / name).read_text(encoding="utf-8"):
+            plot(grid, runs, docs / picture)
+    if begin in (root / "README.md").read_text(encoding="utf-8"):
+        write_between(root / "README.md", begin, end, f"{short_table(grid, runs)}\n")
     return text

@@ -18,8 +18,9 @@ from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.measure import answers
 from bench.unlearning.methods import owned_weights, select_units, unlearn, zero
 from bench.unlearning.positions import at_subjects
+from bench.unlearning.scores import FACTS as FACT_SCORING
 from bench.unlearning.splits import load_known, split
-from bench.unlearning.tables import choose, differences, figures, holm, interval, table
+from bench.unlearning.tables import choose, differences, holm, interval, table
 from clue_fast.data import Record
 from clue_fast.demo.facts import FACTS
 from clue_fast.demo.pretraining import train_tokenizer
@@ -281,8 +282,8 @@ def test_a_grid_goes_on_after_a_kill(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    where = "bench.unlearning.__main__"
-    monkeypatch.setattr(f"{where}.RESULTS", tmp_path)
+    where = "bench.unlearning.subjects"
+    monkeypatch.setattr("bench.unlearning.__main__.RESULTS", tmp_path)
     monkeypatch.setattr(f"{where}.load_pretrained", lambda name, folder: (model, tokenizer))
     monkeypatch.setattr(f"{where}.load_known", lambda model, tokenizer, name: FACTS)
     monkeypatch.setattr("bench.unlearning.measure.text_loss", lambda model, tokenizer: 1.0)
@@ -315,7 +316,9 @@ def _run(method: str, rate: float, seed: int, *, tuned: tuple[float, float], rep
 def test_a_rate_is_chosen_by_the_tuning_part_and_the_rest_is_reported() -> None:
     better = {"tuned": (0.2, 0.8), "reported": (0.4, 0.6)}
     worse = {"tuned": (0.4, 0.8), "reported": (0.0, 0.8)}
-    chosen = choose([_run("one", rate, seed, **own) for rate, own in ((1, better), (2, worse)) for seed in (0, 1)])
+    chosen = choose(
+        [_run("one", rate, seed, **own) for rate, own in ((1, better), (2, worse)) for seed in (0, 1)], FACT_SCORING
+    )
     one = chosen["one", 0.1]
     assert one.rate == 1
     assert one.values("forgotten") == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
@@ -335,7 +338,7 @@ def test_methods_are_compared_with_the_baseline_split_by_split() -> None:
         for name, lefts in rows.items()
         for seed, left in enumerate(lefts)
     ]
-    found = differences(choose(runs), "random")
+    found = differences(choose(runs, FACT_SCORING), "random")
     assert set(found) == {("better", 0.1), ("same", 0.1)}
     scores = {name: [2 * (1 - left) / (2 - left) for left in lefts] for name, lefts in rows.items()}
     gained = [mine - theirs for mine, theirs in zip(scores["better"], scores["random"], strict=True)]
@@ -350,7 +353,7 @@ def test_methods_are_compared_with_the_baseline_split_by_split() -> None:
 
 def test_draws_of_a_seed_count_as_one() -> None:
     runs = [_run("one", 1, seed, tuned=(0.2, 0.8), reported=(gone, 0.8)) for seed in (0, 1) for gone in (0.0, 0.4, 0.8)]
-    one = choose(runs)["one", 0.1]
+    one = choose(runs, FACT_SCORING)["one", 0.1]
     assert one.values("forgotten") == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
     assert len(one.every) == 6
 
@@ -358,13 +361,13 @@ def test_draws_of_a_seed_count_as_one() -> None:
 def test_seeds_that_a_rate_lacks_do_not_count() -> None:
     some = {"tuned": (0.2, 0.8), "reported": (0.4, 0.6)}
     runs = [_run("one", rate, seed, **some) for rate, seed in ((1, 0), (1, 1), (2, 0))]
-    assert list(choose(runs)["one", 0.1].runs) == [0]
+    assert list(choose(runs, FACT_SCORING)["one", 0.1].runs) == [0]
 
 
 def test_answers_that_became_likelier_are_kept_and_not_forgotten() -> None:
     run = _run("one", 1, 0, tuned=(0.9, 0.9), reported=(0.9, 0.9))
-    assert (figures(run, "reworded", "held_out").forgotten, figures(run, "reworded", "held_out").kept) == (0.0, 1.0)
-    assert figures(run, "reworded", "held_out").score == 0.0
+    figures = FACT_SCORING.figures(run, ("reworded", "held_out"))
+    assert (figures.forgotten, figures.kept, figures.score) == (0.0, 1.0, 0.0)
 
 
 def test_interval_covers_the_mean_in_95_of_100_cases() -> None:
@@ -389,5 +392,6 @@ def test_every_grid_of_the_repository_can_be_read() -> None:
     grids = sorted((Path(__file__).parents[2] / "bench" / "unlearning" / "grids").glob("*.yaml"))
     assert grids
     for path in grids:
-        keys = [json.dumps(run.key(Grid.load(path)), sort_keys=True) for run in Grid.load(path).runs()]
+        grid = Grid.load(path)
+        keys = [json.dumps(run.key(grid), sort_keys=True) for run in grid.runs()]
         assert len(set(keys)) == len(keys)

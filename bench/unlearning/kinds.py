@@ -1,0 +1,12 @@
+"""Which kind of subject a grid names."""
+
+from __future__ import annotations
+
+from bench.unlearning.grid import Grid
+from bench.unlearning.subjects import FactSubject, Subject
+from bench.unlearning.toys import TOYS, ToySubject
+
+
+def kind_of(grid: Grid) -> type[Subject]:
+    """A toy if its model is one, else facts of a pretrained model."""
+    return ToySubject if grid.model in TOYS else FactSubject
