@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 from clue_fast.errors import BackendError
 from clue_fast.ops import backend as backends
+from tests.cuda_on_host.library import library, operators
 
 LESSER_INSTRUCTION_SETS = ("baseline", "x86-64-v3")  # the best that the machine has is what "cpp" runs
+ON_HOST = "CUDA on the CPU"
+CHECKS = os.environ.get("CLUE_FAST_TEST_CUDA_ON_HOST", "accesses")  # tests/cuda_on_host/test_sanitizers.py sets it
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,12 +25,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "cpp" in implemented:
             slow = pytest.mark.slow
             cases += [pytest.param(("cpp", name), id=f"cpp-{name}", marks=slow) for name in LESSER_INSTRUCTION_SETS]
+        if "cuda" in implemented:
+            cases.append(pytest.param(("cuda", ON_HOST), id="cuda-on-host"))
         metafunc.parametrize("backend", cases, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, instruction_set = request.param
+    if instruction_set == ON_HOST:
+        with library(operators(CHECKS)).as_backend(request.module.OPERATOR):
+            yield name
+        return
     try:
         backends.choose(request.module.OPERATOR, _device(name), name)
     except BackendError as error:
@@ -48,7 +58,8 @@ def device(backend: str) -> torch.device:
 
 
 def _device(backend: str) -> torch.device:
-    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+    """The GPU, where the backend runs on it: the stand-in for CUDA does not."""
+    on_gpu = "cuda" in (backends.BACKENDS[backend].devices or ()) and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
 
 

@@ -78,10 +78,13 @@ def arguments(layers: list[Layer], grads: list[Tensor]) -> tuple[list, ...]:
     )
 
 
-def step(layers: list[Layer], backend: str | None, seed: int = 0, **kwargs: Tensor) -> None:
+def step(
+    layers: list[Layer], backend: str | None, seed: int = 0, grads: list[Tensor] | None = None, **kwargs: Tensor
+) -> None:
     for one in layers:
         one.step += 1
-    sparse_adamw_(*arguments(layers, gradients(layers, seed)), BETAS, EPS, **kwargs, backend=backend)
+    grads = gradients(layers, seed) if grads is None else grads
+    sparse_adamw_(*arguments(layers, grads), BETAS, EPS, **kwargs, backend=backend)
 
 
 def stochastic_step(layers: list[Layer], backend: str | None, grads: list[Tensor], seed: int = 0) -> None:
