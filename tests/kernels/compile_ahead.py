@@ -1,6 +1,7 @@
-"""Compiles every Triton kernel ahead of time, with no GPU, and tells what each takes: registers, spills, loads.
+"""Compiles every Triton kernel ahead of time, with no GPU: what each takes in registers, stack, spills and vectors.
 
     python tests/kernels/compile_ahead.py [--json] [--counterexamples] TARGET ...
+    python tests/kernels/compile_ahead.py --record          writes compiled.json, below which no kernel may fall
 
 The launch functions themselves are called, on CPU tensors, with a driver that names the wanted target and with the
 launch replaced by nothing. So what is compiled is what a launch on that target compiles: the same block shapes,
@@ -37,25 +38,32 @@ TARGETS = {
 }
 TOKENS, CHANNELS = 1024, 1536
 DTYPES = (torch.bfloat16, torch.float32)
+CRITERIA = ("difference", "ratio", "attribution")
+
+RECORD = Path(__file__).with_name("compiled.json")
+IDENTITY = ("target", "kernel", "launch", "dtype", "groups", "activation")
+"""What tells one row from another."""
+MOST = ("registers", "stack", "spills", "narrow_loads")
+LEAST = ("load_bits", "store_bits")
+"""What is held to the record: no more of the ones, no less of the others."""
 
 
 # What a compiled kernel takes of its target
 
 
 def cubin_usage(report: str) -> dict[str, int]:
-    """Registers, bytes of local memory and of shared memory in a report of `cuobjdump -res-usage`.
+    """Registers, bytes of stack, of spills to local memory and of shared memory in a report of `cuobjdump -res-usage`.
 
-    The report counts spilled registers as STACK; the kernels here keep nothing else in local memory.
+    Spilled registers are mostly counted as stack; the kernels here keep nothing else on it.
     """
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
     if found is None:
         raise ValueError(f"no resource usage in {report!r}")
-    registers, stack, shared, local = map(int, found.groups())
-    return {"registers": registers, "spills": stack + local, "shared": shared}
+    return dict(zip(("registers", "stack", "shared", "spills"), map(int, found.groups()), strict=True))
 
 
 def amdgcn_usage(assembly: str) -> dict[str, int]:
-    """Registers, spills (registers and bytes of scratch) and shared memory in the metadata of AMD assembly."""
+    """Registers, bytes of stack (scratch), spilled registers and shared memory in the metadata of AMD assembly."""
 
     def field(name: str) -> int:
         found = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)
@@ -63,28 +71,49 @@ def amdgcn_usage(assembly: str) -> dict[str, int]:
             raise ValueError(f"no .{name} in the metadata")
         return int(found.group(1))
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count") + field("private_segment_fixed_size")
-    return {"registers": field("vgpr_count"), "spills": spills, "shared": field("group_segment_fixed_size")}
+    return {
+        "registers": field("vgpr_count"),
+        "stack": field("private_segment_fixed_size"),
+        "shared": field("group_segment_fixed_size"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+    }
 
 
-def load_widths(assembly: str) -> dict[str, int]:
-    """Number of global loads of 64 bits and more and of narrower ones, in PTX or AMD assembly."""
-    wide = r"ld\.global\S*\.(?:v4\.b32|v2\.b32|v2\.b64|v4\.b16|b64)|(?:global|buffer)_load_dwordx[24]"
-    every = len(re.findall(r"ld\.global|(?:global|buffer)_load_", assembly))
-    found = len(re.findall(wide, assembly))
-    return {"wide_loads": found, "narrow_loads": every - found}
+AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "byte": 8, "short": 16}
+
+
+def access_bits(assembly: str, kind: str) -> list[int]:
+    """Width of every global load or store, in PTX or AMD assembly."""
+    nvidia, amd = {"load": ("ld", "load"), "store": ("st", "store")}[kind]
+    found = re.findall(rf"\b{nvidia}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b", assembly)
+    widths = [int(count or 1) * int(bits) for count, bits in found]
+    for suffix in re.findall(rf"\b(?:global|buffer)_{amd}_(\w+)", assembly):
+        widths += [bits for name, bits in AMD_BITS.items() if re.fullmatch(rf"[us]?{name}(_d16\w*)?", suffix)]
+    return widths
+
+
+def vectors(assembly: str) -> dict[str, int]:
+    """The widest load and store in bits; number of loads of 64 bits and more, and of narrower ones."""
+    loads, stores = access_bits(assembly, "load"), access_bits(assembly, "store")
+    wide = sum(bits >= 64 for bits in loads)
+    return {
+        "load_bits": max(loads),
+        "store_bits": max(stores),
+        "wide_loads": wide,
+        "narrow_loads": len(loads) - wide,
+    }
 
 
 def usage(kernel: CompiledKernel) -> dict[str, int]:
     """All of the above for one compiled kernel."""
     if "amdgcn" in kernel.asm:
-        return amdgcn_usage(kernel.asm["amdgcn"]) | load_widths(kernel.asm["amdgcn"])
+        return amdgcn_usage(kernel.asm["amdgcn"]) | vectors(kernel.asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         report = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True)
-    return cubin_usage(report.stdout) | load_widths(kernel.asm["ptx"])
+    return cubin_usage(report.stdout) | vectors(kernel.asm["ptx"])
 
 
 # What is compiled
@@ -107,7 +136,7 @@ def compiled_by(call: Callable[[], object], target: GPUTarget) -> list[CompiledK
     return kernels
 
 
-def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[Callable[[], object]]:
+def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[partial[object]]:
     """Calls of every launch function with aligned inputs of this dtype."""
     gate, up, out, grad, grad_gate, grad_up = (torch.zeros(TOKENS, CHANNELS, dtype=dtype) for _ in range(6))
     group = torch.zeros(TOKENS, dtype=torch.int8)
@@ -123,7 +152,7 @@ def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[Calla
     yield partial(channel_statistics.channel_attribution, gate, grad, group, slopes)
     if groups > 1:
         count, offsets = torch.ones(groups, 2, dtype=torch.int64), torch.tensor([0, 512, CHANNELS])
-        for criterion in ("difference", "ratio", "attribution"):
+        for criterion in CRITERIA:
             score = torch.zeros(CHANNELS)
             yield partial(conflict_score.conflict_score, statistics, slopes, count, offsets, criterion, score)
 
@@ -139,7 +168,40 @@ def compile_all(target: GPUTarget) -> Iterator[dict[str, Any]]:
                 if kernel.hash not in seen:
                     seen.add(kernel.hash)
                     compiled_for = {"dtype": str(dtype)[6:], "groups": groups, "activation": activation}
-                    yield {"kernel": kernel.name} | compiled_for | usage(kernel)
+                    yield {"kernel": kernel.name, "launch": name_of(call)} | compiled_for | usage(kernel)
+
+
+def name_of(call: partial[object]) -> str:
+    """Of the launch function, with the criterion that it is given."""
+    criterion = [argument for argument in call.args if isinstance(argument, str) and argument in CRITERIA]
+    return " ".join([call.func.__name__, *criterion])
+
+
+# The record
+
+
+def worse(recorded: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
+    """What has fallen below the record, and kernels that it does not know; one line each."""
+
+    def by_identity(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+        return {tuple(row[name] for name in IDENTITY): row for row in rows}
+
+    before, found = by_identity(recorded), []
+    for identity, row in by_identity(rows).items():
+        title = ", ".join(map(str, identity))
+        if identity not in before:
+            found.append(f"{title}: not in the record")
+            continue
+        old = before[identity]
+        found += [f"{title}: {name} {old[name]} -> {row[name]}" for name in MOST if row[name] > old[name]]
+        found += [f"{title}: {name} {old[name]} -> {row[name]}" for name in LEAST if row[name] < old[name]]
+    return found
+
+
+def write_record(rows: list[dict[str, Any]]) -> None:
+    """Replaces compiled.json, a line a kernel, with the version of Triton that compiled them."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    RECORD.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 @triton.jit
@@ -170,10 +232,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--counterexamples", action="store_true", help="compile what must fail the checks instead")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}, of all targets")
     parser.add_argument("targets", nargs="*", metavar="TARGET", default=list(TARGETS), help=", ".join(TARGETS))
     arguments = parser.parse_args()
     compile_target = compile_counterexamples if arguments.counterexamples else compile_all
     rows = [{"target": name} | row for name in arguments.targets for row in compile_target(TARGETS[name])]
+    if arguments.record:
+        write_record(rows)
+        return
     if arguments.json:
         print(json.dumps(rows))
         return

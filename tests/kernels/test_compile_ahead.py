@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
+
+from tests.kernels import compile_ahead
+
+RECORD = compile_ahead.RECORD
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 KERNELS = {
@@ -34,7 +39,7 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 
 
 def spilling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["spills"]]
+    return [row for row in rows if row["spills"] or row["stack"]]
 
 
 def loading_value_by_value(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -60,6 +65,31 @@ def test_no_spills_and_wide_loads(target: str, kernels: list[dict[str, Any]]) ->
     assert {row["kernel"] for row in rows} == KERNELS
     assert not spilling(rows)
     assert not loading_value_by_value(rows)
+
+
+@pytest.mark.slow
+def test_no_kernel_is_worse_than_recorded(kernels: list[dict[str, Any]]) -> None:
+    """Registers, stack, spills, narrow loads, width of vectors; `compile_ahead.py --record` accepts a change."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    installed = version("triton")
+    if record["triton"] != installed:
+        pytest.skip(f"{RECORD.name} is of triton {record['triton']}, and {installed} compiles otherwise")
+    assert not compile_ahead.worse(record["kernels"], kernels)
+
+
+def test_what_is_worse_is_named() -> None:
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))["kernels"]
+    assert {row["target"] for row in recorded} == set(TARGETS)
+    assert len({tuple(row[name] for name in compile_ahead.IDENTITY) for row in recorded}) == len(recorded)
+    assert compile_ahead.worse(recorded, recorded) == []
+    better = [row | {"registers": row["registers"] - 1, "load_bits": 256} for row in recorded]
+    assert compile_ahead.worse(recorded, better) == []
+    first = recorded[0]
+    for name, change in (*((name, 1) for name in compile_ahead.MOST), *((name, -1) for name in compile_ahead.LEAST)):
+        (line,) = compile_ahead.worse(recorded, [first | {name: first[name] + change}, *recorded[1:]])
+        assert line.endswith(f": {name} {first[name]} -> {first[name] + change}") and first["kernel"] in line
+    (line,) = compile_ahead.worse(recorded[1:], recorded)
+    assert line.endswith("not in the record")
 
 
 @pytest.mark.slow
