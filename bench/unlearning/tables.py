@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,6 +24,8 @@ Key = TypeVar("Key")
 
 PAGES = ("evidence.md", "results.md")
 """In docs, where tables and plots stand."""
+
+MARKERS = "osD^vPX*<>"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -195,37 +197,53 @@ def _mean(one: Chosen, figure: str) -> float:
 
 
 def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Forgotten against kept, one point a method and budget, with intervals over the seeds."""
+    """Forgotten against kept, one point a method and budget, with intervals over the seeds.
+
+    A line joins the points that no other one beats in both.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     chosen = chosen_of(grid, runs)
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     budgets = sorted({budget for _, budget in chosen})
     for number, method in enumerate(grid.methods):
         own = [chosen[method, budget] for budget in budgets if (method, budget) in chosen]
         if not own:
             continue
-        kept_, gone = ([interval(list(one.values(name).values())) for one in own] for name in ("kept", "forgotten"))
-        axes.errorbar(
-            [middle for middle, _ in kept_],
+        kept, gone = ([interval(list(one.values(name).values())) for one in own] for name in ("kept", "forgotten"))
+        points, _, bars = axes.errorbar(
+            [middle for middle, _ in kept],
             [middle for middle, _ in gone],
-            xerr=[0 if math.isnan(half) else half for _, half in kept_],
+            xerr=[0 if math.isnan(half) else half for _, half in kept],
             yerr=[0 if math.isnan(half) else half for _, half in gone],
-            fmt="osD^vPX*<>"[number % 10],
+            fmt=MARKERS[(number + number // 10) % len(MARKERS)],
             color=f"C{number % 10}",
             label=method,
-            capsize=2,
-            alpha=0.8,
+            elinewidth=0.8,
         )
-    ylabel, xlabel = kind_of(grid).scoring.labels
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=grid.name)
+        points.set_alpha(0.8)
+        for bar in bars:
+            bar.set_alpha(0.35)
+    front = pareto_front([(_mean(one, "kept"), _mean(one, "forgotten")) for one in chosen.values()])
+    axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", zorder=0)
+    forgotten, kept_label = kind_of(grid).scoring.labels
+    axes.set(xlabel=kept_label, ylabel=forgotten, title=grid.name, xlim=(None, 1.02), ylim=(None, 1.03))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8 if len(grid.methods) <= 20 else 6, loc="outside right upper")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of the points that no other one reaches in both coordinates, from left to right."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
 
 
 def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], root: Path) -> str:

@@ -20,7 +20,7 @@ from bench.unlearning.methods import owned_weights, select_units, unlearn, zero
 from bench.unlearning.positions import at_subjects
 from bench.unlearning.scores import FACTS as FACT_SCORING
 from bench.unlearning.splits import load_known, split
-from bench.unlearning.tables import choose, differences, holm, interval, table
+from bench.unlearning.tables import choose, differences, holm, interval, pareto_front, table
 from clue_fast.data import Record
 from clue_fast.demo.facts import FACTS
 from clue_fast.demo.pretraining import train_tokenizer
@@ -368,6 +368,14 @@ def test_answers_that_became_likelier_are_kept_and_not_forgotten() -> None:
     run = _run("one", 1, 0, tuned=(0.9, 0.9), reported=(0.9, 0.9))
     figures = FACT_SCORING.figures(run, ("reworded", "held_out"))
     assert (figures.forgotten, figures.kept, figures.score) == (0.0, 1.0, 0.0)
+
+
+def test_the_front_is_of_points_that_no_other_beats_in_both() -> None:
+    draw = random.Random(0)
+    points = [(draw.randrange(8) / 8, draw.randrange(8) / 8) for _ in range(40)]
+    for some in (points, points[:1], points[:3]):
+        beaten = {p for p in some if any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in some)}
+        assert pareto_front(some) == sorted(set(some) - beaten)
 
 
 def test_interval_covers_the_mean_in_95_of_100_cases() -> None:
