@@ -21,11 +21,12 @@ from typing import Any
 
 from bench.defaults import RESULTS
 from bench.files import write_between
+from clue_fast.config import CRITERION
 from clue_fast.demo.real import REPORT, tables
 from clue_fast.reporting import load_results, results_table
 
 ROOT = Path(__file__).resolve().parents[1]
-UNITS = {"difference": "selected", "random": "random", "retrained": "(retrained model)"}
+UNITS = {CRITERION: "selected", "random": "random", "retrained": "(retrained model)"}
 
 
 def write(page: str, section: str, text: str) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCOPES = ("layer", "kind", "global")
-DEFAULT_FRACTION = 0.3
+DEFAULT_FRACTION = 0.01
 Budget = float | Mapping[str, float]
 
 
@@ -40,7 +40,7 @@ def check_budget(
     threshold: float | None = None,
     scope: str = "layer",
 ) -> tuple[str, Any]:
-    """Returns the name and value of the one budget given (default a fraction of 0.3). Raises BudgetError."""
+    """Returns the name and value of the one budget given (default a fraction of 0.01). Raises BudgetError."""
     given = {"fraction": fraction, "count": count, "threshold": threshold}
     budgets = {name: value for name, value in given.items() if value is not None} or {"fraction": DEFAULT_FRACTION}
     if len(budgets) > 1:

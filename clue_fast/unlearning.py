@@ -191,7 +191,7 @@ def _prepared(
     objective = scheduled_objective(config.objective, schedule)
     stages = None if config.stages is None else make_stages(config.stages, objective)
     sets = load_sets(*sources)
-    config = _settled(config, model, schedule, len(sets["forget"]))
+    config = _settled(config, schedule, len(sets["forget"]))
     check_evaluation(sets, {"forget": config.samples}, {"forget": config.relearn})
     split = _split(config, len(sets["forget"]), objective, stages)
     if split is not None and isinstance(retrained, Mapping):
@@ -242,13 +242,15 @@ def _check_unused(config: UnlearnConfig) -> None:
             raise SettingError(f"{name} makes a selection, and one is given already; leave out {name} or the selection")
 
 
-def _settled(config: UnlearnConfig, model: PreTrainedModel, schedule: Schedule | None, records: int) -> UnlearnConfig:
-    """The settings with every default of the training in its place; stages, which have epochs of their own, are out."""
-    rate, epochs = config.learning_rate, config.epochs
+def _settled(config: UnlearnConfig, schedule: Schedule | None, records: int) -> UnlearnConfig:
+    """The settings with every default of the training in its place but the learning rate, which needs the selection.
+
+    Stages, which have epochs of their own, are out.
+    """
+    epochs = config.epochs
     return replace(
         config,
         stages=None,
-        learning_rate=default_learning_rate(model) if rate is None else rate,
         layer_lr=layer_rate(scheduled("layer_lr", config.layer_lr, schedule, LAYER_LR)),
         epochs=default_epochs(records, config.batch_size) if epochs is None else epochs,
         retain_ratio=scheduled("retain_ratio", config.retain_ratio, schedule, RETAIN_RATIO),
@@ -329,6 +331,9 @@ class _Run:
                 sets = {name: self.sets[name] for name in ("forget", "retain")}
                 self.selection = localize_records(self.model, sets, self.tokenizer, self.config)
             self.keep_stages(self.selection)
+            if self.config.learning_rate is None:
+                share = max(1, len(self.selection)) / max(1, sum(site.width for site in self.selection.sites))
+                self.config = replace(self.config, learning_rate=default_learning_rate(self.model, share))
             check_rates(self.config.layer_lr, self.selection)
 
     def evaluate(self, stage: str) -> None:

@@ -5,7 +5,7 @@
 Data: TOFU (Maini et al. 2024, arXiv 2401.06121). Forgotten: forget05, 200 questions. Kept: 600 questions of
 retain95; 480 of them, of 24 authors, take part in scoring and training, 120, of six others, in neither. A second
 model, trained without the forget set, shows what forgetting should look like; the Kolmogorov-Smirnov test compares
-the truth ratios of both. Beside the units that the default settings select stand random ones, as many in each layer.
+the truth ratios of both. Beside the units that the default criterion selects stand random ones, as many in each layer.
 
 Two processes train the two models side by side, one thread each.
 """
@@ -27,7 +27,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
+from clue_fast.config import CRITERION
 from clue_fast.data import Record
+from clue_fast.demo import FRACTION
 from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
 from clue_fast.evaluation import Metrics, forget_quality
 from clue_fast.files import check_output
@@ -88,7 +90,7 @@ def run(data: Path, output: Path, seed: int) -> str:
     known = clue_fast.evaluate(retrained, tokenizer, sets)
     columns: dict[str, dict[str, Metrics]] = {}
     results = {}
-    for criterion in ("difference", "random"):
+    for criterion in (CRITERION, "random"):
         results[criterion] = clue_fast.unlearn(
             copy.deepcopy(model),
             tokenizer,
@@ -97,6 +99,7 @@ def run(data: Path, output: Path, seed: int) -> str:
             held_out=sets["held_out"],
             retrained=known,
             criterion=criterion,
+            fraction=FRACTION,
             seed=seed,
             output_dir=output / criterion,
         ).results
@@ -106,7 +109,7 @@ def run(data: Path, output: Path, seed: int) -> str:
     columns["retrained"] = known
     summary = summarize(columns, seed) | {"seconds": round(time.perf_counter() - started, 1)}
     (output / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    weights = results["difference"]["weights"]
+    weights = results[CRITERION]["weights"]
     return "\n".join(
         [
             evaluation_table({name: {s: m.summary() for s, m in sets.items()} for name, sets in columns.items()}),

@@ -7,7 +7,7 @@
     seeds: [0, 1, 2, 3, 4]         # of the split and of everything that is random
     steps: 20                      # of training, with as many records in each as there are facts to forget
     budgets: [0.003, 0.01]         # shares of the units of every layer
-    rates: [1, 2, 4]               # learning rates, in units of the package's default for the width of the model,
+    rates: [1, 2, 4]               # learning rates, in units of 1.2 / width of the model,
                                    # or such a list by budget: {0.003: [3, 9, 27], 0.01: [1, 3, 9]}
     methods:
       random: {criterion: random}

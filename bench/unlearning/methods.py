@@ -17,7 +17,7 @@ import clue_fast
 from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.positions import at_subjects
 from bench.unlearning.staying import trainer_of
-from clue_fast.config import WARMUP, LocalizeConfig, UnlearnConfig, default_learning_rate
+from clue_fast.config import WARMUP, LocalizeConfig, UnlearnConfig
 from clue_fast.criteria import criterion
 from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import Collator, Record, padding_token
@@ -30,6 +30,7 @@ from clue_fast.trainer.training import train_selected
 from clue_fast.trainer.update_scale import teaches_answers
 
 FLOOR = 1e-12
+RATE = 1.2
 ROUND_SEED = 100_000
 
 
@@ -39,6 +40,11 @@ def attribution_ratio(measured: Any) -> torch.Tensor:
     Source: importance to forget over importance to retain, after selective synaptic dampening, arXiv 2308.07707.
     """
     return measured.forget.abs_attribution / (measured.retain.abs_attribution + FLOOR)
+
+
+def unit_of_rates(model: Any) -> float:
+    """What the rates of a grid are multiples of: 1.2 / width."""
+    return RATE / float(model.get_input_embeddings().weight.shape[-1])
 
 
 def register_criteria() -> None:
@@ -72,7 +78,7 @@ def train_units(
     """Trains the selected units in place, by the method of a run."""
     method = run.method
     config = UnlearnConfig(
-        learning_rate=run.rate * default_learning_rate(model),
+        learning_rate=run.rate * unit_of_rates(model),
         epochs=steps * grid.batch / len(sets["forget"]),
         batch_size=grid.batch,
         retain_ratio=grid.retain_ratio,
@@ -253,7 +259,7 @@ def train_dense(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: 
     training = Dense(trained, method.train == "lora")
     weights = [value for value in trained.parameters() if value.requires_grad]
     masters = [value.detach().float().requires_grad_() for value in weights]
-    optimizer = torch.optim.AdamW(masters, lr=run.rate * default_learning_rate(model), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(masters, lr=run.rate * unit_of_rates(model), weight_decay=0.0)
     warmup = max(1, round(WARMUP * grid.steps)) if WARMUP < 1 else int(WARMUP)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (grid.steps - step) / max(1, grid.steps - warmup))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from clue_fast.config import TOKENS_PER_BATCH
+from clue_fast.config import TOKENS_PER_BATCH, LocalizeConfig
 from clue_fast.criteria.blocks import BlockStatistics, deal
 from clue_fast.criteria.measurements import Job, Recorded, run_patched
 from clue_fast.criteria.passes import Batches, check_target
@@ -99,7 +99,7 @@ def measure(
     retain: Any,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    criterion: str = "difference",
+    criterion: str = LocalizeConfig.criterion,
     target: str | None = None,
     kinds: Iterable[str] = DEFAULT_KINDS,
     max_length: int = 512,

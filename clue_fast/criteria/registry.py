@@ -303,7 +303,7 @@ def score(
 
     Args:
         statistics: with the groups ``forget`` and ``retain`` (not needed by ``random``).
-        criterion: a key of ``CRITERIA``.
+        criterion: a key of ``CRITERIA``; the default is one that needs activations alone.
         seed: of ``random``.
         backend: forces a backend.
 

@@ -24,6 +24,10 @@ PEOPLE = 60
 FORGOTTEN = 6
 HELD_OUT = 12
 SAMPLES = 20
+FRACTION = 0.3
+"""Of the units. A small model that learned everything by heart holds it everywhere: with fewer of its units what was
+forgotten comes back after a few steps of relearning, see ``bench/defaults.py``."""
+
 ATTACKS = ("relearning", "rounding", "context", "prefix")
 
 
@@ -91,6 +95,7 @@ def run_demo(output_dir: str | os.PathLike[str], *, seed: int = 0, progress: boo
         held_out=data.held_out,
         retrained=evaluate(retrained, tokenizer, sets, **depth, seed=seed, progress=progress),
         output_dir=output_dir,
+        fraction=FRACTION,
         evaluate_every=8,
         samples=SAMPLES,
         attacks=ATTACKS,
