@@ -251,6 +251,7 @@ def test_the_published_schedule(folder: Path, tmp_path: Path, capsys: pytest.Cap
         tmp_path / "out",
         criterion="attribution",
         stages="clue",
+        fraction="0.3",
         **{"layer-lr": "linear:2"},
     )
     del arguments[arguments.index("--epochs") : arguments.index("--epochs") + 2]
@@ -321,7 +322,7 @@ def test_an_empty_stage_is_skipped_and_named_in_the_table(
     folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Here a selection in which nothing matters to the forget set alone; if all stages are empty, it is refused."""
-    options = {"tokenizer": tokenizer, "criterion": "attribution", "categories": True, "progress": False}
+    options = {"tokenizer": tokenizer, "fraction": 0.3, "categories": True, "progress": False}
     selection = clue_fast.localize(model, FORGET, RETAIN, **options)
     settings = {"forget": FORGET, "retain": RETAIN, "stages": "clue", "progress": False}
     result = clue_fast.unlearn(
