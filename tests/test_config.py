@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from clue_fast.config import (
     CircuitConfig,
@@ -15,6 +16,7 @@ from clue_fast.config import (
     ModelConfig,
     UnlearnConfig,
     default_epochs,
+    default_learning_rate,
 )
 from clue_fast.config.schema import choices_of
 from clue_fast.errors import BudgetError, ClueFastError, SettingError, UnknownNameError
@@ -81,3 +83,15 @@ def test_of_more_values_than_there_are_fields() -> None:
 
 def test_epochs_are_ten_or_two_hundred_steps() -> None:
     assert [default_epochs(records, 8) for records in (8, 80, 1600)] == [200.0, 20.0, 10.0]
+
+
+def test_the_learning_rate_falls_with_the_width_and_with_the_root_of_the_share_of_units() -> None:
+    narrow, wide = (_llama(width) for width in (16, 64))
+    assert default_learning_rate(narrow) == pytest.approx(0.4 / 16 / 0.1)
+    assert default_learning_rate(wide) == pytest.approx(default_learning_rate(narrow) / 4)
+    assert default_learning_rate(narrow, 0.09) == pytest.approx(default_learning_rate(narrow, 0.01) / 3)
+
+
+def _llama(width: int) -> LlamaForCausalLM:
+    sizes = {"vocab_size": 4, "hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=1, **sizes))

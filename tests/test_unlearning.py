@@ -90,6 +90,11 @@ def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
     assert evaluation["after"]["forget"]["answered"] <= 0.2
     assert evaluation["after"]["retain"]["rouge_recall"] >= 0.9 * evaluation["before"]["retain"]["rouge_recall"]
     assert set(evaluation) == {"before", "after", "retrained"}
+    units = result.results["selection"]
+    assert result.results["settings"]["criterion"] == "attribution"
+    share = units["units"] / units["of"]
+    rate = 0.4 / model.config.hidden_size / share**0.5
+    assert result.results["settings"]["learning_rate"] == pytest.approx(rate)
 
     written = {path.name for path in (tmp_path / "out").iterdir()}
     plots = {"selection.png", "scores.png", "training.png"}
@@ -395,6 +400,7 @@ def test_answers_to_give_instead(folder: Path, tmp_path: Path, model, tokenizer)
     alternate = [replace(record, completion="Nobody knows.") for record in FORGET]
     write_jsonl(tmp_path / "alternate.jsonl", alternate)
     settings = {"objective": "refusal", "alternate": str(tmp_path / "alternate.jsonl"), "epochs": "30"}
+    settings["fraction"] = "0.3"
     assert main(unlearn_arguments(folder, tmp_path / "out", **settings)) == 0
     unlearned = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     figures = [clue_fast.evaluate(m, tokenizer, {"alternate": alternate}) for m in (model, unlearned)]

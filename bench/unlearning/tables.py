@@ -119,11 +119,12 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
-    """The figures of the report alone."""
+    """The figures of the report alone, against the first baseline."""
     chosen = chosen_of(grid, runs)
-    compared = differences(chosen, grid.baselines[0])
+    (baseline, *_) = grid.baselines
+    compared = differences(chosen, baseline)
     lines = [
-        f"| trains | weights | forgotten | kept | score | against {grid.baselines[0]} |",
+        f"| trains | weights | forgotten | kept | score | against {baseline} |",
         "| --- " + "| ---: " * 5 + "|",
     ]
     for (method, budget), one in sorted(chosen.items(), key=lambda item: -_mean(item[1], "score")):
