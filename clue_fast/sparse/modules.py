@@ -7,7 +7,7 @@ their values with it when it moves, and out of its state dict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from clue_fast import ops
 from clue_fast.errors import SparseError
-from clue_fast.internals import CHECKPOINT_FUNCTION, ModuleEvents, expert_gate, is_expert_parallel
+from clue_fast.internals import CHECKPOINT_FUNCTION, ModuleEvents, expert_gate, has_no_data, is_expert_parallel
 from clue_fast.sites import mixed_class
 from clue_fast.sites.experts import Stack, find_stack
 from clue_fast.sites.projection import projection_of
@@ -127,10 +127,7 @@ class SparseExperts(SparseModule):
         assert stack is not None
         ends = {trained.category: training_rows(hidden, trained) for trained in self.trainable_slices}
         out = torch.zeros_like(hidden)
-        with torch.no_grad():
-            used = torch.bincount(chosen.flatten(), minlength=stack.experts)[: stack.experts].nonzero().flatten()
-        for expert in used.tolist():
-            place, token = torch.where(chosen.t() == expert)
+        for expert, place, token in _tokens_by_expert(chosen, stack.experts):
             rows = {category: _first(token, end, len(hidden)) for category, end in ends.items()}
             z = self._linear(hidden[token], stack, "gate_up", expert, rows)
             gate = expert_gate(self)
@@ -149,6 +146,22 @@ class SparseExperts(SparseModule):
             if trained.expert_index == expert and trained.name in (weight_name, bias_name):
                 y = add_slice_grad(y, x, trained, rows[trained.category])
         return y
+
+
+def _tokens_by_expert(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields the experts that are chosen, and of each the tokens that chose it, and as which of their choices.
+
+    Where there are no data, every expert has as many of them.
+    """
+    if has_no_data(chosen):
+        for expert in range(min(experts, chosen.numel())):
+            tokens = chosen.new_empty((chosen.numel() + experts - 1 - expert) // experts)
+            yield expert, tokens, tokens
+        return
+    with torch.no_grad():
+        used = torch.bincount(chosen.flatten(), minlength=experts)[:experts].nonzero().flatten()
+    for expert in used.tolist():
+        yield expert, *torch.where(chosen.t() == expert)
 
 
 def _first(token: Tensor, end: int, tokens: int) -> Rows:

@@ -6,38 +6,25 @@ every allocation that would be made is counted.
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from clue_fast.data import answer_mask, head_of
 from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SparseError
-from clue_fast.internals import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    TorchDispatchMode,
-    storage_of,
-    tree_leaves,
-)
+from clue_fast.internals import DataDependentOutputException, DynamicOutputShapeException, storage_of
 from clue_fast.objectives import Batch
 from clue_fast.objectives.base import join, run
-from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
-from clue_fast.recording import patched_of
 from clue_fast.selection import Selection
 from clue_fast.sparse import TrainableSlice
 from clue_fast.sparse.modules import inject
 from clue_fast.sparse.slices import plan, trainable_slices
 from clue_fast.trainer.sparse_training import fused
+from clue_fast.trainer.tracing import Trace, copy_without_data, without_data
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimates what a step of an ``UnlearnTrainer`` takes, with AdamW and an objective of likelihoods.
 
-    MLPs count as fused where they will be, as ``patch`` does it.
+    MLPs count as fused where they will be, as ``patch`` does it. Which tokens an expert is given is not known: all are
+    given as many.
 
     Args:
         model: stays as it is; its weights may be on the meta device, which then counts as the CPU. Gradient
@@ -87,30 +75,30 @@ def estimate_memory(
 
     Raises:
         SparseError: the model is sparse already, a selected layer cannot train in parts, or what is allocated
-            depends on the data, as with experts.
+            depends on the data.
     """
     if next(trainable_slices(model), None) is not None:
         raise SparseError("the model is sparse already; estimate before sparsify, or restore() it first")
     batches = [batch] if "labels" in batch else list(batch.values())
     joined = join(batches)  # type: ignore[arg-type]
     counted, planned = _positions(model, joined), plan(selection)
-    with fused(model), FakeTensorMode(allow_non_fake_inputs=True) as mode, _reference_backend():
-        shadow = _shadow(model)
+    with fused(model), without_data() as mode:
+        shadow = copy_without_data(model)
         inject(shadow, planned)
         inputs: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in joined.items()}
         kept = [*shadow.parameters(), *shadow.buffers(), *(t for one in planned for t in (one.original, one.index))]
-        with _Allocations([*kept, *inputs.values(), counted]) as allocations:
+        with Trace([*kept, *inputs.values(), counted]) as trace:
             try:
                 loss = _loss(shadow, inputs, counted)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise SparseError(
-                    f"what {type(model).__name__} allocates depends on the data ({error.func}), as with experts chosen "
-                    "for each token; train a step and look at trainer.memory"
+                    f"what {type(model).__name__} allocates depends on the data ({error.func}); train a step and look "
+                    "at trainer.memory"
                 ) from None
-            activations = allocations.live()
+            activations = trace.live
             loss.backward()
             del loss
-    return _estimate(shadow, planned, master_weights, activations, allocations.peak)
+    return _estimate(shadow, planned, master_weights, activations, trace.peak)
 
 
 def _estimate(
@@ -130,19 +118,6 @@ def _estimate(
     )
 
 
-def _shadow(model: nn.Module) -> nn.Module:
-    """A copy of the model whose tensors have shapes and no data."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        device = "cpu" if tensor.device.type == "meta" else tensor.device
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    patched = patched_of(model)
-    if patched is not None:  # records nothing here; what it has recorded is not copied
-        memo |= {id(kept): kept for kept in patched.accumulators()}
-    return copy.deepcopy(model, memo)
-
-
 def _positions(model: nn.Module, batch: Batch) -> Tensor:
     """Places in the flattened logits of the positions that predict a label, int64."""
     labels = batch["labels"]
@@ -153,45 +128,3 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tenso
     logits: Tensor = run(model, inputs).logits
     chosen = logits.flatten(0, -2)[counted].float()
     return functional.cross_entropy(chosen, counted.remainder(logits.shape[-1]))
-
-
-@contextmanager
-def _reference_backend() -> Iterator[None]:
-    """Operators in plain PyTorch, which tensors without data pass through."""
-    before = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[ENVIRONMENT_VARIABLE] = before
-
-
-class _Allocations(TorchDispatchMode):
-    """Counts the bytes that operators allocate and that are still in use, apart from tensors that are known.
-
-    Attributes:
-        peak: the most there has been.
-    """
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.known = {storage_of(tensor) for tensor in known}
-        self.sizes: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def live(self) -> int:
-        """Returns how many bytes are in use."""
-        self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
-        return sum(self.sizes.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and storage_of(tensor) not in self.known:
-                storage = tensor.untyped_storage()
-                self.sizes[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, self.live())
-        return result

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 
 import clue_fast
@@ -17,8 +18,7 @@ from clue_fast.objectives import SimNPO
 from clue_fast.sparse import SparseAdamW, snapshot, sparsify
 from clue_fast.sparse.slices import trainable_slices
 from clue_fast.trainer import estimate_memory
-from tests.models.families import make_batch as make_family_batch
-from tests.models.families import make_model as make_family
+from tests.models.families import FAMILIES
 from tests.sparse.test_families import some_units
 
 
@@ -110,10 +110,49 @@ def test_refuses_a_sparse_model(make_model, make_selection, make_batch):
     estimate_memory(model, selection, make_batch())
 
 
-def test_refuses_experts():
-    model = make_family("mixtral").train()
-    with pytest.raises(SparseError, match=r"MixtralForCausalLM allocates depends on the data .*experts"):
-        estimate_memory(model, some_units(model), make_family_batch("mixtral"))
+class Evenly(torch.nn.Module):
+    """Chooses the experts of a mixture in turn, so that all have as many tokens."""
+
+    def __init__(self, router: torch.nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        logits, weights, chosen = self.router(hidden)
+        turns = torch.arange(chosen.numel()) % logits.shape[-1]
+        return logits, weights, turns.reshape(chosen.shape)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_experts_that_have_as_many_tokens_each(name):
+    """Constant parts to the byte, activations to 2.5 %, the peak to 1 %."""
+    config = FAMILIES[name].config
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 512}
+    sizes |= {"moe_intermediate_size": 192, "shared_expert_intermediate_size": 96} if name == "qwen2_moe" else {}
+    torch.manual_seed(0)
+    settings = getattr(transformers, config)(**FAMILIES[name].settings | sizes)
+    model = transformers.AutoModelForCausalLM.from_config(settings).train()
+    batch = {"input_ids": torch.randint(90, (8, 64)), "attention_mask": torch.ones(8, 64, dtype=torch.int64)}
+    batch["attention_mask"][0, 60:] = 0  # without padding there is no mask, which the values of the batch decide
+    batch["labels"] = batch["input_ids"]
+    found = estimate_memory(model, some_units(model, ("mlp", "expert"), forget=False), batch)
+    for layer in model.model.layers:
+        layer.mlp.gate = Evenly(layer.mlp.gate)
+    selection = some_units(model, ("mlp", "expert"), forget=False)
+    sparse = sparsify(model, selection)
+    clue_fast.patch(model)
+    optimizer = SparseAdamW(model)
+    objective = SimNPO(retain_weight=0.0)
+    objective.loss(model, {"forget": batch}, sparse)[0].backward()
+    optimizer.step()
+    counted = sparse.memory_footprint(optimizer)
+    assert (found.gradients, found.optimizer_state) == (counted["gradients"], counted["optimizer_state"])
+    model.zero_grad()
+    constant = found.weights + found.values + found.original + found.optimizer_state
+    activations, _ = measure(lambda: objective.loss(model, {"forget": batch}, sparse)[0])
+    _, most = measure(lambda: objective.loss(model, {"forget": batch}, sparse)[0].backward())
+    assert found.activations == pytest.approx(activations, rel=0.025)
+    assert found.peak - constant == pytest.approx(most, rel=0.01)
 
 
 @pytest.mark.gpu

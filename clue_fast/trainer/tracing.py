@@ -1,0 +1,250 @@
+"""What a run of a model on tensors without data allocates, and how many operations its matrix products take."""
+
+from __future__ import annotations
+
+import copy
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from clue_fast.internals import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    flop_formulas,
+    is_recomputing,
+    storage_of,
+    tree_leaves,
+)
+from clue_fast.ops.backend import ENVIRONMENT_VARIABLE
+from clue_fast.recording import patched_of
+
+Formula = Callable[..., int]
+
+
+@contextmanager
+def without_data() -> Iterator[FakeTensorMode]:
+    """Tensors that are made have shapes and no data; operators are those in plain PyTorch, which such pass through."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = "reference"
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+def copy_without_data(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model whose tensors have shapes and no data; to be called inside ``without_data``."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        device = "cpu" if tensor.device.type == "meta" else tensor.device
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    patched = patched_of(model)
+    if patched is not None:  # records nothing here; what it has recorded is not copied
+        memo |= {id(kept): kept for kept in patched.accumulators()}
+    return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A part of a run.
+
+    Attributes:
+        layer: the layer that ran, or None between layers.
+        change: bytes in use at its end less those at its begin.
+        peak: the most bytes in use, above those at its begin.
+        flop: of matrix products and attention, a multiplication and an addition being two.
+    """
+
+    layer: int | None
+    change: int
+    peak: int
+    flop: int
+
+
+class Trace(TorchDispatchMode):
+    """Counts the bytes that operators allocate and that are still in use, apart from tensors that are known; and FLOP.
+
+    Args:
+        known: tensors that there were before.
+        vocabulary: what has this as its last dimension is counted in ``logits`` too.
+        counted: of the tokens of a record, how many are counted, and how many tokens it has: so many of them does a
+            mask choose, whose values are not known.
+
+    Attributes:
+        live: bytes in use.
+        peak: the most there have been.
+        flop: operations so far.
+        logits, logits_peak: the same of what has the vocabulary as its last dimension.
+        intervals: the parts of the run until the last ``mark``.
+    """
+
+    def __init__(
+        self, known: Iterable[Tensor], vocabulary: int | None = None, counted: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self._known = {storage_of(tensor) for tensor in known}
+        self._vocabulary, self._counted = vocabulary, counted
+        self._watched: dict[int, weakref.ref[Any]] = {}
+        self._formulas = flop_formulas() | OWN_FORMULAS
+        self.live = self.peak = self.logits = self.logits_peak = self.flop = 0
+        self.intervals: list[Interval] = []
+        self._begin()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = self._chosen_by_mask(func, args, kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        formula = self._formulas.get(str(func.overloadpacket))
+        if formula is not None:
+            self.flop += formula(*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and storage_of(tensor) not in self._known:
+                self._watch(tensor)
+        return result
+
+    def _watch(self, tensor: Tensor) -> None:
+        """Counts the storage of a tensor until it is freed."""
+        key = storage_of(tensor)
+        if key in self._watched:
+            return
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        logits = size if tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary else 0
+
+        def freed(_: Any) -> None:
+            if self._watched.pop(key, None) is not None:
+                self.live -= size
+                self.logits -= logits
+
+        self._watched[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.logits += logits
+        self.peak = max(self.peak, self.live)
+        self._highest = max(self._highest, self.live)
+        self.logits_peak = max(self.logits_peak, self.logits)
+
+    def _chosen_by_mask(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a mask chooses of a tensor, as many as are counted."""
+        if self._counted is None or str(func.overloadpacket) != "aten.index":
+            return NotImplemented
+        x, indices = args
+        mask = indices[0]
+        if len(indices) != 1 or mask.dtype != torch.bool:
+            return NotImplemented
+        counted, tokens = self._counted
+        chosen = mask.numel() // tokens * counted
+        return x.new_empty(chosen, *x.shape[mask.dim() :])
+
+    # Parts of the run.
+
+    def _begin(self) -> None:
+        self._start, self._highest, self._flop = self.live, self.live, self.flop
+
+    def mark(self, layer: int | None = None) -> None:
+        """Ends a part of the run; it was that of a layer, or of none."""
+        self.intervals.append(
+            Interval(layer, self.live - self._start, self._highest - self._start, self.flop - self._flop)
+        )
+        self._begin()
+
+    def take(self) -> list[Interval]:
+        """Returns the parts since this was called last."""
+        self.mark()
+        taken, self.intervals = self.intervals, []
+        return taken
+
+    @contextmanager
+    def by_layer(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """Ends a part of the run wherever a layer begins or ends, forward and backward, as long as the context lasts.
+
+        The part of a layer reaches to the begin of the next.
+        """
+        handles: list[RemovableHandle] = []
+        layers = list(layers)
+        for number, layer in enumerate(layers):
+            before = number - 1 if number else None
+            last = number == len(layers) - 1
+            handles.append(layer.register_forward_pre_hook(self._at_input(number, before), with_kwargs=True))
+            if last:
+                handles.append(layer.register_forward_hook(self._at_output(number)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _at_input(self, number: int, before: int | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if is_recomputing():
+                return
+            self.mark(before)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self.mark(number))
+
+        return hook
+
+    def _at_output(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if is_recomputing():
+                return
+            self.mark(number)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self.mark())
+
+        return hook
+
+
+def product_flop(*sizes: int) -> int:
+    """Returns the operations of a matrix product, of its three sizes, or of several of one shape."""
+    return 2 * prod(sizes)
+
+
+def _grouped(a: Tensor, b: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    """Rows sorted by expert times matrices of the experts; or, for the gradient of those, rows times rows."""
+    return product_flop(*a.shape, b.shape[-1])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Two products of every query with every key; those that a causal mask hides are computed and counted."""
+    queries, keys = query.shape[:-1].numel(), key.shape[-2]
+    return product_flop(queries, keys, query.shape[-1]) + product_flop(queries, keys, value.shape[-1])
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Five products: the scores anew, and the gradients of scores, values, queries and keys."""
+    queries, keys = query.shape[:-1].numel(), key.shape[-2]
+    return 3 * product_flop(queries, keys, query.shape[-1]) + 2 * product_flop(queries, keys, value.shape[-1])
+
+
+def _selected_gradient(grad: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return product_flop(grad.shape[:-1].numel(), *out_val.shape)
+
+
+OWN_FORMULAS: dict[str, Formula] = {
+    "aten.addmm_": lambda _, a, b, **__: product_flop(*a.shape, b.shape[1]),
+    "aten._grouped_mm": _grouped,
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "transformers.grouped_mm_fallback": _grouped,
+    "transformers.grouped_mm_fallback_backward": lambda x, weight, *_, **__: 2 * _grouped(x, weight, out_val=x),
+    "clue_fast.expert_linear": lambda x, weight, *_, **__: product_flop(len(x), *weight.shape[1:]),
+    "clue_fast.expert_linear_backward": lambda _, x, weight, *__, **___: 2 * product_flop(len(x), *weight.shape[1:]),
+    "clue_fast.sparse_linear_backward": _selected_gradient,
+}
+"""Operations of what torch has no formula for, by the name of the operator."""
