@@ -74,7 +74,7 @@ SETTINGS: list[dict[str, Any]] = [
     BASE | {"criterion": "random"},
     *(
         BASE | {"criterion": "attribution", "fraction": fraction, "rate": rate}
-        for fraction, rates in ((0.3, (0.73, 0.91, 1.2, 2.4)), (0.1, (2.1, 4.2)), (0.03, (3.8, 7.6)), (0.01, (6.6, 13.2)))
+        for fraction, rates in ((0.3, (0.73, 1.2, 2.4)), (0.1, (2.1, 4.2)), (0.03, (3.8, 7.6)), (0.01, (6.6, 13.2)))
         for rate in rates
     ),
 ]

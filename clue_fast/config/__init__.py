@@ -204,9 +204,7 @@ class LocalizeConfig(RunConfig):
         backend: forces a backend.
     """
 
-    criterion: str = setting(
-        CRITERION, "formula of the score", choices=registered("criteria.CRITERIA"), metavar="NAME"
-    )
+    criterion: str = setting(CRITERION, "formula of the score", choices=registered("criteria.CRITERIA"), metavar="NAME")
     fraction: float | Mapping[str, float] | None = setting(
         None, "share of the units to select, or by kind: mlp=0.1,attention=0.2 (0.01)", read=ByKind(float), metavar="F"
     )
