@@ -77,7 +77,7 @@ def run_grid(grid: Grid, models: Path, seeds: Collection[int]) -> None:
 
 
 def one_run(subject: Subject, run: Run, grid: Grid) -> dict[str, Any]:
-    """Unlearns on a copy of the model, and says what it knows afterwards."""
+    """Unlearns on a copy of the model, and says what it knows afterwards and what comes back."""
     if run.method.train == "retrained":
         model, seconds = subject.retrained()
         trained, peak = model.num_parameters(), None
@@ -89,7 +89,7 @@ def one_run(subject: Subject, run: Run, grid: Grid) -> dict[str, Any]:
         seconds, peak = time.perf_counter() - started, peak_bytes()
     found: dict[str, Any] = {"after": subject.measure(model)}
     if grid.relearn_steps:
-        found["relearned"] = subject.relearn(model, grid.relearn_steps)
+        found["relearned"] = subject.relearn(model, grid.relearn_steps, grid.relearn_rate)
     return {**found, "trained": trained, "seconds": seconds, "peak_bytes": peak, "machine": machine.describe()}
 
 

@@ -77,7 +77,7 @@ class Method:
     halves: bool = False
     layer_lr: float = 0.2
     objective: str | None = None
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     stages: str | None = None
     rank: int = 8
     noise: float = 0.0
@@ -85,7 +85,7 @@ class Method:
     reset: str | None = None
     sharpness: float = 0.0
     relearn_inside: int = 0
-    relearn_inside_rate: float = 0.1
+    relearn_inside_rate: float = 0.05
     draws: int = 1
     budgets: tuple[float, ...] | None = None
     rates: tuple[float, ...] | None = None
@@ -119,7 +119,9 @@ class Grid:
         other_retain, other_tune, other_report: facts of other kinds, likewise.
         retain_ratio: retain records beside each forget record.
         baselines: the methods that others are compared with.
-        relearn_steps: after a run, steps of relearning on half of the forgotten facts; the others are then asked.
+        relearn_steps: after a run, steps of relearning on half of the forgotten facts; the others are asked on the way.
+        relearn_rate: their learning rate; None for that of ``clue_fast.evaluation.relearn``, which breaks real models,
+            see ``RELEARNING_RATE`` in ``clue_fast.demo.real``.
     """
 
     name: str
@@ -142,6 +144,7 @@ class Grid:
     retain_ratio: int = 1
     baselines: tuple[str, ...] = ("random",)
     relearn_steps: int = 0
+    relearn_rate: float | None = None
 
     @property
     def batch(self) -> int:
@@ -161,6 +164,8 @@ class Grid:
         if isinstance(content.get("rates"), list):
             lists["rates"] = tuple(content["rates"])
         grid = cls(**{"name": path.stem, **content, **lists, "methods": methods})
+        if isinstance(grid.relearn_rate, str):  # YAML takes 1e-5 for a text
+            raise ValueError(f"{path}: relearn_rate {grid.relearn_rate!r} is no number; write it with a point: 1.0e-5")
         if isinstance(grid.rates, Mapping):
             for budget in grid.budgets:
                 if budget not in grid.rates:

@@ -13,7 +13,9 @@ On records that a toy learned by heart (``TOYS``) it has whole sentences:
   longer answers. To tune: a third of them; to report: the others.
 - kept: mean ROUGE-L recall on held-out records over that before, at most 1.
 
-The score is their harmonic mean.
+The score is their harmonic mean. Behind it stands what comes back: *relearned* are the shares of the others that are
+answered before and after steps of relearning (of facts 0, 1, 2, 5 and 10), *never known* those of facts that the model
+did not know before either.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any, TypeAlias
+
+from clue_fast.evaluation import answered as share_answered
 
 Found: TypeAlias = Mapping[str, Any]
 """One line of a file of results."""
@@ -128,8 +132,18 @@ def _forget_quality(runs: Sequence[Found]) -> str:
 
 def _relearned(runs: Sequence[Found]) -> str:
     """Shares of the others that are answered, step by step."""
-    curves = [run["relearned"]["answered"] for run in runs if "relearned" in run]
-    return " ".join(f"{mean(curve[step] for curve in curves):.2f}" for step in curves[0]) if curves else "-"
+    return _curve(runs, "recalls")
+
+
+def _never_known(runs: Sequence[Found]) -> str:
+    """The same of what was never known."""
+    return _curve(runs, "recalls_never_known")
+
+
+def _curve(runs: Sequence[Found], which: str) -> str:
+    curves = [run["relearned"][which] for run in runs if which in run.get("relearned", {})]
+    curves = [curve for curve in curves if curve["0"]]
+    return " ".join(f"{mean(share_answered(c[step]) for c in curves):.2f}" for step in curves[0]) if curves else "-"
 
 
 FACTS = Scoring(
@@ -144,6 +158,8 @@ FACTS = Scoring(
         "reverse": _average(answered, "reverse"),
         "held out": _average(answered, "held_out"),
         "text": _average(_perplexity_ratio, "text_loss", 3),
+        "relearned": _relearned,
+        "never known": _never_known,
     },
     labels=("forgotten, in other words", "kept of held-out facts"),
 )

@@ -98,7 +98,9 @@ def chosen_of(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, 
 def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of all methods and budgets, with the difference to the baseline at the same budget."""
     chosen = chosen_of(grid, runs)
-    further = kind_of(grid).scoring.columns
+    every_run = [one.every for one in chosen.values()]
+    columns_of = kind_of(grid).scoring.columns
+    further = {title: write for title, write in columns_of.items() if any(write(runs) != "-" for runs in every_run)}
     compared = {name: differences(chosen, name) for name in grid.baselines}
     columns = ["method", "budget", "rate", "seeds", "weights", "score", *(f"against {name}" for name in grid.baselines)]
     columns += ["forgotten", "kept", *further, "seconds", "GB"]

@@ -216,13 +216,15 @@ class ToySubject(Subject):
             "model_utility": kept,
         }
 
-    def relearn(self, model: Any, steps: int) -> dict[str, Any]:
+    def relearn(self, model: Any, steps: int, rate: float | None) -> dict[str, Any]:
         """Six of the reported forget records are learned again, and the others asked after every second step."""
         records = self.learned.questions()["forget"]
         drawn = relearned_records(len(records), RELEARNED, self.seed)
         learned = [record for index, record in enumerate(records) if index in drawn]
         asked = [record for index, record in enumerate(records) if index not in drawn]
-        return relearned(model, self.tokenizer, learned, asked, steps=steps, every=EVERY, batch_size=64)
+        return relearned(
+            model, self.tokenizer, learned, asked, steps=steps, every=EVERY, learning_rate=rate, batch_size=64
+        )
 
     @cached_property
     def _reference(self) -> dict[str, Metrics]:

@@ -281,7 +281,7 @@ def run_on(
         }
         return answers, perplexity(model, tokenizer, text, tokens=TOKENS, window=WINDOW, progress=progress)
 
-    data = replace(data, unknown=_unsaid(model, tokenizer, data.unknown, progress))
+    data = replace(data, unknown=unsaid(model, tokenizer, data.unknown, progress))
     before, perplexity_before = asked()
     sets = {name: [fact.record() for fact in getattr(data, name)] for name in ("forget", "retain", "held_out")}
     result = unlearn(
@@ -322,7 +322,7 @@ def write_completions(path: Path, records: Sequence[Record]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
-def _unsaid(
+def unsaid(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], progress: bool
 ) -> list[Fact]:
     """The facts whose answer does not come a few words later either."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def relearn(
     others: Sequence[Record],
     *,
     steps: int = 10,
-    every: int | None = None,
+    every: int | Collection[int] | None = None,
     learning_rate: float | None = None,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
@@ -82,7 +82,8 @@ def relearn(
         records: what it learns again.
         others: what it is asked, none of ``records``.
         steps: of AdamW.
-        every: asks the others after every so many steps too, which changes nothing of the steps; None: at the end only.
+        every: asks the others after every so many steps too, or after those that are listed, which changes nothing of
+            the steps; None: at the end only.
         learning_rate: default 0.2 / width of the model, .001 at a width of 192 and .00005 at 4096.
         batch_size: records a forward pass; it does not change the steps.
         max_new_tokens: longest answer, see ``greedy_answers``.
@@ -95,8 +96,9 @@ def relearn(
     """
     if steps < 1:
         raise SettingError(f"{steps} steps of relearning; at least 1 is needed")
-    if every is not None and every < 1:
+    if isinstance(every, int) and every < 1:
         raise SettingError(f"every {every}: the others are asked after every so many steps, at least 1")
+    ask_after = range(every, steps + 1, every) if isinstance(every, int) else every or ()
     width: int = model.get_input_embeddings().weight.shape[-1]  # type: ignore[index, assignment]
     rate = WIDTH_RATE / width if learning_rate is None else learning_rate
     if not 0.0 < rate < math.inf:
@@ -140,7 +142,7 @@ def relearn(
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            if step == steps or (every is not None and step % every == 0):
+            if step == steps or step in ask_after:
                 ask(trained, step)
     return Relearning(
         records=len(records),

@@ -115,27 +115,28 @@ def test_what_a_toy_is_asked_beside_what_it_learns(grid: Grid, tmp_path: Path) -
 def test_only_a_toy_can_be_retrained(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.unlearning.subjects.load_pretrained", lambda name, folder: (torch.nn.Linear(1, 1), None))
     monkeypatch.setattr("bench.unlearning.subjects.load_known", lambda *arguments: {"capital": range(30)})
+    monkeypatch.setattr("bench.unlearning.subjects.load_never_known", lambda *arguments: [])
     subject = kind_of(pretrained := replace(grid, model="smollm2-135m", kind="capital")).load(pretrained, tmp_path)(0)
     with pytest.raises(ValueError, match="cannot be trained again"):
         subject.retrained()
 
 
-def _run(forget: list[int], recall: list[float], curve: dict[str, float]) -> Any:
+def _run(forget: list[int], recall: list[float], curve: dict[str, list[float]]) -> Any:
     def stage(answered: list[int], recalls: list[float]) -> dict[str, Any]:
         one = {"answered": answered, "recall": recalls, "probability": [0.5] * len(answered)}
         sets = dict.fromkeys(("forget", "forget_tune", "tune", "held_out", "retain"), one)
         return {**sets, "forget_quality": 0.1, "distance": 0.2, "model_utility": None}
 
     before = stage([1] * len(forget), [0.8] * len(recall))
-    return {"before": before, "after": stage(forget, recall), "relearned": {"answered": curve}}
+    return {"before": before, "after": stage(forget, recall), "relearned": {"recalls": curve}}
 
 
 def test_runs_on_toys_are_scored_by_answers_and_recall() -> None:
-    run = _run([1, 0, 0, 0], [0.2, 0.6], {"0": 0.0, "2": 0.5})
+    run = _run([1, 0, 0, 0], [0.2, 0.6], {"0": [0.0, 0.4], "2": [0.0, 0.9]})
     figures = SCORING.figures(run, ("forget", "held_out"))
     assert (figures.forgotten, figures.kept) == (0.75, pytest.approx(0.5))
     assert figures.score == pytest.approx(0.6)
-    again = _run([0, 0, 0, 0], [1.0, 1.0], {"0": 0.5, "2": 0.5})
+    again = _run([0, 0, 0, 0], [1.0, 1.0], {"0": [0.1, 0.5], "2": [0.6, 0.2]})
     assert SCORING.kept(again, "held_out") == 1.0
     written = {title: column([run, again]) for title, column in SCORING.columns.items()}
     assert written["relearned"] == "0.25 0.50"

@@ -19,11 +19,14 @@ from bench.unlearning.measure import answers
 from bench.unlearning.methods import owned_weights, select_units, unlearn, zero
 from bench.unlearning.positions import at_subjects
 from bench.unlearning.scores import FACTS as FACT_SCORING
-from bench.unlearning.splits import load_known, split
+from bench.unlearning.splits import load_known, load_never_known, split
+from bench.unlearning.subjects import FactSubject
 from bench.unlearning.tables import choose, differences, holm, interval, pareto_front, table
 from clue_fast.data import Record
 from clue_fast.demo.facts import FACTS
 from clue_fast.demo.pretraining import train_tokenizer
+from clue_fast.evaluation import relearn
+from clue_fast.evaluation.relearning import Relearning
 from clue_fast.selection import Selection
 from clue_fast.sparse import changed_inside, changed_outside, snapshot
 from clue_fast.trainer import train_selected
@@ -36,6 +39,8 @@ steps: 2
 forget: 3
 budgets: [0.1]
 rates: [1, 2]
+relearn_steps: 2
+relearn_rate: 1.0e-3
 methods:
   random: {criterion: random}
   pruned: {train: nothing, criterion: forget_attribution}
@@ -127,6 +132,7 @@ def test_a_model_that_knows_too_little_is_refused(grid: Grid) -> None:
     ("line", "message"),
     [
         ("budget: [1]", "budget is no setting of a grid"),
+        ("relearn_rate: 1e-5", "relearn_rate '1e-5' is no number"),
         ("baselines: [nobody]", "the baseline 'nobody' is no method"),
     ],
 )
@@ -286,6 +292,7 @@ def test_a_grid_goes_on_after_a_kill(
     monkeypatch.setattr("bench.unlearning.__main__.RESULTS", tmp_path)
     monkeypatch.setattr(f"{where}.load_pretrained", lambda name, folder: (model, tokenizer))
     monkeypatch.setattr(f"{where}.load_known", lambda model, tokenizer, name: FACTS)
+    monkeypatch.setattr(f"{where}.load_never_known", lambda model, tokenizer, name, kind: list(FACTS["author"])[:2])
     monkeypatch.setattr("bench.unlearning.measure.text_loss", lambda model, tokenizer: 1.0)
     run_grid(grid, tmp_path, grid.seeds)
     path = tmp_path / "unlearning" / "tiny.jsonl"
@@ -300,7 +307,74 @@ def test_a_grid_goes_on_after_a_kill(
     again = load_runs(path)
     assert [run["after"] for run in again] == [run["after"] for run in whole]
     assert path.read_bytes().startswith(b"".join(lines[:4]))
-    assert "random" in table(grid, again)
+    assert [run["relearned"] for run in again] == [run["relearned"] for run in whole]
+    head, _, *rows = (line.split("|") for line in table(grid, again).splitlines())
+    for title in (" relearned ", " never known "):
+        assert [len(row[head.index(title)].split()) for row in rows] == [3, 3]  # after 0, 1 and 2 steps
+    for run in again:
+        del run["relearned"]
+    assert "relearned" not in table(grid, again)
+
+
+def test_half_is_learned_again_and_the_others_and_unknown_facts_are_asked(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    told: list[Relearning] = []
+
+    def watched(model: Any, tokenizer: Any, records: list[Record], others: list[Record], **settings: Any) -> Relearning:
+        given.append((records, others, settings["steps"], settings["learning_rate"]))
+        told.append(relearn(model, tokenizer, records, others, **settings))
+        return told[-1]
+
+    monkeypatch.setattr("bench.unlearning.subjects.relearn", watched)
+    parts, unknown = split(FACTS, grid, 0), list(FACTS["author"])[:4]
+    found = FactSubject((model, tokenizer), replace(parts, forget=FACTS["capital"][:6]), unknown).relearn(
+        model, 12, 2e-3
+    )
+    assert given == [
+        (
+            [fact.record() for fact in FACTS["capital"][:6:2]],
+            [fact.record() for fact in (*FACTS["capital"][1:6:2], *unknown)],
+            12,
+            2e-3,
+        )
+    ]
+    assert found["asked"] == [fact.subject for fact in FACTS["capital"][1:6:2]]
+    assert found["never_known"] == [fact.subject for fact in unknown]
+    assert list(found["recalls"]) == list(found["recalls_never_known"]) == ["0", "1", "2", "5", "10", "12"]
+    for step, recalls in told[0].recalls.items():
+        both = found["recalls"][str(step)] + found["recalls_never_known"][str(step)]
+        assert both == pytest.approx(recalls, abs=1e-4) and len(found["recalls"][str(step)]) == 3
+        assert found["answered"][str(step)] == sum(recall >= 0.5 for recall in recalls[:3]) / 3
+
+
+def test_never_known_is_what_no_wording_brings_out(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = list(FACTS["capital"])
+    knows = {facts[0].record().key, facts[1].rewordings()[0].key, facts[2].rewordings()[-1].key}
+
+    def completes(model: Any, tokenizer: Any, records: list[Record]) -> list[bool]:
+        return [record.key in knows for record in records]
+
+    monkeypatch.setattr("bench.unlearning.splits.completes", completes)
+    monkeypatch.setattr("bench.unlearning.splits.unsaid", lambda model, tokenizer, facts, progress: facts[1:])
+    found = load_never_known(model, tokenizer, "tiny", "capital", tmp_path)
+    assert found == facts[4:]
+    knows.clear()
+    assert load_never_known(model, tokenizer, "tiny", "capital", tmp_path) == found
+    assert load_never_known(model, tokenizer, "tiny", "symbol", tmp_path) == list(FACTS["symbol"])[1:]
+    assert load_never_known(model, tokenizer, "tiny", "capital", tmp_path) == found
+
+
+def test_curves_are_shares_over_facts_and_runs() -> None:
+    runs = [
+        {"relearned": {"recalls": {"0": [0.0, 0.5], "10": one}, "recalls_never_known": {"0": [], "10": []}}}
+        for one in ([1.0, 0.4], [1.0, 1.0])
+    ]
+    assert FACT_SCORING.columns["relearned"]([*runs, {}]) == "0.50 0.75"
+    assert FACT_SCORING.columns["never known"](runs) == FACT_SCORING.columns["relearned"]([{}]) == "-"
 
 
 def _run(method: str, rate: float, seed: int, *, tuned: tuple[float, float], reported: tuple[float, float]) -> Any:

@@ -90,6 +90,8 @@ def test_a_curve_asks_on_the_way_and_changes_nothing_of_it(
     straight = relearn(forgot, tokenizer, records[:2], records[2:], steps=5, **options)
     assert straight.answers == {step: curve.answers[step] for step in (0, 5)}
     assert (curve.recalls_before, curve.recalls_after) == (curve.recalls[0], curve.recalls[5])
+    listed = relearn(forgot, tokenizer, records[:2], records[2:], steps=5, every=(0, 3, 9), **options)
+    assert listed.answers == curve.answers
 
 
 def test_the_model_keeps_every_bit(

@@ -230,6 +230,7 @@ def test_equals_its_formula(objective, seed):
         (RMU(layer=0.01), 0),
         (RMU(layer=1 / 3), 0),
         (RMU(layer=0.6, retain_weight=2.0), 1),
+        (RMU(layer=1, tokens="answer"), 1),
     ],
 )
 def test_rmu_equals_its_formula(objective, layer):
@@ -238,17 +239,18 @@ def test_rmu_equals_its_formula(objective, layer):
     direction = torch.rand(5, generator=torch.Generator().manual_seed(objective.seed)).double()
     target = (objective.scale * direction / direction.square().sum().sqrt()).tolist()
     now, then = (one.states[layer + 1].tolist() for one in (model, original))
-    terms = {
-        side: mean(
-            mean(
-                sum((a - c) ** 2 for a, c in zip(now[t], target if side == "forget" else then[t], strict=True))
-                for t, attended in zip(tokens, mask, strict=True)
-                if attended
-            )
-            for tokens, mask in zip(b[side]["input_ids"].tolist(), b[side]["attention_mask"].tolist(), strict=True)
-        )
-        for side in ("forget", "retain")
-    }
+    terms = {}
+    for side in ("forget", "retain"):
+        columns = (b[side][name].tolist() for name in ("input_ids", "attention_mask", "labels"))
+        distances = []
+        for tokens, mask, labels in zip(*columns, strict=True):
+            predicting = [label != -100 for label in labels[1:]] + [False]
+            counted = predicting if objective.tokens == "answer" else mask
+            where = [
+                (now[t], target if side == "forget" else then[t]) for t, c in zip(tokens, counted, strict=True) if c
+            ]
+            distances.append(mean(sum((x - y) ** 2 for x, y in zip(*pair, strict=True)) for pair in where))
+        terms[side] = mean(distances)
     assert logs["forget_loss"].item() == pytest.approx(terms["forget"], rel=1e-5)
     assert loss.item() == pytest.approx(terms["forget"] + objective.retain_weight * terms["retain"], rel=1e-5)
     if objective.retain_weight:
@@ -554,6 +556,11 @@ def test_rmu_trains_units_up_to_its_layer(layer, index, make_model, make_selecti
     SparseAdamW(model, lr=1e-2).step()
     moved = {one.layer for one in sparse.slices if not torch.equal(one.read(), one.original)}
     assert moved == set(range(index + 1))
+
+
+def test_rmu_refuses_tokens_that_there_are_not():
+    with pytest.raises(ObjectiveError, match='"all" or "answer", not \'last\''):
+        RMU(layer=0, tokens="last").loss(Stack(0), batches(0), Original(Stack(0), Stack(0)))
 
 
 def test_rmu_names_a_layer_below_all_units(make_model, make_selection, make_batch):
