@@ -194,7 +194,9 @@ def test_categories_come_from_what_matters_to_each_set(
 class TestBadInput:
     def test_categories_of_a_comparison(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(SelectionError, match="has no categories"):
-            clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, categories=True, progress=False)
+            clue_fast.localize(
+                model, FORGET, RETAIN, tokenizer=tokenizer, criterion="difference", categories=True, progress=False
+            )
 
     def test_unknown_criterion(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(UnknownNameError, match=r"'astrology'; choose one of: attribution"):

@@ -151,5 +151,5 @@ class TestBadInput:
             )
 
     def test_settings_of_nothing(self, make_llama, tokenizer: PreTrainedTokenizerFast) -> None:
-        with pytest.raises(SettingError, match="'difference' has no use for them"):
+        with pytest.raises(SettingError, match="'attribution' has no use for them"):
             clue_fast.localize(make_llama(tokenizer, 16, 40), FORGET, RETAIN, tokenizer=tokenizer, circuit=object())

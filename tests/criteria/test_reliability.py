@@ -204,7 +204,7 @@ def test_statistics_of_a_selection_have_the_two_groups(model, tokenizer, tmp_pat
     selection.statistics.save(tmp_path / "statistics.safetensors")
     loaded = Statistics.load(tmp_path / "statistics.safetensors")
     assert loaded.groups == ["forget", "retain"]
-    assert clue_fast.select(clue_fast.score(loaded), 0.1).hash == selection.hash
+    assert clue_fast.select(clue_fast.score(loaded, "attribution"), 0.1).hash == selection.hash
 
 
 def test_none_is_measured_where_none_is_asked_for_or_nothing_is_measured(model, tokenizer) -> None:
