@@ -35,8 +35,8 @@ from clue_fast.files import output_folder, save_json
 TUNED = 3
 """One in so many of the records to forget is for the choice of a learning rate; the others are reported."""
 
-RELEARNED, EVERY, MEASURED = 6, 2, 40
-"""Records that an attacker learns again, steps between two questions, retain records that are asked."""
+RELEARNED, CURVE, MEASURED = 6, (2, 5, 10), 40
+"""Records that an attacker learns again, steps after which the others are asked, retain records that are asked."""
 
 AUTHOR, QUESTIONS = 20, 10
 """Questions about each author, and how many of them, those with the shortest answers, are learned."""
@@ -217,13 +217,13 @@ class ToySubject(Subject):
         }
 
     def relearn(self, model: Any, steps: int, rate: float | None) -> dict[str, Any]:
-        """Six of the reported forget records are learned again, and the others asked after every second step."""
+        """Six of the reported forget records are learned again, and the others asked on the way."""
         records = self.learned.questions()["forget"]
         drawn = relearned_records(len(records), RELEARNED, self.seed)
         learned = [record for index, record in enumerate(records) if index in drawn]
         asked = [record for index, record in enumerate(records) if index not in drawn]
         return relearned(
-            model, self.tokenizer, learned, asked, steps=steps, every=EVERY, learning_rate=rate, batch_size=64
+            model, self.tokenizer, learned, asked, steps=steps, every=CURVE, learning_rate=rate, batch_size=64
         )
 
     @cached_property
