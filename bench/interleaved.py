@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bench import machine
+
 Case = Callable[[], object]
 
 SHORTEST_SAMPLE = 2e-3  # seconds; faster calls are repeated within a sample
@@ -175,7 +177,9 @@ def rounds_of(names: Sequence[str], count: int) -> Iterator[list[str]]:
 
 
 def _time(case: Case, repeats: int) -> float:
+    machine.wait()
     start = time.perf_counter()
     for _ in range(repeats):
         case()
+    machine.wait()
     return (time.perf_counter() - start) / repeats

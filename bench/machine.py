@@ -1,7 +1,8 @@
-"""What a measurement was made on."""
+"""What a measurement is made on: its device, and what is known of the machine."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +14,29 @@ import transformers
 from clue_fast.ops import backend
 
 BUSY = 0.3  # load a core above which times say little
+
+_device = torch.device("cpu")
+
+
+def use_device(name: str) -> None:
+    """Where the benchmarks put their tensors from now on: "cpu" or "cuda"."""
+    global _device
+    _device = torch.device(name)
+
+
+def device() -> torch.device:
+    """Where the benchmarks put their tensors."""
+    return _device
+
+
+def on_gpu() -> bool:
+    return _device.type == "cuda"
+
+
+def wait() -> None:
+    """Until the device has done what it was given: a GPU is behind the calls."""
+    if on_gpu():
+        torch.cuda.synchronize()
 
 
 def describe() -> dict[str, object]:
@@ -26,11 +50,42 @@ def describe() -> dict[str, object]:
         "instruction_set": extension.cpu_info()["instruction_set"] if extension else None,
         "compiler": extension.build_info()["compiler"] if extension else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **(gpu() if on_gpu() else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": _commit(),
     }
+
+
+def gpu() -> dict[str, object]:
+    """Driver, CUDA, Triton and Liger, and what the GPU is."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "driver": asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "triton": version_of("triton"),
+        "liger": version_of("liger-kernel"),
+    }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def asked(*command: str) -> str | None:
+    """The first line that a command prints, if it is there."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)
 
 
 def use_all_cores() -> None:
@@ -56,9 +111,4 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return os.environ.get("CLUE_FAST_COMMIT") or asked("git", "describe", "--always", "--dirty")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
+from bench import liger, machine
 from bench.interleaved import Case, Comparison, Target
 from bench.ops.bench_gated_activation import collect
 
@@ -31,8 +32,13 @@ class Shape:
         return f"{self.layers} layers x {self.width}/{self.units}, {self.records} x {self.tokens} tokens"
 
 
-# The demo's order of size; a middle one; the layers of a 0.3B model.
-SHAPES = [Shape(4, 256, 704, 8, 64), Shape(6, 512, 1408, 4, 256), Shape(3, 1024, 2816, 2, 512)]
+# The demo's order of size; a middle one; the layers of a 0.3B model; four of the layers of an 8B model, for a GPU.
+SHAPES = [
+    Shape(4, 256, 704, 8, 64),
+    Shape(6, 512, 1408, 4, 256),
+    Shape(3, 1024, 2816, 2, 512),
+    pytest.param(Shape(4, 4096, 14336, 4, 1024), marks=pytest.mark.gpu),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 CASES = ("stock", "compiled", "patched", "recording", "hooks")
 
@@ -47,7 +53,8 @@ class Hooks:
         self.sums: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if name.endswith("down_proj"):
-                self.sums[name] = torch.zeros(5, module.in_features, dtype=torch.float64)
+                device = module.weight.device
+                self.sums[name] = torch.zeros(5, module.in_features, dtype=torch.float64, device=device)
                 module.register_forward_pre_hook(
                     lambda _, inputs, sums=self.sums[name]: collect(inputs[0].flatten(0, -2), sums)
                 )
@@ -66,10 +73,13 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[dict[str, Case]]:
         num_key_value_heads=shape.width // 64,
         use_cache=False,
     )
-    stock = LlamaForCausalLM(config).to(dtype).eval()
-    tokens = torch.randint(config.vocab_size, (shape.records, shape.tokens))
-    models = {"stock": stock} | {name: copy.deepcopy(stock) for name in CASES[1:]}
+    stock = LlamaForCausalLM(config).to(machine.device(), dtype).eval()
+    tokens = torch.randint(config.vocab_size, (shape.records, shape.tokens), device=machine.device())
+    names = [*CASES, *(["liger"] if machine.on_gpu() and liger.available() else [])]
+    models = {"stock": stock} | {name: copy.deepcopy(stock) for name in names[1:]}
     models["compiled"].compile()
+    if "liger" in models:
+        liger.patch(models["liger"])
     clue_fast.patch(models["patched"])
     Hooks(models["hooks"])
     with ExitStack() as stack, torch.no_grad():

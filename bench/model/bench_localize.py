@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
+from bench import machine
 from bench.interleaved import Case, Comparison, Target
 from bench.model.bench_forward import Hooks, Shape
 from clue_fast.data import Collator, Record, encode, padding_token
@@ -53,7 +54,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
         num_key_value_heads=shape.width // 64,
         pad_token_id=tokenizer.pad_token_id,
     )
-    models = {CASES[0]: LlamaForCausalLM(config).to(dtype).eval()}
+    models = {CASES[0]: LlamaForCausalLM(config).to(machine.device(), dtype).eval()}
     models |= {name: copy.deepcopy(models[CASES[0]]) for name in CASES[1:]}
     Hooks(models["loop with hooks"])
     collate = Collator(padding_token(tokenizer))
@@ -63,7 +64,8 @@ def cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
         with torch.no_grad():
             for first in range(0, len(examples), BATCH):
                 batch = collate(examples[first : first + BATCH])
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                given = {name: batch[name].to(machine.device()) for name in ("input_ids", "attention_mask")}
+                model(**given, use_cache=False)
 
     return {
         "plain loop": lambda: loop(models["plain loop"]),

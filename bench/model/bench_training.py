@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
-from bench import interleaved
+from bench import interleaved, machine
 from bench.interleaved import Result, Target
 from clue_fast.selection import CONFLICT, Selection
 from clue_fast.sites import find_sites, model_fingerprint
@@ -67,6 +67,13 @@ POINTS = [
     replace(BASE, name="lowest layer L/2", lowest=LAYERS // 2),
     replace(BASE, name="lowest layer 3L/4", lowest=3 * LAYERS // 4),
 ]
+ON_GPU = replace(BASE, name="8 x 1024 tokens, bfloat16", records=8, tokens=1024, dtype="bfloat16")
+ALL_POINTS = [*POINTS, pytest.param(ON_GPU, marks=pytest.mark.gpu)]
+
+
+def _now() -> float:
+    machine.wait()
+    return time.perf_counter()
 
 
 @dataclass
@@ -79,13 +86,13 @@ class Method:
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """Runs one step; returns seconds by phase. Masking belongs to the optimizer's."""
-        start = time.perf_counter()
+        start = _now()
         loss = self.model(**batch).loss
-        forward = time.perf_counter()
+        forward = _now()
         loss.backward()
-        backward = time.perf_counter()
+        backward = _now()
         self.update()
-        end = time.perf_counter()
+        end = _now()
         return {"forward": forward - start, "backward": backward - forward, "optimizer": end - backward}
 
     def update(self) -> None:
@@ -150,6 +157,7 @@ def make_model(point: Point) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():  # as from_pretrained does, which leaves the rotary buffers in float32
         parameter.data = parameter.data.to(getattr(torch, point.dtype))
+    model.to(machine.device())
     if point.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -181,7 +189,8 @@ def full_with_mask(model: LlamaForCausalLM, point: Point) -> Method:
     selection = make_selection(model, point)
     for site in selection.sites:
         for part in site.slices:
-            masks[part.parameter].index_fill_(part.dim, part.index(selection.units(site)), 1.0)
+            index = part.index(selection.units(site)).to(machine.device())
+            masks[part.parameter].index_fill_(part.dim, index, 1.0)
     pairs = [(parameter, masks[name]) for name, parameter in model.named_parameters()]
 
     def mask() -> None:
@@ -277,7 +286,7 @@ class Training:
     def __init__(self, point: Point, seconds: float) -> None:
         model = make_model(point)
         self._methods = {name: make(copy.deepcopy(model), point) for name, make in METHODS.items()}
-        tokens = torch.randint(VOCABULARY, (point.records, point.tokens))
+        tokens = torch.randint(VOCABULARY, (point.records, point.tokens), device=machine.device())
         self._batch = {"input_ids": tokens, "labels": tokens}
         counted = {name: method.bytes(self._batch) for name, method in self._methods.items()}
         once = sum(sum(method.step(self._batch).values()) for method in self._methods.values())
@@ -294,7 +303,7 @@ class Training:
 
 
 @pytest.mark.filterwarnings("ignore")  # what peft and transformers say of each other
-@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
+@pytest.mark.parametrize("point", ALL_POINTS, ids=lambda point: point.name)
 def bench_training(benchmark, keep, seconds: float | None, point: Point) -> None:
     training = Training(point, SECONDS if seconds is None else seconds)
     benchmark.group = f"training step, {point.name}"

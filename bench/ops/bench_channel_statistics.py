@@ -10,20 +10,18 @@ import torch
 from torch import Tensor
 
 from bench.interleaved import Case, Comparison, Target
-from bench.ops.bench_gated_activation import collect
+from bench.ops.bench_gated_activation import CHANNELS, activations, collect, groups, tokens
 from clue_fast import ops
 
-TOKENS, CHANNELS = 2048, 4096
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def cases(dtype: torch.dtype) -> dict[str, Case]:
     """All on the same tensor; eager collects one group."""
-    x = torch.randn(TOKENS, CHANNELS).to(dtype)
+    x = activations(dtype)
     out = torch.empty_like(x)
-    statistics, sums = torch.zeros(2, 5, CHANNELS, dtype=torch.float64), torch.zeros(5, CHANNELS, dtype=torch.float64)
-    one = torch.ones(TOKENS, dtype=torch.int8)
-    records = torch.randint(0, 3, (TOKENS // 64,), dtype=torch.int8).repeat_interleave(64)  # of 64 tokens each
+    statistics, sums = (torch.zeros(*n, 5, CHANNELS, dtype=torch.float64, device=x.device) for n in ([2], []))
+    one, records = groups(x.device)
     return {
         "statistics": lambda: ops.channel_statistics(x, one, statistics),
         "statistics, two groups": lambda: ops.channel_statistics(x, records, statistics),
@@ -34,9 +32,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
 
 def attribution_cases(dtype: torch.dtype) -> dict[str, Case]:
     """Products with the gradient; eager collects one group."""
-    x, grad = torch.randn(TOKENS, CHANNELS).to(dtype), torch.randn(TOKENS, CHANNELS).to(dtype)
-    group = torch.ones(TOKENS, dtype=torch.int8)
-    attribution, sums = torch.zeros(2, 3, CHANNELS, dtype=torch.float64), torch.zeros(3, CHANNELS, dtype=torch.float64)
+    x, grad = activations(dtype), activations(dtype)
+    group, _ = groups(x.device)
+    attribution, sums = (torch.zeros(*n, 3, CHANNELS, dtype=torch.float64, device=x.device) for n in ([2], []))
 
     def eager(x: Tensor, grad: Tensor) -> None:
         product = x.float() * grad.float()
@@ -51,7 +49,7 @@ def attribution_cases(dtype: torch.dtype) -> dict[str, Case]:
 
 
 def title(name: str, dtype: torch.dtype) -> str:
-    return f"{name}, {TOKENS} x {CHANNELS}, {str(dtype)[6:]}"
+    return f"{name}, {tokens()} x {CHANNELS}, {str(dtype)[6:]}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import machine
 from bench.interleaved import Case, Comparison, Target
 from clue_fast import ops
 
@@ -16,9 +17,10 @@ def cases(shape: str, criterion: str) -> dict[str, Case]:
     """Eager is the reference backend, which is the definition."""
     sites, width = SHAPES[shape]
     units = sites * width
-    statistics = torch.rand(2, 5, units, dtype=torch.float64) * 1000
-    gradients = torch.rand(2, 3, units, dtype=torch.float64)
-    count, offsets = torch.full((2, sites), 1000), torch.arange(sites + 1) * width
+    statistics = torch.rand(2, 5, units, dtype=torch.float64, device=machine.device()) * 1000
+    gradients = torch.rand(2, 3, units, dtype=torch.float64, device=machine.device())
+    count = torch.full((2, sites), 1000, device=machine.device())
+    offsets = torch.arange(sites + 1, device=machine.device()) * width
 
     def score(backend: str | None) -> Case:
         return lambda: ops.conflict_score(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import machine
 from bench.interleaved import Case, Comparison, Target
 from clue_fast import ops
 
@@ -16,9 +17,9 @@ def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
     """Backward of the same layer three ways: rows of [units, features], columns of [features, units]."""
     dim = ("rows", "columns").index(part)
     rows, columns = (UNITS, FEATURES) if part == "rows" else (FEATURES, UNITS)
-    weight, x = torch.randn(rows, columns).to(dtype), torch.randn(TOKENS, columns).to(dtype)
-    grad = torch.randn(TOKENS, rows).to(dtype)
-    index = torch.randperm(UNITS)[: round(UNITS * FRACTION)].sort().values
+    shapes = (rows, columns), (TOKENS, columns), (TOKENS, rows)
+    weight, x, grad = (torch.randn(shape, device=machine.device()).to(dtype) for shape in shapes)
+    index = torch.randperm(UNITS, device=machine.device())[: round(UNITS * FRACTION)].sort().values
     values = weight.index_select(dim, index).float().requires_grad_()
     dense = weight.clone().requires_grad_()
     ours = ops.sparse_linear(x, weight, None, values, index, dim)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import machine
 from bench.interleaved import Case, Comparison, Target
 from clue_fast import ops
 
@@ -60,7 +61,7 @@ def whole_with_masters(weights: list[Tensor]) -> Case:
 def selected(weights: list[Tensor], dim: int, masters: bool) -> Case:
     """The selected part, in the 20th step; without masters 16-bit weights are rounded stochastically."""
     size, count = weights[0].shape[dim], len(weights)
-    indices = [torch.randperm(size)[: round(size * FRACTION)].sort().values for _ in weights]
+    indices = [torch.randperm(size, device=weight.device)[: round(size * FRACTION)].sort().values for weight in weights]
     values = [weight.index_select(dim, index).float() for weight, index in zip(weights, indices, strict=True)]
     grads = [torch.randn_like(value) for value in values]
     moments = [[torch.zeros_like(value) for value in values] for _ in range(2)]
@@ -74,7 +75,8 @@ def selected(weights: list[Tensor], dim: int, masters: bool) -> Case:
 def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
     """All on the same weights, of the size that they have in a model."""
     shape, dim = SHAPES[part], ("rows", "columns").index(part)
-    weights = [torch.randn(shape.rows, shape.columns).mul_(0.02).to(dtype) for _ in range(shape.weights)]
+    shapes = [(shape.rows, shape.columns)] * shape.weights
+    weights = [torch.randn(rows, columns, device=machine.device()).mul_(0.02).to(dtype) for rows, columns in shapes]
     made = {
         "whole": whole(weights),
         "whole with masters": whole_with_masters(weights),

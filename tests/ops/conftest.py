@@ -13,6 +13,7 @@ from clue_fast.ops import backend as backends
 from tests.cuda_on_host.library import library, operators
 
 LESSER_INSTRUCTION_SETS = ("baseline", "x86-64-v3")  # the best that the machine has is what "cpp" runs
+REQUIRE_GPU = os.environ.get("CLUE_FAST_TEST_REQUIRE_GPU") == "1"  # make gpu-check: what cannot run is no success
 ON_HOST = "CUDA on the CPU"
 CHECKS = os.environ.get("CLUE_FAST_TEST_CUDA_ON_HOST", "accesses")  # tests/cuda_on_host/test_sanitizers.py sets it
 
@@ -40,7 +41,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         backends.choose(request.module.OPERATOR, _device(name), name)
     except BackendError as error:
-        pytest.skip(str(error))
+        (pytest.fail if REQUIRE_GPU else pytest.skip)(str(error))
     if instruction_set is None:
         yield name
         return
