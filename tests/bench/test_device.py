@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import interleaved, liger, machine
 from bench.interleaved import Case
@@ -83,3 +85,20 @@ def test_a_sample_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
     interleaved._time(lambda: happened.append("call"), 2)
     assert happened == ["wait", "call", "call", "wait"]
+
+
+def test_liger_is_put_into_one_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        calls.append(activation)
+        return torch.nn.functional.silu(gate) * up
+
+    monkeypatch.setattr(liger, "gated_activation", gated_activation)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
+    stock = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes)).eval()
+    patched, tokens = copy.deepcopy(stock), torch.randint(64, (1, 8))
+    liger.patch(patched)
+    with torch.no_grad():
+        assert torch.allclose(patched(tokens).logits, stock(tokens).logits, atol=1e-6)
+    assert calls == ["silu", "silu"]
