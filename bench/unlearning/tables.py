@@ -202,7 +202,7 @@ def _mean(one: Chosen, figure: str) -> float:
 def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Forgotten against kept, one point a method and budget, with intervals over the seeds.
 
-    A line joins the points that no other one beats in both.
+    A line joins the points that no other one beats in both; a retrained model, the aim, is none of them.
     """
     import matplotlib
 
@@ -230,8 +230,9 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         points.set_alpha(0.8)
         for bar in bars:
             bar.set_alpha(0.35)
-    front = pareto_front([(_mean(one, "kept"), _mean(one, "forgotten")) for one in chosen.values()])
-    axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", zorder=0)
+    unlearned = [one for (method, _), one in chosen.items() if grid.methods[method].train != "retrained"]
+    front = pareto_front((_mean(one, "kept"), _mean(one, "forgotten")) for one in unlearned)
+    axes.plot([kept for kept, _ in front], [gone for _, gone in front], color="grey", linestyle=":", zorder=0)
     forgotten, kept_label = kind_of(grid).scoring.labels
     axes.set(xlabel=kept_label, ylabel=forgotten, title=grid.name, xlim=(None, 1.02), ylim=(None, 1.03))
     axes.grid(alpha=0.3)
