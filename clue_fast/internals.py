@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -282,6 +281,8 @@ def has_no_data(x: Tensor) -> bool:
 
 def flop_formulas() -> dict[str, Callable[..., int]]:
     """Returns by the name of an operator its operations, as a function of its arguments and its result ``out_val``."""
+    from torch.utils.flop_counter import flop_registry  # imports triton
+
     return {str(operator): formula for operator, formula in flop_registry.items()}
 
 
