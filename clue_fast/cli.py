@@ -76,6 +76,13 @@ class EvaluateFiles(ComparedData):
     cache: str | None = _text("keep finished sets here, and go on behind them when begun again", "DIR")
 
 
+@dataclass(frozen=True)
+class PlanFiles:
+    """Files of ``plan``."""
+
+    output: str | None = _text("also write the plan as JSON", "FILE")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, or 2 with one line on stderr for a ClueFastError."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -175,6 +182,22 @@ def _evaluate(options: argparse.Namespace) -> None:
         results = {"evaluation": evaluation, "settings": vars(config), **describe_data(sets)}
         write_report(Path(files.output).with_suffix(suffix), {options.model: results})
     print(evaluation_table(evaluation))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from clue_fast.config.planning import PlanConfig
+    from clue_fast.files import check_output_file, save_json
+    from clue_fast.planning import plan
+
+    settings = _settings(options, PlanFiles, PlanConfig)
+    files = settings.make(PlanFiles)
+    if files.output is not None:
+        check_output_file(files.output)
+    with settings.naming_lines():
+        found = plan(options.model, settings.make(PlanConfig))
+    if files.output is not None:
+        save_json(files.output, found.to_dict())
+    print(found.table())
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -294,6 +317,20 @@ def _push_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private")
 
 
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    from clue_fast.config.planning import PlanConfig
+    from clue_fast.config.schema import settings_of
+
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder with a config.json, a shape as llama3-8b, a model_type as llama, or owner/name on the hub",
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON by their names; flags go first")
+    for name, one in settings_of(PlanFiles, PlanConfig).items():
+        _add_flag(parser, name, one)
+
+
 def _model_flags(files: type, settings: str) -> Callable[[argparse.ArgumentParser], None]:
     """Adds the flags of a command that works on a model: its files, how the model is loaded, and its settings."""
 
@@ -382,6 +419,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None], Callable[..., None]]] = {
         _evaluate,
         _model_flags(EvaluateFiles, "EvalConfig"),
     ),
+    "plan": ("say from a configuration alone what bytes and operations a run would take", _plan, _plan_flags),
     "report": ("print the table of earlier runs and write their report as HTML", _report, _report_flags),
     "push": ("push a selection to the hub", _push, _push_flags),
     "env": ("show what can run on this machine, and why not the rest", _env, lambda parser: None),

@@ -26,7 +26,7 @@ LAYERS = (
     ("recording", "sparse", "objectives"),
     ("criteria", "evaluation"),
     ("localization", "trainer", "reporting"),
-    ("html_report",),
+    ("html_report", "planning"),
     ("unlearning",),
     ("demo", "env"),
     ("cli",),

@@ -44,6 +44,12 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def same_as(kind: Any, name: str) -> Any:
+    """A field that is one of another configuration: its default, its help, its choices and its check."""
+    (one,) = (one for one in fields(kind) if one.name == name)
+    return field(default=one.default, metadata=one.metadata)
+
+
 def registered(place: str) -> Callable[[], Sequence[str]]:
     """Looks up the names of a registry, such as ``criteria.CRITERIA``, when it is asked for them."""
 

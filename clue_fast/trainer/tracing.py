@@ -81,7 +81,7 @@ class Trace(TorchDispatchMode):
         known: tensors that there were before.
         vocabulary: what has this as its last dimension is counted in ``logits`` too.
         counted: of the tokens of a record, how many are counted, and how many tokens it has: so many of them does a
-            mask choose, whose values are not known.
+            mask choose, whose values are not known. Only inside of ``without_data``.
 
     Attributes:
         live: bytes in use.
@@ -105,10 +105,11 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = self._chosen_by_mask(func, args, kwargs)
+        name = str(func.overloadpacket)
+        result = self._instead(name, args) if self._counted else NotImplemented
         if result is NotImplemented:
             result = func(*args, **kwargs)
-        formula = self._formulas.get(str(func.overloadpacket))
+        formula = self._formulas.get(name)
         if formula is not None:
             self.flop += formula(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
@@ -137,17 +138,21 @@ class Trace(TorchDispatchMode):
         self._highest = max(self._highest, self.live)
         self.logits_peak = max(self.logits_peak, self.logits)
 
-    def _chosen_by_mask(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What a mask chooses of a tensor, as many as are counted."""
-        if self._counted is None or str(func.overloadpacket) != "aten.index":
-            return NotImplemented
-        x, indices = args
-        mask = indices[0]
-        if len(indices) != 1 or mask.dtype != torch.bool:
-            return NotImplemented
+    def _instead(self, name: str, args: Any) -> Any:
+        """The result of an operator that does not run without data as it does with them, or NotImplemented."""
+        assert self._counted is not None
         counted, tokens = self._counted
-        chosen = mask.numel() // tokens * counted
-        return x.new_empty(chosen, *x.shape[mask.dim() :])
+        if name == "aten.index":
+            x, indices = args
+            if len(indices) == 1 and indices[0].dtype == torch.bool:
+                chosen = indices[0].numel() // tokens * counted
+                return x.new_empty(chosen, *x.shape[indices[0].dim() :])
+        if name == "aten.nonzero":
+            return args[0].new_empty(args[0].numel() // tokens * counted, args[0].dim(), dtype=torch.int64)
+        if name == "aten._grouped_mm":  # where its kernel takes bfloat16 alone, others are multiplied in turn
+            a, b, ends = args[:3]
+            return a.new_empty(len(a), b.shape[-1]) if b.dim() == 3 else a.new_empty(len(ends), len(a), b.shape[-1])
+        return NotImplemented
 
     # Parts of the run.
 

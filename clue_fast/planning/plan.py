@@ -1,0 +1,309 @@
+"""What a localization and a training would take, from a configuration alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from clue_fast.config import RETAIN_RATIO, LocalizeConfig, ModelConfig, UnlearnConfig
+from clue_fast.config.planning import PARALLEL, PlanConfig
+from clue_fast.criteria.registry import get_criterion
+from clue_fast.errors import SettingError
+from clue_fast.internals import own_parameters
+from clue_fast.objectives import Objective, get_objective
+from clue_fast.objectives.base import default_objective
+from clue_fast.planning.depth import find_depth, reduce_depth
+from clue_fast.planning.engines import Engine, localization_engine, training_engine
+from clue_fast.planning.localizing import Localization, trace_localization
+from clue_fast.planning.methods import AllWeights, LowRank, Method, SelectedUnits
+from clue_fast.planning.parallel import (
+    Footprint,
+    Weights,
+    fewest,
+    localization_footprint,
+    sent,
+    training_footprint,
+    weights_of,
+)
+from clue_fast.planning.shapes import find_config, make_model
+from clue_fast.planning.step import Records, Step, trace_step
+from clue_fast.planning.table import table
+from clue_fast.selection import CONFLICT, Selection, check_budget, pools
+from clue_fast.sites import Survey, model_fingerprint, survey
+from clue_fast.sites.experts import find_stack
+
+GIB = 2**30
+STEPS_OF_GPUS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way to train.
+
+    Attributes:
+        name: of the way.
+        selects: whether selected units train, and not all weights or adapters.
+        trained: numbers that train.
+        footprint: bytes on one GPU.
+        forward_flop, backward_flop: operations of a step, on all GPUs together.
+        sent: bytes that each GPU sends in a step.
+        engine: what runs it.
+        fewest: from how many GPUs on it fits, by the way they share the work; None where it does on none up to 64.
+    """
+
+    name: str
+    selects: bool
+    trained: int
+    footprint: Footprint
+    forward_flop: int
+    backward_flop: int
+    sent: int
+    engine: Engine
+    fewest: Mapping[str, int | None]
+
+    @property
+    def flop(self) -> int:
+        """Operations of a step."""
+        return self.forward_flop + self.backward_flop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a localization and a training would take. Computed from shapes; nothing was measured.
+
+    Attributes:
+        name: of the model.
+        kind: its class.
+        parameters: how many it has; what is tied counts once.
+        active: of them, how many a token meets: of a mixture, those of the experts that it is sent to.
+        dtype: of the weights.
+        units, selected: how many there are, and how many are selected.
+        config: what was asked for.
+        objective: name of that of the training.
+        records: of each set in a step on one GPU.
+        localization: what it runs, on all GPUs together.
+        localization_footprint: bytes on one GPU.
+        localization_engine: what runs it.
+        trainings: the selected units, and what stands beside.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    active: int
+    dtype: str
+    units: int
+    selected: int
+    config: PlanConfig
+    objective: str
+    records: Mapping[str, int]
+    localization: Localization
+    localization_footprint: Footprint
+    localization_engine: Engine
+    trainings: tuple[Training, ...]
+
+    def table(self) -> str:
+        """Returns the plan as text."""
+        return table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON holds it."""
+        config = {one.name: getattr(self.config, one.name) for one in fields(self.config)}
+        return {**asdict(replace(self, config=PlanConfig())), "config": {**config, "objective": self.objective}}
+
+
+def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Plan:
+    """Plans a localization and a training of a model, of which nothing but the configuration is read.
+
+    Bytes are those of tensors. A GPU holds about one GiB more for its context and the workspace of libraries, and what
+    the allocator cannot use. Records are taken to be padded to one length; all experts of a mixture to be given as many
+    tokens. Operations are those of matrix products and attention, a multiplication and an addition being two.
+
+    Args:
+        model: a folder with a ``config.json``, a name of ``clue_fast.planning.SHAPES``, a kind of model in
+            transformers, or "owner/name" on the hub.
+        config: what is planned, and on what.
+
+    Raises:
+        UnknownNameError: there is no such architecture, criterion, kind of unit or objective.
+        ModelError: the configuration cannot be read, or makes no causal language model.
+        SiteError: nothing in the model can be selected.
+        SettingError: the criterion or the objective cannot be planned, or a size is none of the configuration.
+        BudgetError: the fraction is outside (0, 1].
+    """
+    config = config or PlanConfig()
+    criterion, objective = get_criterion(config.criterion), _objective(config.objective)
+    found_config = find_config(model, config.sizes, config.trust_remote_code)
+    whole = make_model(found_config, config.dtype, config.trust_remote_code)
+    if config.gradient_checkpointing:
+        whole.gradient_checkpointing_enable({"use_reentrant": False})
+    depth = find_depth(whole)
+    layer = type(depth.layers(whole)[0]).__name__ if depth.path else type(whole).__name__
+    parameters = sum(p.numel() for p in whole.parameters())
+    beside = _beside(whole.dtype, config.lora_rank)
+    weights = {method.name: weights_of(whole, depth, method) for method in beside}
+    plain = weights_of(whole, depth)
+    active = _active(whole)
+    reduce_depth(whole, depth)
+    found = survey(whole, criterion.kinds if config.kinds is None else tuple(config.kinds))
+    found.check()
+    selection = _selection(whole, found, config.fraction)
+    every = [SelectedUnits(selection, config.master_weights), *beside]
+    weights[every[0].name] = plain
+    batch = max(1, config.tokens_per_batch // config.max_length)
+    localization = trace_localization(
+        whole,
+        depth,
+        found.sites,
+        criterion,
+        _records(batch, config),
+        config.forget_records,
+        config.retain_records,
+        config.permutations,
+    )
+    sets = _sets(objective, config)
+    steps = {method.name: trace_step(whole, depth, method, objective, sets) for method in every}
+    name = os.fspath(model)
+    trainings = tuple(
+        _training(method, steps[method.name], weights[method.name], plain, objective, config, layer, name)
+        for method in every
+    )
+    return Plan(
+        name=name,
+        kind=type(whole).__name__,
+        parameters=parameters,
+        active=active,
+        dtype=str(whole.dtype).removeprefix("torch."),
+        units=depth.total((site.path, site.width) for site in found.sites),
+        selected=depth.total((site.path, len(selection.units(site))) for site in found.sites),
+        config=config,
+        objective=objective.name,
+        records={name: records.number for name, records in sets.items()},
+        localization=localization,
+        localization_footprint=localization_footprint(localization, plain, config.gpus, config.parallel),
+        localization_engine=localization_engine(
+            _command("localize", name, config, LocalizeConfig, "selection.safetensors"),
+            config.gpus,
+            config.parallel,
+            criterion.name,
+            criterion.measurement.live,
+        ),
+        trainings=trainings,
+    )
+
+
+def _objective(given: Any) -> Objective:
+    """The objective of a step. Raises UnknownNameError, or SettingError if it is none of likelihoods."""
+    objective = default_objective() if given is None else get_objective(given)
+    if type(objective).loss is not Objective.loss:
+        raise SettingError(
+            f"objective {objective.name!r} cannot be planned: it stops at a layer in between; plan one of likelihoods, "
+            "such as npo"
+        )
+    return objective
+
+
+def _beside(dtype: torch.dtype, rank: int) -> list[Method]:
+    """What people do otherwise: all weights, in their precision and, if that is less, in float32; and LoRA."""
+    mixed = [] if dtype == torch.float32 else [AllWeights(dtype)]
+    return [AllWeights(), *mixed, LowRank(rank)]
+
+
+def _active(model: Any) -> int:
+    """How many parameters a token meets."""
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    idle = 0
+    for module in model.modules():
+        stack = find_stack(module)
+        if stack is not None and chosen:
+            own = sum(parameter.numel() for parameter in own_parameters(module).values())
+            idle += own * (stack.experts - min(chosen, stack.experts)) // stack.experts
+    return sum(p.numel() for p in model.parameters()) - idle
+
+
+def _selection(model: Any, found: Survey, fraction: Any) -> Selection:
+    """The share of the units of every site; which of them does not matter."""
+    budget, value = check_budget(fraction)
+    categories = {}
+    for sites, number in pools(found.sites, budget, value, "layer"):
+        for site in sites:
+            categories[site] = torch.zeros(site.width, dtype=torch.int8, device="cpu")
+            categories[site][:number] = CONFLICT
+    scores = {site: torch.zeros(site.width, device="cpu") for site in found.sites}
+    return Selection(found.sites, categories, scores, {}, model_fingerprint(model))
+
+
+def _records(number: int, config: PlanConfig) -> Records:
+    return Records(number, config.max_length, config.answer_tokens or config.max_length)
+
+
+def _sets(objective: Objective, config: PlanConfig) -> dict[str, Records]:
+    """The records of a step on one GPU, by the names of the objective."""
+    retain = config.batch_size * (RETAIN_RATIO if config.retain_ratio is None else config.retain_ratio)
+    sets = {name: _records(config.batch_size, config) for name in objective.forget_batches}
+    return {**sets, "retain": _records(retain, config)} if objective.retain_weight else sets
+
+
+def _training(
+    method: Method,
+    step: Step,
+    weights: Weights,
+    plain: Weights,
+    objective: Objective,
+    config: PlanConfig,
+    layer: str,
+    name: str,
+) -> Training:
+    asks = bool(objective.original_batches)
+
+    def footprint(gpus: int, parallel: str) -> Footprint:
+        return training_footprint(step, weights, plain, gpus, parallel, asks, method.copies_original)
+
+    selects = isinstance(method, SelectedUnits)
+    command = _command("unlearn", name, config, UnlearnConfig, "unlearned") if selects else None
+    autocast = getattr(method, "autocast", None)
+    return Training(
+        name=method.name,
+        selects=selects,
+        trained=step.depth.total((one.path, one.numbers) for one in step.trained),
+        footprint=footprint(config.gpus, config.parallel),
+        forward_flop=step.forward_flop * config.gpus,
+        backward_flop=step.backward_flop * config.gpus,
+        sent=sent(step, weights, config.gpus, config.parallel),
+        engine=training_engine(
+            None if config.gradient_checkpointing else command,
+            config.gpus,
+            config.parallel,
+            selects,
+            layer,
+            {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[autocast],
+        ),
+        fewest={
+            parallel: fewest({gpus: footprint(gpus, parallel) for gpus in STEPS_OF_GPUS}, config.gpu_memory * GIB)
+            for parallel in PARALLEL
+        },
+    )
+
+
+def _command(name: str, model: str, config: PlanConfig, kind: type, output: str) -> str:
+    """The command that does what is planned, with the settings that are not its defaults."""
+    words = ["clue-fast", name, model, "--forget", "FORGET", "--retain", "RETAIN", "--output", output]
+    shared = {one.name for one in (*fields(kind), *fields(ModelConfig))}
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if one.name not in shared or value == one.default or one.name == "progress":
+            continue
+        flag = one.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, Mapping):
+            words += [f"--{flag}", ",".join(f"{key}={own}" for key, own in value.items())]
+        elif isinstance(value, str | int | float):
+            words += [f"--{flag}", str(value)]
+        elif isinstance(value, Iterable):
+            words += [f"--{flag}", ",".join(map(str, value))]
+    return " ".join(words)

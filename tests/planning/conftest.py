@@ -1,0 +1,69 @@
+"""A small Llama as a folder, what a training of it really takes, and one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clue_fast.config.planning import PlanConfig
+from tests.models.small_llama import llama, one_thread  # noqa: F401
+
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 512, "layers": 6}
+"""Of which heads share keys and values two by two."""
+
+CONFIG = {"max_length": 32, "answer_tokens": 20, "fraction": 0.1, "batch_size": 3, "retain_ratio": 2}
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[Any], str]:
+    """save(model) -> a folder with its configuration and nothing else."""
+
+    def save(model: Any) -> str:
+        model.config.save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
+
+
+@pytest.fixture
+def make_plan(save: Callable[[Any], str]) -> Callable[..., Any]:
+    """make_plan(model, **settings) -> the plan of what the other fixtures do."""
+
+    def make(model: Any, **settings: Any) -> Any:
+        from clue_fast.planning import plan
+
+        dtype = str(model.dtype).removeprefix("torch.")
+        return plan(save(model), PlanConfig(**{"dtype": dtype, **CONFIG, **settings}))
+
+    return make
+
+
+@pytest.fixture
+def make_small() -> Callable[..., Any]:
+    """make_small(dtype, **config) -> a Llama of six layers with tied embeddings, in training mode."""
+
+    def make(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+        return llama(dtype, **{**SIZES, "tie_word_embeddings": True, **config}).train()
+
+    return make
+
+
+def records(number: int, seed: int, vocabulary: int = 512) -> dict[str, Tensor]:
+    """Records as planned: of 32 tokens, of which the last 20 are the answer. One is padded, so that there is a mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (number, 32), generator=generator)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[:, :12] = -100
+    mask[0, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def batches() -> dict[str, dict[str, Tensor]]:
+    """Three forget records and six retain records."""
+    return {"forget": records(3, 1), "retain": records(6, 2)}
