@@ -74,7 +74,7 @@ class Interval:
     flop: int
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that operators allocate and that are still in use, apart from tensors that are known; and FLOP.
 
     Args:
@@ -94,14 +94,14 @@ class Trace(TorchDispatchMode):
     def __init__(
         self, known: Iterable[Tensor], vocabulary: int | None = None, counted: tuple[int, int] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = {storage_of(tensor) for tensor in known}
         self._vocabulary, self._counted = vocabulary, counted
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._formulas = flop_formulas() | OWN_FORMULAS
         self.live = self.peak = self.logits = self.logits_peak = self.flop = 0
         self.intervals: list[Interval] = []
-        self._begin()
+        self._start = self._highest = self._flop = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
