@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from clue_fast.config import LocalizeConfig, ModelConfig, RunConfig, UnlearnConfig
-from clue_fast.config.schema import check_choices, is_number, positive, positive_integer, same_as, setting, switch
+from clue_fast.config.schema import (
+    ByKind,
+    check_choices,
+    is_number,
+    positive,
+    positive_integer,
+    same_as,
+    setting,
+    switch,
+)
 from clue_fast.errors import SettingError
 from clue_fast.selection import check_budget
 
@@ -15,13 +24,14 @@ PARALLEL = ("ddp", "fsdp2")
 MOST_GPUS = 64
 
 
-def sizes(text: str) -> dict[str, int | bool]:
-    """Reads sizes of a configuration, such as ``hidden_size=4096,tie_word_embeddings=true``. Raises ValueError."""
+def _size(text: str) -> int | bool:
     switches = {"true": True, "false": False}
-    pairs = (pair.partition("=") for pair in text.split(",") if pair.strip())
-    return {
-        name.strip(): switches[v] if (v := value.strip().lower()) in switches else int(v) for name, _, value in pairs
-    }
+    return switches[text.lower()] if text.lower() in switches else int(text)
+
+
+def _sizes(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(size, int) for size in value.values()):
+        raise SettingError(f"{name} {value} are not whole numbers by name, such as hidden_size=4096")
 
 
 def _gpus(name: str, value: Any) -> None:
@@ -54,7 +64,8 @@ class PlanConfig(RunConfig):
     sizes: Mapping[str, Any] | None = setting(
         None,
         "sizes in place of those of the configuration: hidden_size=4096,num_hidden_layers=32",
-        read=sizes,
+        read=ByKind(_size),
+        check=_sizes,
         metavar="NAME=N",
     )
     criterion: str = same_as(LocalizeConfig, "criterion")

@@ -44,8 +44,8 @@ class Depth:
 
     def total(self, numbers: Iterable[tuple[str, int]]) -> int:
         """Adds up, over the whole model, numbers that were found in a reduced one at these paths."""
-        times = {place: self.stands_in.count(place) for place in range(len(self.kept))}
-        return sum(number * times.get(place, 1) for path, number in numbers for place in [self.layer_of(path)])
+        times: dict[int | None, int] = {place: self.stands_in.count(place) for place in range(len(self.kept))}
+        return sum(number * times.get(self.layer_of(path), 1) for path, number in numbers)
 
     def whole(self, intervals: Sequence[Interval]) -> list[Interval]:
         """The parts of a run of the whole model, from those of a reduced one."""

@@ -97,6 +97,15 @@ def statistics_bytes(sites: int, units: int, groups: int, gradients: bool, recor
     return groups * (fields * units * FLOAT64 + 2 * sites * 8 + 8) + (sites + 1) * 8 + 8
 
 
+def check_measurement(criterion: Criterion) -> None:
+    """Raises SettingError if it is not known before how often a criterion runs the model."""
+    if criterion.needs == "circuits":
+        raise SettingError(
+            f"criterion {criterion.name!r} cannot be planned: how often it runs the model depends on the prompts; plan "
+            "'attribution', which ranks the units inside its nodes"
+        )
+
+
 def groups_of(criterion: Criterion, forget: int, retain: int, permutations: int) -> int:
     """How many groups statistics are kept in: the two sets, or the blocks whose labels are exchanged."""
     if not permutations or not criterion.measurement.by_blocks:
@@ -129,15 +138,9 @@ def trace_localization(
         permutations: see ``LocalizeConfig``.
 
     Raises:
-        SettingError: how often the criterion runs the model is not known before, or the units of a site have weights
-            in no linear layer.
+        SettingError: the criterion looks at weights of units, and those of a site are in no linear layer.
     """
     sites, needs = list(sites), criterion.needs
-    if needs == "circuits":
-        raise SettingError(
-            f"criterion {criterion.name!r} cannot be planned: how often it runs the model depends on the prompts; plan "
-            "'attribution', which ranks the units inside its nodes"
-        )
     groups = groups_of(criterion, forget, retain, permutations)
     measurement = criterion.measurement
     units = depth.total((site.path, site.width) for site in sites)
@@ -150,10 +153,12 @@ def trace_localization(
     found = _run(model, depth, records, measurement.passes[1] > 0)
     batches = (forget + retain) / records.number
     forward, backward = (sum(interval.flop for interval in run) for run in (found.forward, found.backward))
-    once, passes, held = forward + backward, 1, 0
+    once, passes, held, at_the_end = forward + backward, 1, 0, 0
     if needs == "weight_inputs":
         layers = {part.path: part.inputs + 1 for part in parts if part.side != BIAS}
         held = groups * FLOAT64 * depth.total(layers.items())
+        rows = ((part.path, part.inputs * part.outputs) for part in parts if part.side == ROWS)
+        at_the_end = 2 * groups * depth.total(rows)
     elif needs == "squared_gradients":
         once += depth.total((part.path, _squares(part, parts, records)) for part in parts)
     elif needs == "mean_gradients":
@@ -174,7 +179,7 @@ def trace_localization(
         activations=kept if found.backward else peak,
         logits=found.logits,
         peak=peak,
-        flop=round(once * batches),
+        flop=round(once * batches) + at_the_end,
         passes=passes,
     )
 

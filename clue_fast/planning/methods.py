@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,21 +64,21 @@ class Prepared:
 
 
 class Method(Protocol):
-    """A way to train.
+    """A way to train."""
 
-    Attributes:
-        name: for tables.
-        copies_original: whether objectives that ask the original model need a copy of it.
-    """
+    @property
+    def name(self) -> str:
+        """For tables."""
 
-    name: str
-    copies_original: bool
+    @property
+    def copies_original(self) -> bool:
+        """Whether objectives that ask the original model need a copy of it."""
 
     def weight_bytes(self, parameter: Tensor) -> int:
         """Bytes of a parameter of the whole model."""
 
-    def prepare(self, model: nn.Module) -> Any:
-        """A context manager that yields ``Prepared``, from a model on the meta device, and leaves that as it was."""
+    def prepare(self, model: nn.Module) -> AbstractContextManager[Prepared]:
+        """A context that gives a model ready for a step, made from one on the meta device, which stays as it was."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch
 
 from clue_fast.config import RETAIN_RATIO, LocalizeConfig, ModelConfig, UnlearnConfig
 from clue_fast.config.planning import PARALLEL, PlanConfig
-from clue_fast.criteria.registry import get_criterion
-from clue_fast.errors import SettingError
+from clue_fast.criteria.registry import Criterion, get_criterion
+from clue_fast.errors import SettingError, UnknownNameError
 from clue_fast.internals import own_parameters
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.objectives.base import default_objective
 from clue_fast.planning.depth import find_depth, reduce_depth
 from clue_fast.planning.engines import Engine, localization_engine, training_engine
-from clue_fast.planning.localizing import Localization, trace_localization
+from clue_fast.planning.localizing import Localization, check_measurement, trace_localization
 from clue_fast.planning.methods import AllWeights, LowRank, Method, SelectedUnits
 from clue_fast.planning.parallel import (
     Footprint,
@@ -33,7 +33,7 @@ from clue_fast.planning.shapes import find_config, make_model
 from clue_fast.planning.step import Records, Step, trace_step
 from clue_fast.planning.table import table
 from clue_fast.selection import CONFLICT, Selection, check_budget, pools
-from clue_fast.sites import Survey, model_fingerprint, survey
+from clue_fast.sites import HEAD_FAMILIES, KINDS, Survey, model_fingerprint, survey
 from clue_fast.sites.experts import find_stack
 
 GIB = 2**30
@@ -132,13 +132,16 @@ def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Pla
         UnknownNameError: there is no such architecture, criterion, kind of unit or objective.
         ModelError: the configuration cannot be read, or makes no causal language model.
         SiteError: nothing in the model can be selected.
-        SettingError: the criterion or the objective cannot be planned, or a size is none of the configuration.
+        SettingError: the criterion, the objective or a kind of unit cannot be planned, or a size is none of the
+            configuration.
         BudgetError: the fraction is outside (0, 1].
     """
     config = config or PlanConfig()
     criterion, objective = get_criterion(config.criterion), _objective(config.objective)
+    check_measurement(criterion)
+    kinds = _kinds(criterion, config)
     found_config = find_config(model, config.sizes, config.trust_remote_code)
-    whole = make_model(found_config, config.dtype, config.trust_remote_code)
+    whole: Any = make_model(found_config, config.dtype, config.trust_remote_code)
     if config.gradient_checkpointing:
         whole.gradient_checkpointing_enable({"use_reentrant": False})
     depth = find_depth(whole)
@@ -149,10 +152,10 @@ def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Pla
     plain = weights_of(whole, depth)
     active = _active(whole)
     reduce_depth(whole, depth)
-    found = survey(whole, criterion.kinds if config.kinds is None else tuple(config.kinds))
+    found = survey(whole, kinds)
     found.check()
     selection = _selection(whole, found, config.fraction)
-    every = [SelectedUnits(selection, config.master_weights), *beside]
+    every: list[Method] = [SelectedUnits(selection, config.master_weights), *beside]
     weights[every[0].name] = plain
     batch = max(1, config.tokens_per_batch // config.max_length)
     localization = trace_localization(
@@ -207,9 +210,23 @@ def _objective(given: Any) -> Objective:
     return objective
 
 
+def _kinds(criterion: Criterion, config: PlanConfig) -> tuple[str, ...]:
+    """Kinds of units that train. Raises UnknownNameError, or SettingError for heads."""
+    kinds = criterion.kinds if config.kinds is None else tuple(config.kinds)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UnknownNameError("kind of site", kind, KINDS)
+        if kind.startswith(HEAD_FAMILIES):
+            raise SettingError(
+                f"kinds {kind!r} cannot be planned: heads are found by running the model, and a plan has no weights to "
+                "run; plan mlp and expert, or call estimate_memory on the model"
+            )
+    return kinds
+
+
 def _beside(dtype: torch.dtype, rank: int) -> list[Method]:
     """What people do otherwise: all weights, in their precision and, if that is less, in float32; and LoRA."""
-    mixed = [] if dtype == torch.float32 else [AllWeights(dtype)]
+    mixed: list[Method] = [] if dtype == torch.float32 else [AllWeights(dtype)]
     return [AllWeights(), *mixed, LowRank(rank)]
 
 
@@ -222,7 +239,8 @@ def _active(model: Any) -> int:
         if stack is not None and chosen:
             own = sum(parameter.numel() for parameter in own_parameters(module).values())
             idle += own * (stack.experts - min(chosen, stack.experts)) // stack.experts
-    return sum(p.numel() for p in model.parameters()) - idle
+    parameters: int = sum(p.numel() for p in model.parameters())
+    return parameters - idle
 
 
 def _selection(model: Any, found: Survey, fraction: Any) -> Selection:

@@ -211,9 +211,12 @@ def make_model(config: PretrainedConfig, dtype: str = "auto", trust_remote_code:
     found = getattr(torch, found) if isinstance(found, str) else found
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            auto: Any = AutoModelForCausalLM
+            model: PreTrainedModel = auto.from_config(
                 config, dtype=found or torch.float32, trust_remote_code=trust_remote_code
-            ).train()
+            )
+            model.train()
+            return model
     except Exception as error:  # whatever a model raises of sizes that do not go together
         raise ModelError(f"no causal language model can be made of {config.model_type}: {_reason(error)}") from error
 

@@ -122,7 +122,7 @@ def trace_step(
                 raise ModelError(f"a step of {type(model).__name__} cannot be planned: {error}") from error
             del logs
             forward = trace.take()
-            loss.backward()
+            torch.autograd.backward(loss)
             del loss
             backward = trace.take()
     passes = (forward[: asked.intervals], forward[asked.intervals :], backward)

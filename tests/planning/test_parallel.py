@@ -83,7 +83,7 @@ def test_the_peak_with_gradients_that_are_given_away(make_small, make_plan):
 
 
 def launched(line: str) -> Any:
-    words = shlex.split(line)
+    words = shlex.split(line.replace("RANK", "0"))
     assert words[:2] == ["accelerate", "launch"]
     return launch_command_parser().parse_args(words[2:])
 
@@ -94,7 +94,7 @@ def test_launch_lines_are_those_of_accelerate(gpus):
     assert (ddp.num_processes, ddp.multi_gpu, ddp.use_fsdp) == (gpus, True, False)
     assert ddp.num_machines == max(1, gpus // 8) and ddp.training_script == "train.py"
     line = training_engine(None, gpus, "fsdp2", False, "LlamaDecoderLayer", "bf16").launch
-    fsdp2 = launched(line.replace("RANK", "0"))
+    fsdp2 = launched(line)
     assert (fsdp2.use_fsdp, fsdp2.fsdp_version, fsdp2.mixed_precision) == (True, "2", "bf16")
     assert fsdp2.fsdp_transformer_layer_cls_to_wrap == "LlamaDecoderLayer"
     record = launched(localization_engine("localize", gpus, "fsdp2", "difference", True).launch)
@@ -114,14 +114,14 @@ def test_what_is_refused():
 
 def test_commands_are_those_of_the_command(make_small, make_plan):
     """With every setting that is not a default."""
-    plan = make_plan(make_small(), criterion="difference", kinds=("mlp", "attention"), fraction={"mlp": 0.2}, seed=3)
+    plan = make_plan(make_small(), criterion="difference", kinds=("mlp", "expert"), fraction={"mlp": 0.2}, seed=3)
     for name, engine in (("localize", plan.localization_engine), ("unlearn", plan.trainings[0].engine)):
         words = shlex.split(engine.launch)
         options = cli._parser(words[1:]).parse_args(words[1:])
         assert words[:3] == ["clue-fast", name, plan.name]
         assert (options.criterion, options.kinds, options.fraction) == (
             "difference",
-            ("mlp", "attention"),
+            ("mlp", "expert"),
             {"mlp": 0.2},
         )
         assert (options.max_length, options.seed, options.dtype) == (32, 3, "float32")

@@ -14,7 +14,6 @@ from clue_fast.config import LocalizeConfig, ModelConfig, UnlearnConfig
 from clue_fast.config.planning import PlanConfig
 from clue_fast.planning import plan
 from clue_fast.planning.table import ROWS
-from clue_fast.sites import find_sites
 
 SMALL = (
     "hidden_size=64,intermediate_size=96,num_attention_heads=4,num_key_value_heads=2,num_hidden_layers=5,vocab_size=80"
@@ -104,6 +103,8 @@ def test_a_file_of_settings(capsys):
         ("llama", ["--objective", "rmu"], "objective 'rmu' cannot be planned"),
         ("llama", ["--dtype", "int8"], "unknown dtype 'int8'"),
         ("llama", ["--kinds", "astrology"], "unknown kind of site 'astrology'"),
+        ("llama", ["--kinds", "mlp,attention"], "kinds 'attention' cannot be planned: heads are found by running"),
+        ("llama", ["--sizes", "4096"], "sizes 4096 are not whole numbers by name"),
         ("llama", ["--batch-size", "0"], "batch_size 0 is not a positive integer"),
         ("llama", ["--max-length", "0"], "max_length 0 is not a positive integer"),
         ("llama", ["--max-length", "9", "--answer-tokens", "10"], "answer_tokens 10 is more than the 9 tokens"),
@@ -131,13 +132,3 @@ def test_settings_of_others_are_theirs():
         for one in dataclasses.fields(PlanConfig):
             if one.name in theirs:
                 assert (one.default, one.metadata) == (theirs[one.name].default, theirs[one.name].metadata), one.name
-
-
-def test_heads_can_be_planned(make_small, make_plan):
-    """Grouped heads: with each key/value head goes a slice of both of its projections."""
-    model = make_small()
-    found = make_plan(model, kinds=("attention",), criterion="difference", fraction=0.5)
-    sites = find_sites(model, ("attention",))
-    assert found.units == sum(site.width for site in sites) == 6 * (4 + 2)
-    slices = 6 * (2 * (32 * 128 + 128 * 32) + 1 * (2 * 32 * 128))  # two query heads and a key/value head
-    assert found.trainings[0].trained == slices
