@@ -32,6 +32,7 @@ _EXPORTS = {
     "load_records": "data.records",
     "localize": "localization",
     "patch": "criteria",
+    "plan": "planning",
     "score": "criteria.registry",
     "select": "selection",
     "sparsify": "sparse.sparse",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from clue_fast.errors import ClueFastError
     from clue_fast.evaluation.measurement import evaluate
     from clue_fast.localization import localize
+    from clue_fast.planning import plan
     from clue_fast.recording import Patched, patch, unpatch
     from clue_fast.selection import Scores, Selection, categorize, select
     from clue_fast.sites.find import find_sites

@@ -4,7 +4,7 @@ The model is made on the meta device, a few of its layers are run on shapes as `
 (``clue_fast.trainer.tracing``), and stand for the others.
 """
 
-from clue_fast.planning.plan import Plan, Training, plan
+from clue_fast.planning.planned import Plan, Training, plan
 from clue_fast.planning.shapes import SHAPES
 
 __all__ = ["SHAPES", "Plan", "Training", "plan"]

@@ -1,14 +1,14 @@
 """A model of many layers, a few of which stand for all: what a run of those takes says what a run of all would.
 
 Layers of one kind allocate and compute the same, but for those at the ends: nothing runs backward below the first that
-trains, and what all layers of a kind share, such as a mask, is freed by the first of them in the backward pass. So the
-first two layers and the last stay, and two further ones of each kind.
+trains, what all layers of a kind share, such as a mask, is freed by the first of them in the backward pass, and what
+the last one reads is freed behind it. So the first two layers and the last two stay, and two further ones of each kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -53,12 +53,17 @@ class Depth:
         for in_layers, run in groupby(intervals, key=lambda interval: interval.layer is not None):
             parts = list(run)
             if not in_layers:
-                found += parts
+                found += map(self._of_all, parts)
                 continue
             by_place = {interval.layer: interval for interval in parts}
             order = self.stands_in if parts[0].layer == 0 else self.stands_in[::-1]
             found += [by_place[place] for place in order if place in by_place]
         return found
+
+    def _of_all(self, interval: Interval) -> Interval:
+        """A part between layers, in which not these layers alone give back what they had kept, but all."""
+        more = sum(size * (self.stands_in.count(place) - 1) for place, size in interval.freed.items())
+        return replace(interval, change=interval.change - more)
 
 
 def find_depth(model: nn.Module) -> Depth:
@@ -71,8 +76,9 @@ def find_depth(model: nn.Module) -> Depth:
         return Depth()
     layers = list(outer[path].children())
     kinds = [_kind(layer, number, model) for number, layer in enumerate(layers)]
-    kept = sorted({0, 1, len(layers) - 1, *(n for kind in set(kinds) for n in _places(kinds, kind, 1)[:2])})
-    kept = [number for number in kept if number < len(layers)]
+    ends = {0, 1, len(layers) - 2, len(layers) - 1}
+    kept = sorted({*ends, *(n for kind in set(kinds) for n in _places(kinds, kind, 1)[:2])})
+    kept = [number for number in kept if 0 <= number < len(layers)]
     # Of the layers of a kind behind the first two, the second stands for those that go.
     second = {kind: _places(kinds, kind, 1)[:2][-1] for kind in set(kinds[1:])}
     stands_in = [kept.index(n if n in kept else second[kinds[n]]) for n in range(len(layers))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -29,7 +29,7 @@ from clue_fast.errors import SettingError
 from clue_fast.ops import FIELDS, GRADIENT_FIELDS
 from clue_fast.planning.depth import Depth, peak_of
 from clue_fast.planning.step import Records, vocabulary_of
-from clue_fast.sites import Site
+from clue_fast.sites import Site, Survey
 from clue_fast.sites.projection import projection_of
 from clue_fast.trainer.sparse_training import fused
 from clue_fast.trainer.tracing import Interval, Trace, copy_without_data, without_data
@@ -117,7 +117,7 @@ def groups_of(criterion: Criterion, forget: int, retain: int, permutations: int)
 def trace_localization(
     model: nn.Module,
     depth: Depth,
-    sites: Iterable[Site],
+    found: Survey,
     criterion: Criterion,
     records: Records,
     forget: int,
@@ -131,7 +131,7 @@ def trace_localization(
     Args:
         model: on the meta device, of the layers that stand for all.
         depth: which they are.
-        sites: of that model.
+        found: the sites of that model.
         criterion: whose needs are measured.
         records: of one batch.
         forget, retain: how many records there are in all.
@@ -140,7 +140,7 @@ def trace_localization(
     Raises:
         SettingError: the criterion looks at weights of units, and those of a site are in no linear layer.
     """
-    sites, needs = list(sites), criterion.needs
+    sites, needs = found.sites, criterion.needs
     groups = groups_of(criterion, forget, retain, permutations)
     measurement = criterion.measurement
     units = depth.total((site.path, site.width) for site in sites)
@@ -150,9 +150,9 @@ def trace_localization(
     if measurement.passes == (0, 0):
         return Localization(statistics, 0, 0, 0, 0, 0, 0)
     parts = _parts(model, sites, criterion) if needs in _RECORD_SUMS else []
-    found = _run(model, depth, records, measurement.passes[1] > 0)
+    run = _run(model, found, depth, records, measurement.passes[1] > 0)
     batches = (forget + retain) / records.number
-    forward, backward = (sum(interval.flop for interval in run) for run in (found.forward, found.backward))
+    forward, backward = (sum(interval.flop for interval in part) for part in (run.forward, run.backward))
     once, passes, held, at_the_end = forward + backward, 1, 0, 0
     if needs == "weight_inputs":
         layers = {part.path: part.inputs + 1 for part in parts if part.side != BIAS}
@@ -170,14 +170,14 @@ def trace_localization(
             (path, 2 * records.number * records.tokens * n) for path, n in weights.items()
         )
     elif needs == "integrated_gradients":
-        once, passes = _integrated(found, depth, parts, records)
-    kept = sum(interval.change for interval in found.forward)
-    peak = peak_of([*found.forward, *found.backward])
+        once, passes = _integrated(run, depth, parts, records)
+    kept = sum(interval.change for interval in run.forward)
+    peak = peak_of([*run.forward, *run.backward])
     return Localization(
         statistics=statistics,
         held=held,
-        activations=kept if found.backward else peak,
-        logits=found.logits,
+        activations=kept if run.backward else peak,
+        logits=run.logits,
         peak=peak,
         flop=round(once * batches) + at_the_end,
         passes=passes,
@@ -193,10 +193,10 @@ _RECORD_SUMS: dict[str, tuple[str, ...]] = {
 """What measurements that look at the weights of units add up over records."""
 
 
-def _run(model: nn.Module, depth: Depth, records: Records, backward: bool) -> Pass:
+def _run(model: nn.Module, found: Survey, depth: Depth, records: Records, backward: bool) -> Pass:
     """One batch through the layers, or through the whole model and back to its embeddings."""
     batch, head = records.batch(), head_of(model)
-    with fused(model), without_data():
+    with fused(model, found), without_data():
         inner = copy_without_data(model)
         inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for name, tensor in batch.items()}
         known = [*inner.parameters(), *inner.buffers(), *inputs.values()]
@@ -221,7 +221,7 @@ def _layers(model: nn.Module) -> Callable[..., object]:
     return layers
 
 
-def _parts(model: nn.Module, sites: list[Site], criterion: Criterion) -> list[Part]:
+def _parts(model: nn.Module, sites: Sequence[Site], criterion: Criterion) -> list[Part]:
     """What the units own of linear layers. Raises SettingError where it is of something else."""
     found = []
     for site in sites:

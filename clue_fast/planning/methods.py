@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clue_fast.selection import Selection
+from clue_fast.sites import Survey
 from clue_fast.sites.projection import projection_of
 from clue_fast.sparse.modules import inject, limit_checkpointing
 from clue_fast.sparse.slices import TrainableSlice
@@ -87,10 +88,12 @@ class SelectedUnits:
 
     Attributes:
         selection: of units of the model that is prepared.
+        found: its sites.
         master_weights: see ``SparseAdamW``.
     """
 
     selection: Selection
+    found: Survey
     master_weights: bool = True
     name: str = "selected units"
     copies_original: bool = False
@@ -103,7 +106,7 @@ class SelectedUnits:
     def prepare(self, model: nn.Module) -> Iterator[Prepared]:
         """The model is sparse, and its MLPs are fused."""
         planned = plan_slices(self.selection)
-        with fused(model), without_data():
+        with fused(model, self.found), without_data():
             shadow = copy_without_data(model)
             inject(shadow, planned)
             limit_checkpointing(shadow, planned)
@@ -122,9 +125,12 @@ class AllWeights:
     Attributes:
         autocast: the precision of the products, with float32 weights, as accelerate's mixed precision has it; None for
             that of the weights throughout.
+        gathered: whether FSDP2 gathers the weights in that precision, so that autocast copies none; gradients then
+            have it too until they are cut into parts.
     """
 
     autocast: torch.dtype | None = None
+    gathered: bool = False
     copies_original: bool = True
 
     @property
@@ -139,16 +145,16 @@ class AllWeights:
     @contextmanager
     def prepare(self, model: nn.Module) -> Iterator[Prepared]:
         """All parameters train."""
-        whole = model if self.autocast is None else copy.deepcopy(model).float()
+        whole = model if self.autocast is None or self.gathered else copy.deepcopy(model).float()
         with without_data():
             shadow: Any = copy_without_data(whole)
             if self.autocast is not None:
                 shadow.forward = _Mixed(shadow.forward, self.autocast)
             shadow.requires_grad_(True)
-            trained = [
-                Trained(path, p.numel(), 0, 0, p.element_size(), 2 * p.element_size())
-                for path, p in shadow.named_parameters()
-            ]
+            trained = []
+            for path, parameter in shadow.named_parameters():
+                kept = self.weight_bytes(parameter) // max(1, parameter.numel())
+                trained.append(Trained(path, parameter.numel(), 0, 0, kept, 2 * kept))
             yield Prepared(shadow, trained)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 
@@ -89,7 +88,14 @@ class Footprint:
 
 
 def training_footprint(
-    step: Step, weights: Weights, frozen: Weights, gpus: int, parallel: str, asks_original: bool, copies: bool
+    step: Step,
+    weights: Weights,
+    frozen: Weights,
+    gpus: int,
+    parallel: str,
+    asks_original: bool,
+    copies: bool,
+    narrow: int = 1,
 ) -> Footprint:
     """Bytes on one GPU while it trains.
 
@@ -101,6 +107,8 @@ def training_footprint(
         parallel: "ddp" or "fsdp2".
         asks_original: whether the objective asks the original model.
         copies: whether the training needs a copy of it.
+        narrow: how many times as many bytes the parts of weights and gradients have as those that are whole for the
+            moment, with FSDP2.
     """
     sharded = parallel == FSDP2 and gpus > 1
     share = gpus if sharded else 1
@@ -109,10 +117,12 @@ def training_footprint(
     own = weights.sharded(share) if sharded else weights.total
     gradients = step.gradients_by_layer()
     buckets = step.bytes_of("gradient") if gpus > 1 else 0
-    communication = weights.root + 2 * weights.largest if sharded else buckets
+    communication = (weights.root + 2 * weights.largest) // narrow if sharded else buckets
 
     def given_away(interval: Interval) -> int:
-        return gradients.get(interval.layer, 0) * (share - 1) // share if interval.layer is not None else 0
+        """Of the gradients of a layer, which are whole until it ends, all but this GPU's part."""
+        kept = gradients.get(interval.layer, 0)
+        return kept // narrow - kept // share if sharded and interval.layer is not None else 0
 
     constant = own + reference + trained["values"] + trained["original"] + trained["state"] + communication
     swapped = trained["original"] if asks_original else 0
@@ -152,16 +162,14 @@ def localization_footprint(found: Localization, weights: Weights, gpus: int, par
     )
 
 
-def sent(step: Step, weights: Weights, gpus: int, parallel: str) -> int:
-    """Bytes that each GPU sends in a step: gradients around a ring, or weights twice and gradients once."""
+def sent(step: Step, weights: Weights, gpus: int, parallel: str, narrow: int = 1) -> int:
+    """Bytes that each GPU sends in a step: gradients around a ring, or weights twice and gradients once.
+
+    For ``narrow`` see ``training_footprint``.
+    """
     if gpus == 1:
         return 0
     gradients = step.bytes_of("gradient")
     if parallel == DDP:
         return 2 * (gpus - 1) * gradients // gpus
-    return (gpus - 1) * (2 * weights.total + gradients) // gpus
-
-
-def fewest(footprints: Mapping[int, Footprint], most: float) -> int | None:
-    """From how many GPUs on it fits into so many bytes each, or None."""
-    return next((gpus for gpus, footprint in sorted(footprints.items()) if footprint.peak <= most), None)
+    return (gpus - 1) * (2 * weights.total + gradients) // (gpus * narrow)

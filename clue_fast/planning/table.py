@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from clue_fast.config.planning import PARALLEL
 
 if TYPE_CHECKING:
-    from clue_fast.planning.plan import Plan, Training
+    from clue_fast.planning.planned import Plan, Training
 
 GIB, TERA = 2**30, 1e12
 ROWS = {

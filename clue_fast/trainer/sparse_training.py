@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from clue_fast.errors import SiteError, SparseError
 from clue_fast.recording import Patched, patch, patched_of
 from clue_fast.selection import Selection
+from clue_fast.sites import Survey
 from clue_fast.sparse import LayerRate, Sparse, SparseAdamW, SparseSGD
 from clue_fast.sparse.optimizer import SparseOptimizer, check_precision
 from clue_fast.sparse.slices import DDP, trainable_slices
@@ -28,13 +29,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[Patched | None]:
+def fused(model: nn.Module, found: Survey | None = None) -> Iterator[Patched | None]:
     """Patches the model, so that its MLPs are fused, for as long as the context lasts.
 
     Yields None, and leaves the model alone, where it is patched already or has nothing to fuse, such as heads alone.
+
+    Args:
+        model: changed in place.
+        found: its sites, where somebody has looked for them already.
     """
     try:
-        patched = None if patched_of(model) is not None else patch(model, strict=False)
+        patched = None if patched_of(model) is not None else patch(model, found=found, strict=False)
     except SiteError:
         patched = None
     if patched is None:

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -66,12 +66,14 @@ class Interval:
         change: bytes in use at its end less those at its begin.
         peak: the most bytes in use, above those at its begin.
         flop: of matrix products and attention, a multiplication and an addition being two.
+        freed: bytes that were freed in it, by the layer that had allocated them.
     """
 
     layer: int | None
     change: int
     peak: int
     flop: int
+    freed: Mapping[int, int] = field(default_factory=dict)
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,6 +104,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = self.peak = self.logits = self.logits_peak = self.flop = 0
         self.intervals: list[Interval] = []
         self._start = self._highest = self._flop = 0
+        self._layers: list[int | None] = []  # of all parts that there were
+        self._freed: dict[int, int] = {}
+        self._pieces: list[Interval] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -125,12 +130,18 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         logits = size if tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary else 0
+        part = len(self._layers)
 
         def freed(_: Any) -> None:
             if self._watched.pop(key, None) is not None:
                 self.live -= size
                 self.logits -= logits
+                layer = self._layers[part] if part < len(self._layers) else None
+                if layer is not None:
+                    self._freed[layer] = self._freed.get(layer, 0) + size
 
+        if self._freed:  # what layers had kept is given back by all of them before anything new comes
+            self._end()
         self._watched[key] = weakref.ref(storage, freed)
         self.live += size
         self.logits += logits
@@ -157,14 +168,20 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # Parts of the run.
 
     def _begin(self) -> None:
-        self._start, self._highest, self._flop = self.live, self.live, self.flop
+        self._start, self._highest, self._flop, self._freed = self.live, self.live, self.flop, {}
+
+    def _end(self) -> None:
+        """Ends a piece of the part under way."""
+        change, peak, flop = self.live - self._start, self._highest - self._start, self.flop - self._flop
+        self._pieces.append(Interval(None, change, peak, flop, self._freed))
+        self._begin()
 
     def mark(self, layer: int | None = None) -> None:
-        """Ends a part of the run; it was that of a layer, or of none."""
-        self.intervals.append(
-            Interval(layer, self.live - self._start, self._highest - self._start, self.flop - self._flop)
-        )
-        self._begin()
+        """Ends a part of the run; it was that of a layer, or of none, which has an interval for each of its pieces."""
+        self._end()
+        self.intervals += self._pieces if layer is None else [_together(self._pieces, layer)]
+        self._pieces = []
+        self._layers.append(layer)
 
     def take(self) -> list[Interval]:
         """Returns the parts since this was called last."""
@@ -213,6 +230,18 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 hidden.register_hook(lambda _: self.mark())
 
         return hook
+
+
+def _together(pieces: Iterable[Interval], layer: int) -> Interval:
+    """The pieces of a part as one interval."""
+    change = peak = flop = 0
+    freed: dict[int, int] = {}
+    for piece in pieces:
+        peak = max(peak, change + piece.peak)
+        change, flop = change + piece.change, flop + piece.flop
+        for place, size in piece.freed.items():
+            freed[place] = freed.get(place, 0) + size
+    return Interval(layer, change, peak, flop, freed)
 
 
 def product_flop(*sizes: int) -> int:

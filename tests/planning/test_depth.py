@@ -11,7 +11,7 @@ import transformers
 from clue_fast.objectives import get_objective
 from clue_fast.planning.depth import Depth, find_depth, peak_of, reduce_depth
 from clue_fast.planning.methods import AllWeights, LowRank, Method, SelectedUnits
-from clue_fast.planning.plan import _selection
+from clue_fast.planning.planned import _selection
 from clue_fast.planning.step import Records, trace_step
 from clue_fast.sites import survey
 from tests.models.families import FAMILIES
@@ -39,16 +39,21 @@ def make(name: str) -> Any:
 
 
 def trace(model: Any, depth: Depth, kind: str) -> Any:
-    method: Method = AllWeights() if kind == "all" else LowRank(2)
-    if kind == "selected":
-        method = SelectedUnits(_selection(model, survey(model), 0.2))
+    methods: dict[str, Method] = {"all": AllWeights(), "float32": AllWeights(torch.bfloat16), "lora": LowRank(2)}
+    if kind in methods:
+        return trace_step(model, depth, methods[kind], get_objective("npo"), SETS)
+    found = survey(model)
+    method = SelectedUnits(_selection(model, found, 0.2), found)
     return trace_step(model, depth, method, get_objective("npo"), SETS)
 
 
-@pytest.mark.parametrize("kind", ["selected", "all", "lora"])
+@pytest.mark.parametrize("kind", ["selected", "all", "float32", "lora"])
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def test_some_layers_stand_for_all(name, kind):
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_some_layers_stand_for_all(name, kind, checkpointing):
     model = make(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     depth = find_depth(model)
     every = tuple(range(LAYERS))
     assert 4 <= len(depth.kept) < LAYERS == len(depth.stands_in)
@@ -65,12 +70,12 @@ def test_some_layers_stand_for_all(name, kind):
 
 
 def test_what_stands_for_what():
-    """The first two and the last for themselves; of a kind behind them the second."""
-    assert find_depth(make("llama")).kept == (0, 1, 2, 8)
-    assert find_depth(make("llama")).stands_in == (0, 1, 2, 2, 2, 2, 2, 2, 3)
+    """The first two and the last two for themselves; of a kind behind them the second."""
+    assert find_depth(make("llama")).kept == (0, 1, 2, 7, 8)
+    assert find_depth(make("llama")).stands_in == (0, 1, 2, 2, 2, 2, 2, 3, 4)
     found = find_depth(make("gemma3"))  # full attention in the layers 2, 5 and 8
-    assert found.kept == (0, 1, 2, 3, 5, 8)
-    assert [found.kept[place] for place in found.stands_in] == [0, 1, 2, 3, 3, 5, 3, 3, 8]
+    assert found.kept == (0, 1, 2, 3, 5, 7, 8)
+    assert [found.kept[place] for place in found.stands_in] == [0, 1, 2, 3, 3, 5, 3, 7, 8]
 
 
 def test_a_model_without_layers_runs_whole():

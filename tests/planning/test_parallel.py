@@ -82,6 +82,18 @@ def test_the_peak_with_gradients_that_are_given_away(make_small, make_plan):
     assert one.peak > one.weights + one.optimizer_state + 6 * layer + head
 
 
+def test_float32_weights_that_are_gathered_in_less(make_small, make_plan):
+    """Parts in float32, whole layers in bfloat16, of which autocast then makes no copies."""
+    model = make_small(torch.bfloat16)
+    settings = {"forget_records": 64, "objective": "simnpo", "parallel": "fsdp2"}
+    one, many = (make_plan(model, gpus=gpus, **settings) for gpus in (1, 8))
+    narrow, wide = (of(many, name).footprint for name in ("all weights", "all, float32"))
+    assert wide.communication == narrow.communication and wide.gradients == 2 * narrow.gradients
+    assert wide.weights - narrow.weights == pytest.approx(narrow.weights, rel=0.01)  # but for buffers
+    copies = 2 * sum(p.numel() for p in model.parameters())
+    assert narrow.activations <= wide.activations < of(one, "all, float32").footprint.activations - 0.9 * copies
+
+
 def launched(line: str) -> Any:
     words = shlex.split(line.replace("RANK", "0"))
     assert words[:2] == ["accelerate", "launch"]

@@ -135,10 +135,14 @@ def test_all_weights(dtype, objective, make_small, make_plan, batches):
     check(planned, lambda: loss.loss(model, batches, trained)[0])
 
 
-def test_all_weights_in_float32(make_small, make_plan, batches):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_weights_in_float32(checkpointing, make_small, make_plan, batches):
     """Under autocast, and logits widened, by the functions that accelerate wraps a model with."""
     model = make_small(torch.float32)
-    planned = of(make_plan(model, objective="simnpo", dtype="bfloat16"), "all, float32")
+    settings = {"objective": "simnpo", "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
+    planned = of(make_plan(model, **settings), "all, float32")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     forward, loss = model.forward, get_objective("simnpo")
     model.forward = convert_outputs_to_fp32(torch.autocast("cpu", BFLOAT16)(forward))
     loss.loss(model, batches, Original(model))[0].backward()
@@ -146,7 +150,7 @@ def test_all_weights_in_float32(make_small, make_plan, batches):
     assert planned.footprint.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert planned.footprint.optimizer_state == 2 * planned.footprint.gradients
     model.zero_grad()
-    check(planned, lambda: loss.loss(model, batches, Original(model))[0])
+    check(planned, lambda: loss.loss(model, batches, Original(model))[0], checkpoints=6 * checkpointing)
 
 
 @pytest.mark.filterwarnings("ignore")  # what peft says of tied weights
@@ -253,3 +257,34 @@ def test_mixtures(name, make_plan, batches):
     assert {name: getattr(planned.footprint, name) for name in counted} == counted
     optimizer.zero_grad()
     check(planned, lambda: loss.loss(model, batches, sparse)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["selected units", "all weights"])
+def test_the_peak_on_a_gpu(name, make_small, make_plan):
+    """What the caching allocator of CUDA reports for a step, to 10 %."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8000, "num_attention_heads": 8, "layers": 8}
+    model = make_small(BFLOAT16, **sizes)
+    settings = {"batch_size": 8, "max_length": 256, "answer_tokens": 200, "objective": "undial"}
+    planned = of(make_plan(model, **settings), name).footprint
+    model.cuda()
+    sets = {}
+    for group, number in (("forget", 8), ("retain", 16)):
+        ids = torch.randint(3, 8000, (number, 256), device="cuda")
+        labels, mask = ids.clone(), torch.ones_like(ids)
+        labels[:, :56], mask[0, :2] = -100, 0
+        sets[group] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    loss, trained = get_objective("undial"), Original(model)
+    if name == "selected units":
+        trained = sparsify(model, selection_of(model))
+        clue_fast.patch(model)
+        optimizer = SparseAdamW(model)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        loss.loss(model, sets, trained)[0].backward()
+        optimizer.step()
+    found = planned.peak - planned.reference
+    assert found == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)

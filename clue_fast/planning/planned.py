@@ -21,9 +21,9 @@ from clue_fast.planning.engines import Engine, localization_engine, training_eng
 from clue_fast.planning.localizing import Localization, check_measurement, trace_localization
 from clue_fast.planning.methods import AllWeights, LowRank, Method, SelectedUnits
 from clue_fast.planning.parallel import (
+    FSDP2,
     Footprint,
     Weights,
-    fewest,
     localization_footprint,
     sent,
     training_footprint,
@@ -52,7 +52,8 @@ class Training:
         forward_flop, backward_flop: operations of a step, on all GPUs together.
         sent: bytes that each GPU sends in a step.
         engine: what runs it.
-        fewest: from how many GPUs on it fits, by the way they share the work; None where it does on none up to 64.
+        peaks: the most bytes on one of so many GPUs, by the way they share the work.
+        fewest: from how many GPUs on that fits; None where it does on none up to 64.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Training:
     backward_flop: int
     sent: int
     engine: Engine
+    peaks: Mapping[str, Mapping[int, int]]
     fewest: Mapping[str, int | None]
 
     @property
@@ -143,7 +145,9 @@ def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Pla
     found_config = find_config(model, config.sizes, config.trust_remote_code)
     whole: Any = make_model(found_config, config.dtype, config.trust_remote_code)
     if config.gradient_checkpointing:
-        whole.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name until transformers 5.24, which warns of it.
+        enable = getattr(whole, "activation_checkpointing_enable", whole.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     depth = find_depth(whole)
     layer = type(depth.layers(whole)[0]).__name__ if depth.path else type(whole).__name__
     parameters = sum(p.numel() for p in whole.parameters())
@@ -155,13 +159,13 @@ def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Pla
     found = survey(whole, kinds)
     found.check()
     selection = _selection(whole, found, config.fraction)
-    every: list[Method] = [SelectedUnits(selection, config.master_weights), *beside]
+    every: list[Method] = [SelectedUnits(selection, found, config.master_weights), *beside]
     weights[every[0].name] = plain
     batch = max(1, config.tokens_per_batch // config.max_length)
     localization = trace_localization(
         whole,
         depth,
-        found.sites,
+        found,
         criterion,
         _records(batch, config),
         config.forget_records,
@@ -169,11 +173,10 @@ def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Pla
         config.permutations,
     )
     sets = _sets(objective, config)
-    steps = {method.name: trace_step(whole, depth, method, objective, sets) for method in every}
+    steps = {method: trace_step(whole, depth, method, objective, sets) for method in (*every, *_gathered(every))}
     name = os.fspath(model)
     trainings = tuple(
-        _training(method, steps[method.name], weights[method.name], plain, objective, config, layer, name)
-        for method in every
+        _training(method, steps, weights[method.name], plain, objective, config, layer, name) for method in every
     )
     return Plan(
         name=name,
@@ -230,6 +233,11 @@ def _beside(dtype: torch.dtype, rank: int) -> list[Method]:
     return [AllWeights(), *mixed, LowRank(rank)]
 
 
+def _gathered(methods: Iterable[Method]) -> list[Method]:
+    """The ways to train that run another step where FSDP2 gathers their weights in less precision."""
+    return [replace(one, gathered=True) for one in methods if isinstance(one, AllWeights) and one.autocast]
+
+
 def _active(model: Any) -> int:
     """How many parameters a token meets."""
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
@@ -268,7 +276,7 @@ def _sets(objective: Objective, config: PlanConfig) -> dict[str, Records]:
 
 def _training(
     method: Method,
-    step: Step,
+    steps: Mapping[Method, Step],
     weights: Weights,
     plain: Weights,
     objective: Objective,
@@ -277,10 +285,17 @@ def _training(
     name: str,
 ) -> Training:
     asks = bool(objective.original_batches)
+    (gathered,) = _gathered([method]) or [method]
+    step, narrow = steps[method], 1 if gathered is method else 2
 
     def footprint(gpus: int, parallel: str) -> Footprint:
+        if parallel == FSDP2 and gpus > 1:
+            return training_footprint(
+                steps[gathered], weights, plain, gpus, parallel, asks, method.copies_original, narrow
+            )
         return training_footprint(step, weights, plain, gpus, parallel, asks, method.copies_original)
 
+    peaks = {way: {gpus: footprint(gpus, way).peak for gpus in STEPS_OF_GPUS} for way in PARALLEL}
     selects = isinstance(method, SelectedUnits)
     command = _command("unlearn", name, config, UnlearnConfig, "unlearned") if selects else None
     autocast = getattr(method, "autocast", None)
@@ -291,7 +306,7 @@ def _training(
         footprint=footprint(config.gpus, config.parallel),
         forward_flop=step.forward_flop * config.gpus,
         backward_flop=step.backward_flop * config.gpus,
-        sent=sent(step, weights, config.gpus, config.parallel),
+        sent=sent(step, weights, config.gpus, config.parallel, narrow),
         engine=training_engine(
             None if config.gradient_checkpointing else command,
             config.gpus,
@@ -300,9 +315,10 @@ def _training(
             layer,
             {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[autocast],
         ),
+        peaks=peaks,
         fewest={
-            parallel: fewest({gpus: footprint(gpus, parallel) for gpus in STEPS_OF_GPUS}, config.gpu_memory * GIB)
-            for parallel in PARALLEL
+            way: next((gpus for gpus, peak in by_gpus.items() if peak <= config.gpu_memory * GIB), None)
+            for way, by_gpus in peaks.items()
         },
     )
 
