@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -325,7 +326,18 @@ def _training(
 
 def _command(name: str, model: str, config: PlanConfig, kind: type, output: str) -> str:
     """The command that does what is planned, with the settings that are not its defaults."""
-    words = ["clue-fast", name, model, "--forget", "FORGET", "--retain", "RETAIN", "--output", output]
+    loadable = Path(model).is_dir() or "/" in model  # a shape by its name is no model that could be loaded
+    words = [
+        "clue-fast",
+        name,
+        model if loadable else "MODEL",
+        "--forget",
+        "FORGET",
+        "--retain",
+        "RETAIN",
+        "--output",
+        output,
+    ]
     shared = {one.name for one in (*fields(kind), *fields(ModelConfig))}
     for one in fields(config):
         value = getattr(config, one.name)

@@ -77,6 +77,7 @@ def test_a_file_of_settings(capsys):
         "sizes: {hidden_size: 64, num_attention_heads: 4, num_hidden_layers: 4}\nmax_length: 8\n"
     )
     assert run("llama", "--config", "plan.yaml", "--batch-size", "1") == 0
+    assert "clue-fast unlearn MODEL --forget FORGET --retain RETAIN --output unlearned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
