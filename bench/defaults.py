@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clue_fast
 from bench import machine
+from bench.files import DATA
 from clue_fast.config import UnlearnConfig
 from clue_fast.data import Record
 from clue_fast.demo import make_data
@@ -35,7 +35,6 @@ from clue_fast.objectives import get_objective
 from clue_fast.trainer.training import train_selected
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
-DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tofu"
 SAMPLES, RELEARNED = 20, 6
 
 BASE: dict[str, Any] = {
@@ -85,8 +84,8 @@ def load_sets(kind: str, seed: int) -> dict[str, list[Record]]:
     if kind == "demo":
         data = make_data(seed)
         return {"forget": data.forget, "retain": data.retain, "held_out": data.held_out}
-    forget = clue_fast.load_records(DATA / "forget10_perturbed.json", "forget")[:200]
-    retain = clue_fast.load_records(DATA / "retain90.json", "retain")
+    forget = clue_fast.load_records(DATA / "tofu" / "forget10_perturbed.json", "forget")[:200]
+    retain = clue_fast.load_records(DATA / "tofu" / "retain90.json", "retain")
     return {"forget": forget, "retain": retain[1000:1480], "held_out": retain[1480:1600]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from bench import machine
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
+DATA = Path(os.environ.get("CLUE_FAST_DATA", ROOT.parents[1] / "shared" / "data"))
+"""Real data, which stay outside of the repository."""
 
 
 def write_between(page: Path, begin: str, end: str, text: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from bench.files import ROOT, write_between
 from clue_fast.config.planning import PlanConfig
 from clue_fast.planning import Plan, Training, plan
+from clue_fast.planning.table import GIB
 
 PAGE = ROOT.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- plans -->\n", "<!-- end of plans -->"
@@ -27,7 +28,6 @@ SHAPES = (
 )
 SETTINGS = {"batch_size": 1, "fraction": 0.01, "criterion": "attribution", "objective": "undial"}
 GPUS = (1, 8, 64)
-GIB = 2**30
 
 
 def plans(shapes: Sequence[str] = SHAPES) -> dict[str, tuple[Plan, Plan]]:

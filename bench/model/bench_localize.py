@@ -7,8 +7,6 @@ encode the text. Data: forget05 and retain95 of TOFU (Maini et al. 2024, arXiv 2
 from __future__ import annotations
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import clue_fast
 from bench import machine
+from bench.files import DATA
 from bench.interleaved import Case, Comparison, Target
 from bench.model.bench_forward import Hooks, Shape
 from clue_fast.data import Collator, Record, encode, padding_token
 from clue_fast.demo.pretraining import train_tokenizer
 
-DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofu"
+TOFU = DATA / "tofu"
 QUESTIONS, BATCH = 100, 8
 SHAPES = [Shape(5, 128, 384, BATCH, 0), Shape(4, 256, 704, BATCH, 0)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -32,9 +31,9 @@ CASES = ("plain loop", "loop with hooks", "localize")
 def load() -> dict[str, list[Record]]:
     """The first questions of both sets; from the hub where they are not here."""
     sets = {"forget": "forget05", "retain": "retain95"}
-    folder = DATA.is_dir()
+    folder = TOFU.is_dir()
     return {
-        name: clue_fast.load_records(DATA / f"{subset}.json" if folder else f"locuslab/TOFU:{subset}", name)[:QUESTIONS]
+        name: clue_fast.load_records(TOFU / f"{subset}.json" if folder else f"locuslab/TOFU:{subset}", name)[:QUESTIONS]
         for name, subset in sets.items()
     }
 

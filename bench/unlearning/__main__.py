@@ -66,8 +66,10 @@ def run_grid(grid: Grid, models: Path, seeds: Collection[int]) -> None:
     for seed in [seed for seed in grid.seeds if seed in seeds]:
         subject, before = subject_of(seed), None
         for run in grid.runs():
+            if run.seed != seed:
+                continue
             key = {**run.key(grid), "facts": subject.hash}
-            if run.seed != seed or key in done:
+            if key in done:
                 continue
             before = before or subject.measure(subject.model)
             found = one_run(subject, run, grid)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bench.files import DATA
 from clue_fast.data import Record
 from clue_fast.evaluation import perplexity, score_answers
 
 TOKENS, WINDOW = 512, 128
-DATA = Path(os.environ.get("CLUE_FAST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def answers(model: nn.Module, tokenizer: Any, records: Sequence[Record]) -> list[tuple[float, bool]]:

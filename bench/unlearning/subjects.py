@@ -102,7 +102,8 @@ class FactSubject(Subject):
     def load(cls, grid: Grid, folder: Path) -> Callable[[int], Subject]:
         """See ``Subject.load``; all seeds share the model."""
         model, tokenizer = load_pretrained(grid.model, folder)
-        known = load_known(model := model.to(getattr(torch, grid.dtype)).eval(), tokenizer, grid.model)
+        model = model.to(getattr(torch, grid.dtype)).eval()
+        known = load_known(model, tokenizer, grid.model)
         unknown = load_never_known(model, tokenizer, grid.model, grid.kind) if grid.relearn_steps else []
 
         def subject(seed: int) -> FactSubject:

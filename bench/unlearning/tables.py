@@ -98,9 +98,11 @@ def chosen_of(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, 
 def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of all methods and budgets, with the difference to the baseline at the same budget."""
     chosen = chosen_of(grid, runs)
-    every_run = [one.every for one in chosen.values()]
-    columns_of = kind_of(grid).scoring.columns
-    further = {title: write for title, write in columns_of.items() if any(write(runs) != "-" for runs in every_run)}
+    written = {
+        title: {key: write(one.every) for key, one in chosen.items()}
+        for title, write in kind_of(grid).scoring.columns.items()
+    }
+    further = {title: cells for title, cells in written.items() if set(cells.values()) - {"-"}}
     compared = {name: differences(chosen, name) for name in grid.baselines}
     columns = ["method", "budget", "rate", "seeds", "weights", "score", *(f"against {name}" for name in grid.baselines)]
     columns += ["forgotten", "kept", *further, "seconds", "GB"]
@@ -112,7 +114,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         line += [shown(one.values("score").values())]
         line += [str(compared[name].get((method, budget), "-")) for name in grid.baselines]
         line += [shown(one.values("forgotten").values()), shown(one.values("kept").values())]
-        line += [write(every) for write in further.values()]
+        line += [cells[method, budget] for cells in further.values()]
         line.append(f"{mean(run['seconds'] for run in every):.0f}")
         peaks = [run["peak_bytes"] for run in every if run["peak_bytes"] is not None]
         line.append(f"{mean(peaks) / 1e9:.1f}" if peaks else "-")

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.files import DATA
 from bench.unlearning.grid import Grid
-from bench.unlearning.measure import DATA
 from bench.unlearning.scores import TOYS as SCORING
 from bench.unlearning.scores import Scoring
 from bench.unlearning.subjects import Subject, relearned

@@ -20,7 +20,7 @@ from clue_fast.config.schema import (
 from clue_fast.errors import SettingError
 from clue_fast.selection import check_budget
 
-PARALLEL = ("ddp", "fsdp2")
+DDP, FSDP2 = PARALLEL = ("ddp", "fsdp2")
 MOST_GPUS = 64
 
 
@@ -89,7 +89,7 @@ class PlanConfig(RunConfig):
     )
     gradient_checkpointing: bool = setting(False, "keep the inputs of layers only, and run layers twice", check=switch)
     gpus: int = setting(1, f"from 1 to {MOST_GPUS}, a process each", read=int, check=_gpus, metavar="N")
-    parallel: str = setting("ddp", "how several GPUs share a training", choices=PARALLEL, metavar="HOW")
+    parallel: str = setting(DDP, "how several GPUs share a training", choices=PARALLEL, metavar="HOW")
     gpu_memory: float = setting(80.0, "of one GPU, in GiB", read=float, check=positive, metavar="GIB")
     lora_rank: int = setting(16, "of LoRA, which stands beside", read=int, check=positive_integer, metavar="R")
     dtype: str = same_as(ModelConfig, "dtype")

@@ -11,7 +11,7 @@ alone.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -368,20 +368,29 @@ def mean_gradient_recorders(
     Raises:
         SiteError: the weights of a unit lie in no linear module.
     """
-    chunk: list[ModuleSlice] = []
-    size = 0
     modules: dict[str, list[ModuleSlice]] = defaultdict(list)
     for owned in module_slices(model, statistics):
         modules[owned.module].append(owned)
-    for path, parts in modules.items():
+
+    def bytes_of(path: str) -> int:
         weight = weight_matrix(model.get_submodule(path))
-        of_module = len(statistics.groups) * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
-        if chunk and size + of_module > most:
-            yield MeanGradientRecorder(model, statistics, chunk)
-            chunk, size = [], 0
-        chunk += parts
-        size += of_module
-    yield MeanGradientRecorder(model, statistics, chunk)
+        return len(statistics.groups) * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
+
+    for paths in chunks(((path, bytes_of(path)) for path in modules), most):
+        yield MeanGradientRecorder(model, statistics, [owned for path in paths for owned in modules[path]])
+
+
+def chunks(sizes: Iterable[tuple[str, int]], most: int) -> Iterator[list[str]]:
+    """Yields paths in their order, as many at once as have sizes of ``most`` together, or one that is larger alone."""
+    chunk: list[str] = []
+    together = 0
+    for path, size in sizes:
+        if chunk and together + size > most:
+            yield chunk
+            chunk, together = [], 0
+        chunk.append(path)
+        together += size
+    yield chunk
 
 
 def _records(x: Tensor, groups: Tensor) -> Tensor:

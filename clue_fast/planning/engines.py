@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clue_fast.planning.parallel import DDP
+from clue_fast.config.planning import DDP
 
 GPUS_PER_MACHINE = 8
 """With more GPUs there are several machines, as most have so many."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clue_fast.criteria.blocks import deal
-from clue_fast.criteria.integrated_gradients import STEPS
+from clue_fast.criteria.integrated_gradients import INTEGRATED, STEPS
 from clue_fast.criteria.passes import answer_target, inference, logits_of
 from clue_fast.criteria.registry import Criterion
 from clue_fast.criteria.weight_gradients import (
@@ -23,6 +23,7 @@ from clue_fast.criteria.weight_gradients import (
     ROWS,
     SQUARE,
     WEIGHTED_INPUT,
+    chunks,
 )
 from clue_fast.data import Record, head_of
 from clue_fast.errors import SettingError
@@ -188,17 +189,16 @@ _RECORD_SUMS: dict[str, tuple[str, ...]] = {
     "weight_inputs": (WEIGHTED_INPUT,),
     "squared_gradients": (SQUARE,),
     "mean_gradients": (PRODUCT, MAGNITUDE, OVERLAP),
-    "integrated_gradients": ("integrated_gradient",),
+    "integrated_gradients": (INTEGRATED,),
 }
 """What measurements that look at the weights of units add up over records."""
 
 
 def _run(model: nn.Module, found: Survey, depth: Depth, records: Records, backward: bool) -> Pass:
     """One batch through the layers, or through the whole model and back to its embeddings."""
-    batch, head = records.batch(), head_of(model)
+    head = head_of(model)
     with fused(model, found), without_data():
-        inner = copy_without_data(model)
-        inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for name, tensor in batch.items()}
+        inner, inputs = copy_without_data(model), records.batch()
         known = [*inner.parameters(), *inner.buffers(), *inputs.values()]
         trace = Trace(known, vocabulary_of(model), (records.predicted, records.tokens))
         with inference(inner), trace, trace.by_layer(depth.layers(inner)):
@@ -250,16 +250,13 @@ def _squares(part: Part, parts: list[Part], records: Records) -> int:
 
 def _chunks(depth: Depth, weights: dict[str, int]) -> int:
     """How many passes it takes where the gradients of both sets are held of so many weights at once."""
-    size, chunks = 0, 1
-    for place in (*depth.stands_in, None):
-        for path, numbers in weights.items():
-            if depth.layer_of(path) != place:
-                continue
-            own = 2 * FLOAT32 * numbers
-            if size and size + own > GRADIENT_BYTES:
-                size, chunks = 0, chunks + 1
-            size += own
-    return chunks
+    sizes = (
+        (path, 2 * FLOAT32 * numbers)
+        for place in (*depth.stands_in, None)
+        for path, numbers in weights.items()
+        if depth.layer_of(path) == place
+    )
+    return sum(1 for _ in chunks(sizes, GRADIENT_BYTES))
 
 
 def _integrated(found: Pass, depth: Depth, parts: list[Part], records: Records) -> tuple[int, int]:

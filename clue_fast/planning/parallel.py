@@ -7,14 +7,13 @@ from math import prod
 
 from torch import nn
 
+from clue_fast.config.planning import DDP, FSDP2
 from clue_fast.internals import storage_of
 from clue_fast.planning.depth import Depth, peak_of
 from clue_fast.planning.localizing import Localization
 from clue_fast.planning.methods import Method
 from clue_fast.planning.step import Step
 from clue_fast.trainer.tracing import Interval
-
-DDP, FSDP2 = "ddp", "fsdp2"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from clue_fast.config import RETAIN_RATIO, LocalizeConfig, ModelConfig, UnlearnConfig
-from clue_fast.config.planning import PARALLEL, PlanConfig
+from clue_fast.config.planning import FSDP2, PARALLEL, PlanConfig
 from clue_fast.criteria.registry import Criterion, get_criterion
 from clue_fast.errors import SettingError, UnknownNameError
 from clue_fast.internals import own_parameters
@@ -22,7 +22,6 @@ from clue_fast.planning.engines import Engine, localization_engine, training_eng
 from clue_fast.planning.localizing import Localization, check_measurement, trace_localization
 from clue_fast.planning.methods import AllWeights, LowRank, Method, SelectedUnits
 from clue_fast.planning.parallel import (
-    FSDP2,
     Footprint,
     Weights,
     localization_footprint,
@@ -32,12 +31,11 @@ from clue_fast.planning.parallel import (
 )
 from clue_fast.planning.shapes import find_config, make_model
 from clue_fast.planning.step import Records, Step, trace_step
-from clue_fast.planning.table import table
+from clue_fast.planning.table import GIB, table
 from clue_fast.selection import CONFLICT, Selection, check_budget, pools
 from clue_fast.sites import HEAD_FAMILIES, KINDS, Survey, model_fingerprint, survey
 from clue_fast.sites.experts import find_stack
 
-GIB = 2**30
 STEPS_OF_GPUS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -290,11 +288,8 @@ def _training(
     step, narrow = steps[method], 1 if gathered is method else 2
 
     def footprint(gpus: int, parallel: str) -> Footprint:
-        if parallel == FSDP2 and gpus > 1:
-            return training_footprint(
-                steps[gathered], weights, plain, gpus, parallel, asks, method.copies_original, narrow
-            )
-        return training_footprint(step, weights, plain, gpus, parallel, asks, method.copies_original)
+        own, times = (steps[gathered], narrow) if parallel == FSDP2 and gpus > 1 else (step, 1)
+        return training_footprint(own, weights, plain, gpus, parallel, asks, method.copies_original, times)
 
     peaks = {way: {gpus: footprint(gpus, way).peak for gpus in STEPS_OF_GPUS} for way in PARALLEL}
     selects = isinstance(method, SelectedUnits)

@@ -107,10 +107,9 @@ def trace_step(
         ModelError: what the model computes depends on its data.
     """
     some = next(iter(sets.values()))
-    batches = {name: records.batch() for name, records in sets.items()}
     with method.prepare(model) as prepared:
         inner = prepared.model
-        inputs = {name: {key: _without_data(tensor) for key, tensor in own.items()} for name, own in batches.items()}
+        inputs = {name: records.batch() for name, records in sets.items()}
         known = [*inner.parameters(), *inner.buffers(), *prepared.kept]
         known += [tensor for own in inputs.values() for tensor in own.values()]
         trace = Trace(known, vocabulary_of(model), (some.predicted, some.tokens))
@@ -141,10 +140,6 @@ def vocabulary_of(model: nn.Module) -> int:
     """How many tokens a model can predict."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return int(head.weight.shape[0])
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 class _Original:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clue_fast.config.planning import PARALLEL
+from clue_fast.config.planning import FSDP2, PARALLEL
 
 if TYPE_CHECKING:
     from clue_fast.planning.planned import Plan, Training
@@ -96,7 +96,7 @@ def _fits(plan: Plan) -> list[list[str]]:
 def _fewest(training: Training, parallel: str) -> str:
     gpus = training.fewest[parallel]
     found = "none" if gpus is None else f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
-    refused = parallel == "fsdp2" and training.selects and gpus != 1
+    refused = parallel == FSDP2 and training.selects and gpus != 1
     return f"{found} (refused today)" if refused else found
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from bench.files import DATA
 from bench.unlearning.__main__ import load_runs, run_grid
 from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.kinds import kind_of
-from bench.unlearning.measure import DATA
 from bench.unlearning.methods import objective_of, stages_of
 from bench.unlearning.scores import TOYS as SCORING
 from bench.unlearning.tables import plot, short_table, table
