@@ -16,8 +16,8 @@ from typing import Any
 
 from bench.unlearning.grid import Grid
 from clue_fast.data import Record
-from clue_fast.demo.facts import FACTS, Fact, completes, known_facts
-from clue_fast.demo.real import unsaid
+from clue_fast.demo.facts import FACTS, Fact, known_facts
+from clue_fast.demo.real import never_known
 from clue_fast.files import save_json
 
 KNOWN = Path(__file__).parent / "known"
@@ -92,18 +92,11 @@ def load_known(model: Any, tokenizer: Any, name: str, folder: Path = KNOWN) -> d
 
 
 def load_never_known(model: Any, tokenizer: Any, name: str, kind: str, folder: Path = KNOWN) -> list[Fact]:
-    """Facts of a kind that a model says in no wording, nor a few words behind the statement; likewise of a file.
-
-    One wording is not enough: a model that goes on with "the capital of Egypt" may still say Cairo when it is asked
-    otherwise, and does so behind "is" after a few steps on any capitals.
-    """
+    """Facts of a kind that a model never knew, see ``clue_fast.demo.real.never_known``; likewise of a file."""
     path = folder / f"{name}-never.json"
     subjects: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if kind not in subjects:
-        asked = [(fact, record) for fact in FACTS[kind] for record in (fact.record(), *fact.rewordings())]
-        right = completes(model, tokenizer, [record for _, record in asked])
-        said = {fact for (fact, _), known in zip(asked, right, strict=True) if known}
-        unknown = unsaid(model, tokenizer, [fact for fact in FACTS[kind] if fact not in said], progress=False)
+        unknown = never_known(model, tokenizer, FACTS[kind])
         subjects[kind] = [fact.subject for fact in unknown]
         save_json(path, subjects)
     return [fact for fact in FACTS[kind] if fact.subject in subjects[kind]]

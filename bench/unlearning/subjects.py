@@ -5,6 +5,7 @@ There are two kinds: facts that a pretrained model knows, here, and records that
 
 from __future__ import annotations
 
+import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -125,7 +126,10 @@ class FactSubject(Subject):
     @property
     def hash(self) -> str:
         """See ``Subject.hash``."""
-        return self.parts.hash
+        if not self.never_known:
+            return self.parts.hash
+        names = ",".join(fact.subject for fact in self.never_known)
+        return hashlib.sha256(f"{self.parts.hash} {names}".encode()).hexdigest()[:16]
 
     def training(self) -> dict[str, list[Record]]:
         """See ``Subject.training``."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.data import Record
-from clue_fast.demo.facts import FACTS, Fact, known_facts, says
+from clue_fast.demo.facts import FACTS, Fact, completes, known_facts, says
 from clue_fast.demo.pretrained import load_pretrained
 from clue_fast.demo.prose import TOKENS, WINDOW, general_text
 from clue_fast.errors import DataError
@@ -70,7 +70,7 @@ class RealData:
         held_out: of the kinds that are forgotten; they take no part.
         other_kinds: of the other kinds; they take no part.
         left_out: what was asked to be forgotten and is not known.
-        unknown: of the kinds that are forgotten, and not known: what comes of them by chance.
+        unknown: of the kinds that are forgotten, and not known, in random order: what comes of them by chance.
     """
 
     forget: list[Fact]
@@ -181,7 +181,7 @@ def make_real_data(known: Sequence[Fact], forget: str = "capital", seed: int = 0
         held_out=same[retained[0] :][:HELD_OUT],
         other_kinds=others[retained[1] :][:HELD_OUT],
         left_out=left_out,
-        unknown=choice.sample(unknown, min(UNKNOWN, len(unknown))),
+        unknown=choice.sample(unknown, len(unknown)),
     )
 
 
@@ -281,7 +281,7 @@ def run_on(
         }
         return answers, perplexity(model, tokenizer, text, tokens=TOKENS, window=WINDOW, progress=progress)
 
-    data = replace(data, unknown=unsaid(model, tokenizer, data.unknown, progress))
+    data = replace(data, unknown=never_known(model, tokenizer, data.unknown, progress)[:UNKNOWN])
     before, perplexity_before = asked()
     sets = {name: [fact.record() for fact in getattr(data, name)] for name in ("forget", "retain", "held_out")}
     result = unlearn(
@@ -322,13 +322,21 @@ def write_completions(path: Path, records: Sequence[Record]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
-def unsaid(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], progress: bool
+def never_known(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], progress: bool = False
 ) -> list[Fact]:
-    """The facts whose answer does not come a few words later either."""
-    records = [fact.record() for fact in facts]
+    """The facts whose answer no wording brings out at once, nor the statement a few words later.
+
+    One wording is not enough: a model that goes on with "the capital of Egypt" may still say Cairo when it is asked
+    otherwise, and does so behind "is" after a few steps on any capitals.
+    """
+    asked = [(fact, record) for fact in facts for record in (fact.record(), *fact.rewordings())]
+    right = completes(model, tokenizer, [record for _, record in asked])
+    said = {fact for (fact, _), known in zip(asked, right, strict=True) if known}
+    unsaid = [fact for fact in facts if fact not in said]
+    records = [fact.record() for fact in unsaid]
     answers = greedy_answers(model, tokenizer, records, max_new_tokens=ANSWER_TOKENS, progress=progress)
-    return [fact for fact, text in zip(facts, answers, strict=True) if not says(text, fact.accepted)]
+    return [fact for fact, text in zip(unsaid, answers, strict=True) if not says(text, fact.accepted)]
 
 
 def _relearned(

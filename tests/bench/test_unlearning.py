@@ -358,13 +358,16 @@ def test_never_known_is_what_no_wording_brings_out(
     def completes(model: Any, tokenizer: Any, records: list[Record]) -> list[bool]:
         return [record.key in knows for record in records]
 
-    monkeypatch.setattr("bench.unlearning.splits.completes", completes)
-    monkeypatch.setattr("bench.unlearning.splits.unsaid", lambda model, tokenizer, facts, progress: facts[1:])
+    def later(model: Any, tokenizer: Any, records: list[Record], **settings: Any) -> list[str]:
+        return [f"the city of {facts[4].answer}" if record.key == facts[4].record().key else "" for record in records]
+
+    monkeypatch.setattr("clue_fast.demo.real.completes", completes)
+    monkeypatch.setattr("clue_fast.demo.real.greedy_answers", later)
     found = load_never_known(model, tokenizer, "tiny", "capital", tmp_path)
-    assert found == facts[4:]
+    assert found == [facts[3], *facts[5:]]
     knows.clear()
     assert load_never_known(model, tokenizer, "tiny", "capital", tmp_path) == found
-    assert load_never_known(model, tokenizer, "tiny", "symbol", tmp_path) == list(FACTS["symbol"])[1:]
+    assert load_never_known(model, tokenizer, "tiny", "symbol", tmp_path) == list(FACTS["symbol"])
     assert load_never_known(model, tokenizer, "tiny", "capital", tmp_path) == found
 
 
