@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bench.files import RESULTS
 from bench.unlearning.grid import Grid, Run
 from bench.unlearning.kinds import kind_of
 from bench.unlearning.methods import register_criteria, unlearn
+from bench.unlearning.requests import requests_of, write_requests_table
 from bench.unlearning.subjects import Subject
 from bench.unlearning.tables import write_tables
 
@@ -79,17 +81,28 @@ def run_grid(grid: Grid, models: Path, seeds: Collection[int]) -> None:
 
 
 def one_run(subject: Subject, run: Run, grid: Grid) -> dict[str, Any]:
-    """Unlearns on a copy of the model, and says what it knows afterwards and what comes back."""
+    """Unlearns on a copy of the model, and says what it knows afterwards and what comes back.
+
+    Of several requests it also says what the model knows after each ("on_the_way", without the last); the weights that
+    trained are those of the request with most of them.
+    """
+    trained, seconds, peak, stages = 0, 0.0, None, list[dict[str, Any]]()
     if run.method.train == "retrained":
         model, seconds = subject.retrained()
-        trained, peak = model.num_parameters(), None
+        trained = model.num_parameters()
     else:
         model = copy.deepcopy(subject.model)
         reset_peak()
-        started = time.perf_counter()
-        trained = unlearn(model, subject.tokenizer, subject.training(), run, grid)
-        seconds, peak = time.perf_counter() - started, peak_bytes()
+        for place, (part, steps, sets) in enumerate(requests_of(subject.training(), run, grid.steps)):
+            if place:
+                stages.append(subject.measure(model))
+            started = time.perf_counter()
+            trained = max(trained, unlearn(model, subject.tokenizer, sets, part, replace(grid, steps=steps)))
+            seconds += time.perf_counter() - started
+        peak = peak_bytes()
     found: dict[str, Any] = {"after": subject.measure(model)}
+    if stages:
+        found["on_the_way"] = stages
     if grid.relearn_steps:
         found["relearned"] = subject.relearn(model, grid.relearn_steps, grid.relearn_rate)
     return {**found, "trained": trained, "seconds": seconds, "peak_bytes": peak, "machine": machine.describe()}
@@ -124,7 +137,9 @@ def main() -> None:
     if options.command == "run":
         run_grid(grid, options.models, options.seeds or grid.seeds)
     else:
-        print(write_tables(grid, load_runs(results_file(grid)), ROOT))
+        runs = load_runs(results_file(grid))
+        print(write_tables(grid, runs, ROOT))
+        print(write_requests_table(grid, runs, ROOT))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class Method:
         noise: standard deviation of noise on the inputs of the layers while training, over that of the inputs.
         rounds: how often units are selected anew and trained, with the steps of the grid for all rounds together. Each
             is a training of its own: the original model of its objective is what the round before has left.
+        requests: the records to forget are dealt out into that many parts, which are unlearned one after another, see
+            ``bench.unlearning.requests``; with the steps of the grid for all parts together.
         reset: before training, what the selected units read ("reads") or write ("writes") becomes the mean over the
             units of their layer.
         sharpness: radius in which the forget term is taken where it is worst, see ``SharpnessAware``.
@@ -82,6 +84,7 @@ class Method:
     rank: int = 8
     noise: float = 0.0
     rounds: int = 1
+    requests: int = 1
     reset: str | None = None
     sharpness: float = 0.0
     relearn_inside: int = 0
@@ -99,6 +102,8 @@ class Method:
             raise ValueError(f"positions: {self.positions!r} is none of: {', '.join(POSITIONS)}")
         if self.sharpness and self.relearn_inside:
             raise ValueError("sharpness and relearn_inside take the gradient of forgetting in two places; choose one")
+        if self.requests != 1 and self.train in ("nothing", "retrained"):
+            raise ValueError(f"requests is a setting of training; this method trains {self.train}")
         only = {"stages": self.stages, "rounds": self.rounds != 1, "reset": self.reset, "sharpness": self.sharpness}
         for name, given in {**only, "relearn_inside": self.relearn_inside}.items():
             if given and self.train != "units":

@@ -59,7 +59,7 @@ def unlearn(model: Any, tokenizer: Any, sets: dict[str, list[Record]], run: Run,
     if run.method.train != "units":
         return train_dense(model, tokenizer, sets, run, grid)
     selections = []
-    for number, steps in enumerate(_shares(grid.steps, run.method.rounds)):
+    for number, steps in enumerate(shares(grid.steps, run.method.rounds)):
         part = replace(run, seed=run.seed + ROUND_SEED * number)
         selections.append(select_units(model, tokenizer, sets, part))
         train_units(model, tokenizer, sets, selections[-1], steps, part, grid)
@@ -116,7 +116,7 @@ def stages_of(method: Method, selection: Selection, epochs: float | None) -> lis
     return [replace(stage, epochs=stage.epochs * int(epochs // published)) for stage in stages]
 
 
-def _shares(steps: int, rounds: int) -> list[int]:
+def shares(steps: int, rounds: int) -> list[int]:
     """Steps of each round, the same number but for one. Raises ValueError if there are fewer steps than rounds."""
     if not 1 <= rounds <= steps:
         raise ValueError(f"{steps} steps are too few for {rounds} rounds")

@@ -22,7 +22,7 @@ from bench.unlearning.scores import Scoring
 
 Key = TypeVar("Key")
 
-PAGES = ("evidence.md", "results.md")
+PAGES = ("evidence.md", "results.md", "kinds.md")
 """In docs, where tables and plots stand."""
 
 MARKERS = "osD^vPX*<>"
@@ -103,7 +103,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         for title, write in kind_of(grid).scoring.columns.items()
     }
     further = {title: cells for title, cells in written.items() if set(cells.values()) - {"-"}}
-    compared = {name: differences(chosen, name) for name in grid.baselines}
+    against = {name: differences(chosen, name) for name in grid.baselines}
     columns = ["method", "budget", "rate", "seeds", "weights", "score", *(f"against {name}" for name in grid.baselines)]
     columns += ["forgotten", "kept", *further, "seconds", "GB"]
     lines = ["| " + " | ".join(columns) + " |", "| --- " * 2 + "| ---: " * (len(columns) - 2) + "|"]
@@ -112,7 +112,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         line = [method, f"{budget:.1%}", f"{one.rate:g}", str(len(one.runs))]
         line.append(f"{mean(run['trained'] for run in every):,.0f}")
         line += [shown(one.values("score").values())]
-        line += [str(compared[name].get((method, budget), "-")) for name in grid.baselines]
+        line += [str(against[name].get((method, budget), "-")) for name in grid.baselines]
         line += [shown(one.values("forgotten").values()), shown(one.values("kept").values())]
         line += [cells[method, budget] for cells in further.values()]
         line.append(f"{mean(run['seconds'] for run in every):.0f}")
@@ -126,7 +126,7 @@ def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     """The figures of the report alone, against the first baseline."""
     chosen = chosen_of(grid, runs)
     (baseline, *_) = grid.baselines
-    compared = differences(chosen, baseline)
+    against = differences(chosen, baseline)
     lines = [
         f"| trains | weights | forgotten | kept | score | against {baseline} |",
         "| --- " + "| ---: " * 5 + "|",
@@ -134,7 +134,7 @@ def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     for (method, budget), one in sorted(chosen.items(), key=lambda item: -_mean(item[1], "score")):
         line = [method, f"{mean(run['trained'] for run in one.every):,.0f}"]
         line += [shown(one.values(figure).values()) for figure in ("forgotten", "kept", "score")]
-        line.append(str(compared.get((method, budget), "-")))
+        line.append(str(against.get((method, budget), "-")))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
@@ -168,13 +168,16 @@ class Difference:
 
 def differences(chosen: Mapping[tuple[str, float], Chosen], baseline: str) -> dict[tuple[str, float], Difference]:
     """All methods that can be compared with a baseline."""
+    pairs = {key: (one, chosen.get((baseline, key[1]))) for key, one in chosen.items() if key[0] != baseline}
+    return compared({key: (one, base) for key, (one, base) in pairs.items() if base is not None})
+
+
+def compared(pairs: Mapping[Key, tuple[Chosen, Chosen]]) -> dict[Key, Difference]:
+    """How much better the first of each pair is than the second, where they have seeds in common."""
     from scipy.stats import ttest_rel
 
     found = {}
-    for (method, budget), one in chosen.items():
-        base = chosen.get((baseline, budget))
-        if base is None or method == baseline:
-            continue
+    for key, (one, base) in pairs.items():
         mine, theirs = one.values("score"), base.values("score")
         seeds = sorted(set(mine) & set(theirs))
         if not seeds:
@@ -183,7 +186,7 @@ def differences(chosen: Mapping[tuple[str, float], Chosen], baseline: str) -> di
         p = math.nan
         if not math.isnan(half):
             p = float(ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]).pvalue)
-        found[method, budget] = Difference(middle, half, p)
+        found[key] = Difference(middle, half, p)
     corrected = holm({key: one.p for key, one in found.items() if not math.isnan(one.p)})
     return {key: replace(one, corrected=corrected.get(key, math.nan)) for key, one in found.items()}
 

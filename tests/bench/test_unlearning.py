@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.unlearning.__main__ import append, load_runs, run_grid
 from bench.unlearning.grid import Grid, Method, Run
@@ -24,7 +24,6 @@ from bench.unlearning.subjects import FactSubject
 from bench.unlearning.tables import choose, differences, holm, interval, pareto_front, table
 from clue_fast.data import Record
 from clue_fast.demo.facts import FACTS
-from clue_fast.demo.pretraining import train_tokenizer
 from clue_fast.evaluation import relearn
 from clue_fast.evaluation.relearning import Relearning
 from clue_fast.selection import Selection
@@ -45,27 +44,6 @@ methods:
   random: {criterion: random}
   pruned: {train: nothing, criterion: forget_attribution}
 """
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    records = [form for facts in FACTS.values() for fact in facts for form in (fact.record(), *fact.rewordings())]
-    return train_tokenizer(records, vocab_size=512)
-
-
-@pytest.fixture
-def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
