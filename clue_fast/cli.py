@@ -45,6 +45,10 @@ class ComparedData(Data):
 
     held_out: str | None = _text("records to keep that take no part in scoring or training", "FILE")
     retrained: str | None = _text("a model that was trained without the forget set, to compare with", "MODEL")
+    unseen: str | None = _text("records that no model was trained on, for membership inference", "FILE")
+    real_authors: str | None = _text("questions on real authors, for the model utility", "FILE")
+    world_facts: str | None = _text("questions on the world, for the model utility", "FILE")
+    text: str | None = _text("a general text, for the perplexity", "FILE")
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,6 @@ class EvaluateFiles(ComparedData):
 
     output: str | None = _text("also write the figures as JSON, and beside them a report as HTML", "FILE")
     before: str | None = _text("the model before it unlearned, to compare with", "MODEL")
-    unseen: str | None = _text("records that no model was trained on, for membership inference", "FILE")
-    real_authors: str | None = _text("questions on real authors, for the model utility", "FILE")
-    world_facts: str | None = _text("questions on the world, for the model utility", "FILE")
-    text: str | None = _text("a general text, for the perplexity", "FILE")
     cache: str | None = _text("keep finished sets here, and go on behind them when begun again", "DIR")
 
 
@@ -162,7 +162,7 @@ def _unlearn(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from clue_fast.config import EvalConfig, ModelConfig
     from clue_fast.evaluation import evaluate_model
-    from clue_fast.files import check_output_file, read_text, save_json
+    from clue_fast.files import check_output_file, save_json
     from clue_fast.html_report import describe_data, write_report
     from clue_fast.reporting import evaluation_table
 
@@ -170,14 +170,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     files, config = settings.make(EvaluateFiles), settings.make(EvalConfig)
     if files.output is not None:
         check_output_file(files.output)
-    further = {name: getattr(files, name) for name in ("unseen", "real_authors", "world_facts", "cache")}
-    text = None if files.text is None else read_text(files.text)
     inputs = _inputs(files, settings, options)
     before = None if files.before is None else _load(files.before, settings, options.quiet)[0]
-    evaluation = evaluate_model(**inputs, **further, before=before, text=text, **vars(config))
+    evaluation = evaluate_model(**inputs, before=before, cache=files.cache, **vars(config))
     if files.output is not None:
         save_json(files.output, evaluation)
-        sets = {name: inputs[name] for name in ("forget", "retain", "held_out") if inputs[name] is not None}
+        sets = {name: given for name, given in inputs.items() if isinstance(given, list)}
         suffix = ".html" if Path(files.output).suffix != ".html" else ".report.html"
         results = {"evaluation": evaluation, "settings": vars(config), **describe_data(sets)}
         write_report(Path(files.output).with_suffix(suffix), {options.model: results})
@@ -225,23 +223,20 @@ def _env(options: argparse.Namespace) -> None:
 
 def _inputs(files: ComparedData, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """Models, tokenizer and data sets by the arguments that unlearn and evaluate_model take them as."""
-    from clue_fast.data import load_sets
+    from clue_fast.data import load_further_sets, load_sets
     from clue_fast.evaluation import check_tokenizers
+    from clue_fast.files import read_text
 
     sets = load_sets(files.forget, files.retain, files.held_out)
+    sets |= load_further_sets(sets, files.unseen, real_authors=files.real_authors, world_facts=files.world_facts)
+    text = None if files.text is None else read_text(files.text)
     model, tokenizer = _load(options.model, settings, options.quiet)
     retrained = None
     if files.retrained is not None:
         retrained, other = _load(files.retrained, settings, options.quiet)
         check_tokenizers(sets, tokenizer, other)
-    return {
-        "model": model,
-        "tokenizer": tokenizer,
-        "forget": sets["forget"],
-        "retain": sets["retain"],
-        "held_out": sets.get("held_out"),
-        "retrained": retrained,
-    }
+    absent: dict[str, Any] = dict.fromkeys(("held_out", "unseen", "real_authors", "world_facts"))
+    return {**absent, **sets, "text": text, "model": model, "tokenizer": tokenizer, "retrained": retrained}
 
 
 def _load(name: str, settings: Settings, quiet: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

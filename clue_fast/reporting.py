@@ -15,6 +15,7 @@ from clue_fast.criteria.circuit import Discovery
 from clue_fast.criteria.circuit.graph import ADDER, AND, EMBEDDING, OR, OUTPUT
 from clue_fast.errors import ExtraError, FileFormatError, SelectionError
 from clue_fast.evaluation import METRICS, Comparison, Metrics, compare, metric_title
+from clue_fast.evaluation.registry import UNSEEN
 from clue_fast.reliability import Reliability
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, IRRELEVANT, RELIABILITY, RETAIN, Scores, Selection
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
@@ -41,8 +42,11 @@ def results_table(results: Mapping[str, Any]) -> str:
     selection, weights = results["selection"], results["weights"]
     lines = [comparison.table(), ""]
     lines += _forgotten(comparison, results.get("scaling"))
-    for name in evaluation["before"]:
-        if not name.startswith("forget"):
+    for name, metrics in evaluation["before"].items():
+        if metrics.text:
+            row = comparison.row(name, "perplexity")
+            lines.append(f"perplexity on the text: {row.after / row.before:.3f} of before")
+        elif not name.startswith("forget") and name != UNSEEN:
             kept = comparison.row(name, "rouge_recall").kept
             lines.append(f"recall kept on {name.replace('_', ' ')}: {'-' if kept is None else f'{kept:.1%}'} of before")
     lines += [

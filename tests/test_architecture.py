@@ -27,6 +27,7 @@ LAYERS = (
     ("criteria", "evaluation"),
     ("localization", "trainer", "reporting"),
     ("html_report", "planning"),
+    ("run",),
     ("unlearning",),
     ("demo", "env"),
     ("cli",),

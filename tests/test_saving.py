@@ -121,7 +121,7 @@ def test_weights_survive_an_error_while_the_results_are_written(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = weights(model)
-    monkeypatch.setattr("clue_fast.unlearning.save_json", full)
+    monkeypatch.setattr("clue_fast.run.save_json", full)
     with pytest.raises(OutputError, match="No space left on device") as raised:
         unlearn(model, tokenizer, tmp_path / "out", epochs=4)
     (folder,) = tmp_path.iterdir()
@@ -144,7 +144,7 @@ def test_plots_that_cannot_be_drawn_cost_nothing_else(
     def broken(*args: Any) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("clue_fast.unlearning.write_plots", broken)
+    monkeypatch.setattr("clue_fast.run.write_plots", broken)
     result = unlearn(model, tokenizer, tmp_path / "out")
     assert json.loads((result.output_dir / "results.json").read_text())["weights"]["changed_outside"] == 0
     assert "no font" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from clue_fast.data import Record, data_hash
 from clue_fast.demo import write_jsonl
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
-from clue_fast.errors import NonFiniteError, OutputError, SelectionError, SettingError
+from clue_fast.errors import DataError, NonFiniteError, OutputError, SelectionError, SettingError
 from clue_fast.files import tensors_hash
 from clue_fast.html_report import html_report
 from clue_fast.reporting import results_table
@@ -65,6 +66,34 @@ def unlearn_arguments(folder: Path, output: Path, **changes: str) -> list[str]:
     }
     model = options.pop("model", str(folder / "model"))
     return ["unlearn", model, "--quiet", *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def test_records_and_text_that_are_only_asked(
+    folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    strangers = records_of(make_people(1, seed=5))
+    write_jsonl(tmp_path / "unseen.jsonl", strangers)
+    text = "The river rose slowly at first, and then it stood in the gardens."
+    (tmp_path / "text.txt").write_text(text)
+    more = {"unseen": f"{tmp_path}/unseen.jsonl", "text": f"{tmp_path}/text.txt", "metrics": "membership_loss"}
+    assert main(unlearn_arguments(folder, tmp_path / "out", epochs="1", **more)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    evaluation = results["evaluation"]
+    assert list(evaluation["after"]) == ["forget", "retain", "unseen", "text"]
+    assert evaluation["before"]["forget"]["membership_loss"] == 1.0
+    loss = float(
+        model(**tokenizer(text, return_tensors="pt"), labels=tokenizer(text, return_tensors="pt").input_ids).loss
+    )
+    assert evaluation["before"]["text"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert results["data"]["unseen"] == {"records": len(strangers), "hash": data_hash(strangers)}
+    assert "text" not in results["data"]
+    ratio = evaluation["after"]["text"]["perplexity"] / evaluation["before"]["text"]["perplexity"]
+    assert f"perplexity on the text: {ratio:.3f} of before" in results_table(results)
+    assert "recall kept on unseen" not in results_table(results)
+    given = {"forget": FORGET, "retain": RETAIN, "output_dir": tmp_path / "no"}
+    with pytest.raises(DataError, match="unseen"):
+        clue_fast.unlearn(model, tokenizer, **given, unseen=RETAIN[:1])
+    assert not (tmp_path / "no").exists()
 
 
 def test_unlearn_forgets_and_leaves_a_plain_checkpoint(
@@ -355,7 +384,7 @@ class TestBeforeTheFirstPass:
             raise AssertionError("the model ran over data")
 
         passes = {"criteria.measure": "Batches", "criteria.circuit.discovery": "edge_scores"}
-        for module, name in {**passes, "unlearning": "evaluate"}.items():
+        for module, name in {**passes, "run": "evaluate"}.items():
             monkeypatch.setattr(importlib.import_module(f"clue_fast.{module}"), name, run_over_data)
 
         def run(message: str, **changes: str) -> None:

@@ -356,6 +356,26 @@ def load_sets(forget: Source, retain: Source, held_out: Source | None = None) ->
     return sets
 
 
+def load_further_sets(
+    sets: Mapping[str, Sequence[Record]], unseen: Source | None = None, **sources: Source | None
+) -> dict[str, list[Record]]:
+    """Reads the sets that are only asked, without those that are None.
+
+    Args:
+        sets: those of the run, see ``load_sets``.
+        unseen: records that no model was trained on.
+        sources: others, which may share records with any set.
+
+    Raises:
+        DataError: one cannot be read, or what is unseen shares records with what is to be forgotten or kept.
+    """
+    given = {name: source for name, source in {"unseen": unseen, **sources}.items() if source is not None}
+    further = {name: load_records(source, name) for name, source in given.items()}
+    if unseen is not None:
+        check_disjoint({"forget": sets["forget"], "retain": sets["retain"], "unseen": further["unseen"]})
+    return further
+
+
 def load_retain_sets(forget: Source, retain: Mapping[str, Source]) -> dict[str, list[Record]]:
     """Reads a forget set and several sets to retain, by name, which may share records with one another.
 

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from clue_fast.config import EvalConfig
-from clue_fast.data import Source, check_disjoint, load_records, load_sets
+from clue_fast.data import Source, load_further_sets, load_sets
 from clue_fast.deprecated import RenamedAttribute, renamed_arguments
 from clue_fast.errors import DataError
 from clue_fast.evaluation.likelihood import forget_quality
 from clue_fast.evaluation.measurement import evaluate
 from clue_fast.evaluation.metrics import Metrics, metric_title
-from clue_fast.evaluation.registry import METRICS, UNSEEN
+from clue_fast.evaluation.registry import METRICS
 
 if TYPE_CHECKING:
     import os
@@ -198,9 +198,7 @@ def evaluate_model(
     """
     config = EvalConfig.of(locals())
     sets = load_sets(forget, retain, held_out)
-    further = {UNSEEN: unseen, "real_authors": real_authors, "world_facts": world_facts}
-    sets |= {name: load_records(source, name) for name, source in further.items() if source is not None}
-    check_disjoint({name: records for name, records in sets.items() if name in ("forget", "retain", UNSEEN)})
+    sets |= load_further_sets(sets, unseen=unseen, real_authors=real_authors, world_facts=world_facts)
     options: dict[str, Any] = {"text": text, "cache": cache, **config.measures}
     known = None if retrained is None else evaluate(retrained, tokenizer, sets, **options)
     models = {"before": before, "model": model}
