@@ -24,7 +24,7 @@ from clue_fast.localization import localize_records
 from clue_fast.objectives import Objective
 from clue_fast.reporting import RESULTS, write_model_card, write_plots
 from clue_fast.selection import RELIABILITY, Selection
-from clue_fast.sparse import Sparse, changed_inside, changed_outside, snapshot
+from clue_fast.sparse import Sparse, changed_inside, changed_outside, owned_weights, snapshot
 from clue_fast.trainer.stages import Schedule, Stage, get_stages
 from clue_fast.trainer.training import check_rates, described, train_selected
 from clue_fast.trainer.update_scale import REPORTED, Split, holding, scale_to_target
@@ -39,6 +39,7 @@ TRAINING = (
     "learning_rate",
     "layer_lr",
     "epochs",
+    "rounds",
     "batch_size",
     "retain_ratio",
     "forget_target",
@@ -62,7 +63,7 @@ class Run:
         retrained: a model to compare with, or what was measured of it.
         schedule, stages: the published schedule, and all stages that were asked for.
         split: of the forget records, where the update is scaled to a target.
-        selection: what trains.
+        selection: what trains; after several rounds, what any of them trained.
         kept: the stages that have units to train.
         evaluation: figures by stage ("before", "trained", "after", "retrained") and set.
         seconds: by stage.
@@ -128,20 +129,37 @@ class Run:
         return evaluate(model, self.tokenizer, self.asked, text=self.text, **self.config.measures)
 
     def train(self) -> None:
-        """Trains the selected units; the model stays sparse."""
+        """Trains the selected units, selected anew in each round after the first; the model stays sparse."""
+        assert self.config.epochs is not None
+        part = replace(self.config, epochs=self.config.epochs / self.config.rounds, permutations=0)
+        self.before = snapshot(self.model)
+        self._train(self.selected, part)
+        for number in range(1, self.config.rounds):
+            self.sparse.restore()
+            part = replace(part, seed=self.config.seed + number)
+            with _reverted_on_failure(self.model, self.before):
+                with _stage("localize", self.seconds):
+                    sets = {name: self.sets[name] for name in ("forget", "retain")}
+                    selection = localize_records(self.model, sets, self.tokenizer, part)
+                self._train(selection, part)
+            self.selection = _joined(self.selected, selection)
+        self.trained = owned_weights(self.model, self.selected)
+
+    def _train(self, selection: Selection, config: UnlearnConfig) -> None:
+        """One round."""
         with _stage("train", self.seconds):
-            self.before = snapshot(self.model)
-            self.sparse, self.history = train_selected(
+            self.sparse, history = train_selected(
                 self.model,
                 self.tokenizer,
                 self.sets,
-                self.selected,
+                selection,
                 self.objective,
-                self.config,
+                config,
                 alternate=self.others,
                 stages=self.kept,
             )
-            self.trained = sum(parameter.numel() for parameter in self.sparse.trainable_parameters)
+            done = self.history[-1]["step"] if self.history else 0
+            self.history += [{**entry, "step": done + entry["step"]} for entry in history]
 
     def scale(self) -> None:
         """Scales the update down to what the target takes, where there is one."""
@@ -251,5 +269,25 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Times a stage, and logs one line at its end."""
     started = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - started
-    logger.info("%s: %.1f s", name, seconds[name])
+    taken = time.perf_counter() - started
+    seconds[name] = seconds.get(name, 0.0) + taken
+    logger.info("%s: %.1f s", name, taken)
+
+
+@contextmanager
+def _reverted_on_failure(model: torch.nn.Module, before: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives a model the weights from before, should the block fail."""
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(before[name])
+        raise
+
+
+def _joined(first: Selection, second: Selection) -> Selection:
+    """What either selects, with the scores, the source and the statistics of the first."""
+    joined = Selection(first.sites, (first | second).categories, first.scores, first.source, first.fingerprint)
+    joined.statistics = first.statistics
+    return joined

@@ -102,6 +102,7 @@ def unlearn(
     master_weights: bool = UnlearnConfig.master_weights,
     stochastic_rounding: bool = UnlearnConfig.stochastic_rounding,
     epochs: float | None = UnlearnConfig.epochs,
+    rounds: int = UnlearnConfig.rounds,
     batch_size: int = UnlearnConfig.batch_size,
     retain_ratio: int | None = UnlearnConfig.retain_ratio,
     forget_target: float | None = UnlearnConfig.forget_target,
@@ -132,8 +133,9 @@ def unlearn(
         criterion, fraction, count, threshold, scope, normalize, categories, circuit, target, kinds, strict,
             permutations, tokens_per_batch: how to localize, see ``clue_fast.config.LocalizeConfig``; with a selection,
             ``strict`` is of the kinds of units that it has, and the others have no use.
-        objective, stages, learning_rate, layer_lr, master_weights, stochastic_rounding, epochs, batch_size,
-            retain_ratio, forget_target, evaluate_every: how to train, see ``clue_fast.config.UnlearnConfig``.
+        objective, stages, learning_rate, layer_lr, master_weights, stochastic_rounding, epochs, rounds,
+            batch_size, retain_ratio, forget_target, evaluate_every: how to train, see
+            ``clue_fast.config.UnlearnConfig``.
         samples, relearn, attacks, metrics: how to evaluate, see ``clue_fast.config.EvalConfig``.
         seed, max_length, backend, progress: of everything. ``**vars(UnlearnConfig.load(file))`` gives all settings of
             a configuration file.
@@ -237,6 +239,10 @@ def _check_unused(config: UnlearnConfig) -> None:
     """Raises SettingError for a setting of a localization where a selection is given already."""
     if config.circuit is not None:
         raise SettingError("settings of circuits make a selection, and one is given already; leave out one of both")
+    if config.rounds > 1:
+        raise SettingError(
+            f"rounds {config.rounds} select anew, and a selection is given already; leave out one of both"
+        )
     for name in ("fraction", "count", "threshold", "normalize", "target"):
         if getattr(config, name) is not None:
             raise SettingError(f"{name} makes a selection, and one is given already; leave out {name} or the selection")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ from clue_fast.errors import DataError, NonFiniteError, OutputError, SelectionEr
 from clue_fast.files import tensors_hash
 from clue_fast.html_report import html_report
 from clue_fast.reporting import results_table
+from clue_fast.selection import Selection
 from clue_fast.trainer import Stage
 from clue_fast.trainer.update_scale import Asked
 
@@ -526,6 +528,79 @@ class TestBadInput:
             model.lm_head.weight[0, 0] = float("inf")
         with pytest.raises(NonFiniteError, match=r"lm_head\.weight"):
             clue_fast.unlearn(model, tokenizer, forget=FORGET, retain=RETAIN, output_dir=tmp_path / "out")
+
+
+def test_rounds_select_anew_on_what_the_round_before_left(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clue_fast import run
+
+    weights, selected, localize = [], [], run.localize_records
+
+    def watched(model: LlamaForCausalLM, *arguments: object) -> Selection:
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        selected.append(localize(model, *arguments))
+        return selected[-1]
+
+    monkeypatch.setattr(run, "localize_records", watched)
+    settings = {"forget": FORGET, "retain": RETAIN, "epochs": 6, "batch_size": 5, "permutations": 2, "progress": False}
+    result = clue_fast.unlearn(model, tokenizer, output_dir=tmp_path / "out", rounds=3, **settings)
+    assert [entry["step"] for entry in result.results["history"]] == [1, 2, 3, 4, 5, 6]
+    assert result.results["settings"]["rounds"] == 3 and result.results["settings"]["epochs"] == 6
+    assert all(
+        any(not torch.equal(value, after[name]) for name, value in before.items())
+        for before, after in itertools.pairwise(weights)
+    )
+    assert len(weights) == 3 and len(result.selection) >= max(map(len, selected))
+    for site in result.selection.sites:
+        units = {int(unit) for own in selected for unit in own.units(site)}
+        assert {int(unit) for unit in result.selection.units(site)} == units
+    counts = result.results["weights"]
+    assert counts["changed_outside"] == 0 and 0 < counts["changed_inside"] <= counts["trained"]
+    assert Selection.load(tmp_path / "out" / "selection.safetensors").hash == result.selection.hash
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_rounds_exclude_what_is_of_one_selection(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    given = {"forget": FORGET, "retain": RETAIN, "output_dir": tmp_path / "out", "rounds": 2}
+    with pytest.raises(SettingError, match="forget_target is of one localization and training; leave out"):
+        clue_fast.unlearn(model, tokenizer, **given, forget_target=0.9)
+    with pytest.raises(SettingError, match="stages is of one localization"):
+        clue_fast.unlearn(model, tokenizer, **given, stages="clue", categories=True)
+    selection = clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, permutations=0)
+    with pytest.raises(SettingError, match="2 rounds select anew, and a selection is given already"):
+        clue_fast.unlearn(model, tokenizer, **given, selection=selection)
+
+
+@pytest.mark.parametrize("failing", [3, 4])
+def test_a_failure_in_a_later_round_leaves_the_model_as_it_was(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+) -> None:
+    from clue_fast.trainer.trainer import UnlearnTrainer
+
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = []
+
+    def fail(self: UnlearnTrainer, *arguments: object, **named: object) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == failing:
+            raise KeyboardInterrupt
+        return super(UnlearnTrainer, self).training_step(*arguments, **named)
+
+    monkeypatch.setattr(UnlearnTrainer, "training_step", fail)
+    settings = {"forget": FORGET, "retain": RETAIN, "epochs": 4, "batch_size": 5, "permutations": 0, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        clue_fast.unlearn(model, tokenizer, output_dir=tmp_path / "out", rounds=2, **settings)
+    assert not list(tmp_path.iterdir())
+    assert type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
 
 
 def test_a_failure_in_training_leaves_the_model_as_it_was_and_no_folder(

@@ -24,6 +24,7 @@ from clue_fast.data import Collator, Record, padding_token
 from clue_fast.localization import localize_records
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.selection import Selection
+from clue_fast.sparse import owned_weights
 from clue_fast.trainer.pairing import Pair, PairCollator, PairSampler, encode_pairs
 from clue_fast.trainer.stages import Stage, get_schedule, get_stages, make_stages, scheduled_objective
 from clue_fast.trainer.training import train_selected
@@ -121,13 +122,6 @@ def shares(steps: int, rounds: int) -> list[int]:
     if not 1 <= rounds <= steps:
         raise ValueError(f"{steps} steps are too few for {rounds} rounds")
     return [steps // rounds + (number < steps % rounds) for number in range(rounds)]
-
-
-def owned_weights(model: nn.Module, selection: Selection) -> int:
-    """How many weights the selected units own."""
-    owned_by = ((len(selection.units(site)), owned) for site in selection.sites for owned in site.slices)
-    weights = ((units * owned.size, owned, owned.of(model.get_parameter(owned.parameter))) for units, owned in owned_by)
-    return sum(slices * weight.numel() // weight.shape[owned.dim] for slices, owned, weight in weights)
 
 
 def objective_of(method: Method) -> Objective:

@@ -312,6 +312,8 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
         master_weights: keep small updates in float32 copies of the selected weights, see ``SparseAdamW``.
         stochastic_rounding: keep no copies, and round at random.
         epochs: passes over the forget set; default see ``default_epochs``; stages have their own.
+        rounds: how often units are selected and trained, each time on the model that the round before has left, which
+            is then also the original that an objective compares with. The epochs are dealt out among the rounds.
         batch_size: forget records per step.
         retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
         forget_target: share of the forget questions that shall no longer be answered (ROUGE-L recall below 0.5). Once
@@ -355,6 +357,13 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
     epochs: float | None = setting(
         None, f"passes over the forget set ({EPOCHS:.0f}, or {STEPS} steps)", read=float, check=positive, metavar="N"
     )
+    rounds: int = setting(
+        1,
+        "localize and train in turns so many times, with as many epochs in all",
+        read=int,
+        check=positive_integer,
+        metavar="N",
+    )
     batch_size: int = setting(BATCH_SIZE, "forget records a step", read=int, check=positive_integer, metavar="N")
     retain_ratio: int | None = setting(
         None,
@@ -386,6 +395,9 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
             positive("layer_lr", self.layer_lr)
         if self.stages is not None and self.epochs is not None:
             raise SettingError("stages have epochs of their own; leave epochs out")
+        for name in ("stages", "forget_target"):
+            if self.rounds > 1 and getattr(self, name) is not None:
+                raise SettingError(f"{name} is of one localization and training; leave out {name} or rounds")
         if self.master_weights and self.stochastic_rounding:
             raise SettingError(
                 "master_weights and stochastic_rounding exclude each other; set master_weights to False to round "

@@ -7,7 +7,7 @@
 from clue_fast.deprecated import renamed_names
 from clue_fast.sparse.optimizer import LayerRate, LinearLayerRate, SparseAdamW, SparseSGD
 from clue_fast.sparse.slices import TrainableSlice
-from clue_fast.sparse.sparse import Sparse, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse.sparse import Sparse, changed_inside, changed_outside, owned_weights, snapshot, sparsify
 
 __all__ = [
     "LayerRate",
@@ -18,6 +18,7 @@ __all__ = [
     "TrainableSlice",
     "changed_inside",
     "changed_outside",
+    "owned_weights",
     "snapshot",
     "sparsify",
 ]

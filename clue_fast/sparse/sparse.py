@@ -391,6 +391,13 @@ def _check_weight(model: nn.Module, planned: TrainableSlice, shared: dict[int, l
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def owned_weights(model: nn.Module, selection: Selection) -> int:
+    """Returns how many weights the selected units own, those that train."""
+    owned_by = ((len(selection.units(site)), owned) for site in selection.sites for owned in site.slices)
+    weights = ((units * owned.size, owned, owned.of(model.get_parameter(owned.parameter))) for units, owned in owned_by)
+    return sum(slices * weight.numel() // weight.shape[owned.dim] for slices, owned, weight in weights)
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Returns a CPU copy of every weight and buffer, also of those that no checkpoint holds, by name."""
     return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model)}

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from bench.unlearning.__main__ import append, load_runs, run_grid
 from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.measure import answers
-from bench.unlearning.methods import owned_weights, select_units, unlearn, zero
+from bench.unlearning.methods import select_units, unlearn, zero
 from bench.unlearning.positions import at_subjects
 from bench.unlearning.scores import FACTS as FACT_SCORING
 from bench.unlearning.splits import load_known, load_never_known, split
@@ -27,7 +27,7 @@ from clue_fast.demo.facts import FACTS
 from clue_fast.evaluation import relearn
 from clue_fast.evaluation.relearning import Relearning
 from clue_fast.selection import Selection
-from clue_fast.sparse import changed_inside, changed_outside, snapshot
+from clue_fast.sparse import changed_inside, changed_outside, owned_weights, snapshot
 from clue_fast.trainer import train_selected
 
 GRID = """
