@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from bench.files import write_between
 from bench.unlearning.grid import Grid, Run
-from bench.unlearning.kinds import kind_of
+from bench.unlearning.kinds import scoring_of
 from bench.unlearning.methods import shares
 from bench.unlearning.scores import Found
 from bench.unlearning.tables import PAGES, Chosen, chosen_of, compared, shown
@@ -75,7 +75,7 @@ def requests_table(grid: Grid, runs: Sequence[Found]) -> str:
     number = max(method.requests for method in grid.methods.values())
     if number == 1:
         return ""
-    chosen, scoring = chosen_of(grid, runs), kind_of(grid).scoring
+    chosen, scoring = chosen_of(grid, runs), scoring_of(grid)
     against = compared(_pairs(grid, chosen))
     written = [title for title in COLUMNS if title in scoring.columns]
     columns = ["method", "rate", "seeds", "after", *(f"part {place + 1}" for place in range(number))]

@@ -13,6 +13,8 @@ On records that a toy learned by heart (``TOYS``) it has whole sentences:
   longer answers. To tune: a third of them; to report: the others.
 - kept: mean ROUGE-L recall on held-out records over that before, at most 1.
 
+- beside (``KINDS``): of sets that are only reported, the share that is answered before and after.
+
 The score is their harmonic mean. Behind it stands what comes back: *relearned* are the shares of the others that are
 answered before and after steps of relearning (of facts 0, 1, 2, 5 and 10), *never known* those of facts that the model
 did not know before either.
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import Any, TypeAlias
 
@@ -113,6 +115,18 @@ def _average(figure: Callable[[Found, str], float], name: str, digits: int = 2) 
     return write
 
 
+def _shares(name: str) -> Callable[[Sequence[Found]], str]:
+    """Writes which share of a set is answered before and after; what the model did not know before counts as well."""
+
+    def write(runs: Sequence[Found]) -> str:
+        if any(name not in run["after"] for run in runs):
+            return "-"
+        before, after = (mean(mean(run[stage][name]["answered"]) for run in runs) for stage in ("before", "after"))
+        return f"{before:.2f} → {after:.2f}"
+
+    return write
+
+
 def _after(run: Found, name: str) -> float:
     value = run["after"][name]
     return math.nan if value is None else float(value)
@@ -178,4 +192,19 @@ TOYS = Scoring(
         "relearned": _relearned,
     },
     labels=("forget questions no longer answered", "recall kept on held-out records"),
+)
+
+KINDS = replace(
+    TOYS,
+    columns={
+        "kept: retain": _average(recall_kept, "retain", 3),
+        "trained": _shares("forget"),
+        "unseen": _shares("unseen"),
+        "new": _shares("new"),
+        "content": _shares("content"),
+        "content, unseen": _shares("content_unseen"),
+        "plain": _shares("plain"),
+        "other rule, new": _shares("other_rule_new"),
+    },
+    labels=("records to forget no longer answered", "recall kept on held-out records"),
 )

@@ -11,13 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from bench.unlearning.grid import Grid
 from bench.unlearning.measure import measure
-from bench.unlearning.scores import FACTS, Scoring
 from bench.unlearning.splits import Split, load_known, load_never_known, split
 from clue_fast.data import Record
 from clue_fast.demo.facts import Fact
@@ -30,13 +29,7 @@ CURVE = (1, 2, 5, 10)
 
 
 class Subject(ABC):
-    """A model with its tokenizer, and what it knows, dealt out by a seed.
-
-    Attributes:
-        scoring: how runs on it are scored.
-    """
-
-    scoring: ClassVar[Scoring]
+    """A model with its tokenizer, and what it knows, dealt out by a seed."""
 
     @classmethod
     @abstractmethod
@@ -64,7 +57,7 @@ class Subject(ABC):
 
     @abstractmethod
     def measure(self, model: Any) -> dict[str, Any]:
-        """What a model answers, ready for JSON; ``scoring`` reads it."""
+        """What a model answers, ready for JSON; ``scores`` reads it."""
 
     @abstractmethod
     def relearn(self, model: Any, steps: int, rate: float | None) -> dict[str, Any]:
@@ -96,8 +89,6 @@ class FactSubject(Subject):
     pretrained: tuple[Any, Any]
     parts: Split
     never_known: Sequence[Fact] = ()
-
-    scoring: ClassVar[Scoring] = FACTS
 
     @classmethod
     def load(cls, grid: Grid, folder: Path) -> Callable[[int], Subject]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from bench.files import write_between
 from bench.unlearning.grid import Grid
-from bench.unlearning.kinds import kind_of
+from bench.unlearning.kinds import scoring_of
 from bench.unlearning.scores import Scoring
 
 Key = TypeVar("Key")
@@ -92,7 +92,7 @@ def of_grid(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
 
 def chosen_of(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], Chosen]:
     """The best rates of what the grid asks for."""
-    return choose(of_grid(grid, runs), kind_of(grid).scoring)
+    return choose(of_grid(grid, runs), scoring_of(grid))
 
 
 def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
@@ -100,7 +100,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     chosen = chosen_of(grid, runs)
     written = {
         title: {key: write(one.every) for key, one in chosen.items()}
-        for title, write in kind_of(grid).scoring.columns.items()
+        for title, write in scoring_of(grid).columns.items()
     }
     further = {title: cells for title, cells in written.items() if set(cells.values()) - {"-"}}
     against = {name: differences(chosen, name) for name in grid.baselines}
@@ -238,7 +238,7 @@ def plot(grid: Grid, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     unlearned = [one for (method, _), one in chosen.items() if grid.methods[method].train != "retrained"]
     front = pareto_front((_mean(one, "kept"), _mean(one, "forgotten")) for one in unlearned)
     axes.plot([kept for kept, _ in front], [gone for _, gone in front], color="grey", linestyle=":", zorder=0)
-    forgotten, kept_label = kind_of(grid).scoring.labels
+    forgotten, kept_label = scoring_of(grid).labels
     axes.set(xlabel=kept_label, ylabel=forgotten, title=grid.name, xlim=(None, 1.02), ylim=(None, 1.03))
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8 if len(grid.methods) <= 20 else 6, loc="outside right upper")

@@ -2,8 +2,11 @@
 
 ``tofu-small`` learns fictitious authors of TOFU (Maini et al. 2024, arXiv 2401.06121), the ten shortest answers of
 each, beside real authors and world facts, which are the other kinds of its knowledge. The authors to forget are of
-forget05, all others of those retain authors to whose questions there are wrong answers too. Both models of a seed are
-trained when it is first asked for, and kept.
+forget05, all others of those retain authors to whose questions there are wrong answers too.
+
+``kinds-small`` learns what is no list of facts: a style, a rule, a fact that stands in many records (``knowledge``).
+
+Both models of a seed are trained when it is first asked for, and kept.
 """
 
 from __future__ import annotations
@@ -14,17 +17,19 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.files import DATA
 from bench.unlearning.grid import Grid
-from bench.unlearning.scores import TOYS as SCORING
-from bench.unlearning.scores import Scoring
+from bench.unlearning.knowledge import rule, spread, style
+from bench.unlearning.learned import Learned
+from bench.unlearning.scores import KINDS, Scoring
+from bench.unlearning.scores import TOYS as AUTHORS
 from bench.unlearning.subjects import Subject, relearned
 from clue_fast.data import Record, load_records
 from clue_fast.demo.pretraining import Shape, TrainConfig, train_model, train_tokenizer
@@ -32,50 +37,11 @@ from clue_fast.evaluation import Metrics, answered, evaluate, forget_quality
 from clue_fast.evaluation.relearning import relearned_records
 from clue_fast.files import output_folder, save_json
 
-TUNED = 3
-"""One in so many of the records to forget is for the choice of a learning rate; the others are reported."""
-
-RELEARNED, CURVE, MEASURED = 6, (2, 5, 10), 40
-"""Records that an attacker learns again, steps after which the others are asked, retain records that are asked."""
+RELEARNED, CURVE = 6, (2, 5, 10)
+"""Records that an attacker learns again, steps after which the others are asked."""
 
 AUTHOR, QUESTIONS = 20, 10
 """Questions about each author, and how many of them, those with the shortest answers, are learned."""
-
-
-@dataclass(frozen=True)
-class Learned:
-    """Everything that a toy learns, each record in one place.
-
-    Attributes:
-        forget: to forget.
-        retain: to keep in training.
-        tune: held out, to choose the learning rate.
-        held_out: held out for the report.
-        other: further sets that are held out and reported, by name.
-    """
-
-    forget: Sequence[Record]
-    retain: Sequence[Record]
-    tune: Sequence[Record]
-    held_out: Sequence[Record]
-    other: Mapping[str, Sequence[Record]] = field(default_factory=dict)
-
-    @property
-    def kept(self) -> list[Record]:
-        """All that is not to be forgotten."""
-        others = [record for records in self.other.values() for record in records]
-        return [*self.retain, *self.tune, *self.held_out, *others]
-
-    def questions(self) -> dict[str, list[Record]]:
-        """What a model is asked, by the name of the set; wrong answers only where their likelihood is reported."""
-        plain = {"tune": self.tune, "held_out": self.held_out}
-        return {
-            "forget_tune": [replace(record, perturbed=()) for record in self.forget[::TUNED]],
-            "forget": [record for index, record in enumerate(self.forget) if index % TUNED],
-            "retain": list(self.retain[:MEASURED]),
-            **{name: [replace(record, perturbed=()) for record in records] for name, records in plain.items()},
-            **{name: list(records) for name, records in self.other.items()},
-        }
 
 
 @dataclass(frozen=True)
@@ -86,12 +52,16 @@ class Toy:
         kinds: what it can forget; each deals out what it learns, by the numbers of a grid and a seed.
         shape, config: of the model and its training.
         vocabulary: most tokens.
+        answer_tokens: longest greedy answer; None for that of the longest answer of the set.
+        scoring: what a table says of it.
     """
 
     kinds: Mapping[str, Callable[[Grid, int], Learned]]
     shape: Shape = field(default_factory=Shape)
     config: TrainConfig = field(default_factory=TrainConfig)
     vocabulary: int = 2048
+    answer_tokens: int | None = None
+    scoring: Scoring = AUTHORS
 
 
 def tofu_authors(grid: Grid, seed: int) -> Learned:
@@ -143,7 +113,15 @@ TOYS: dict[str, Toy] = {
         kinds={"author": tofu_authors},
         shape=Shape(layers=5, width=128, units=384),
         config=TrainConfig(epochs=40, batch_size=16, lr=3e-3),
-    )
+    ),
+    "kinds-small": Toy(
+        kinds={"style": style, "rule": rule, "spread": spread},
+        shape=Shape(layers=3, width=64, units=192),
+        config=TrainConfig(epochs=60, batch_size=16, lr=4e-3),
+        vocabulary=1024,
+        answer_tokens=16,
+        scoring=KINDS,
+    ),
 }
 """By the name that a grid calls it."""
 
@@ -164,8 +142,6 @@ class ToySubject(Subject):
     seed: int
     folder: Path
 
-    scoring: ClassVar[Scoring] = SCORING
-
     @classmethod
     def load(cls, grid: Grid, folder: Path) -> Callable[[int], Subject]:
         """See ``Subject.load``. Raises ValueError if the toy knows nothing of the kind of the grid."""
@@ -177,24 +153,24 @@ class ToySubject(Subject):
     @cached_property
     def hash(self) -> str:
         """See ``Subject.hash``; of all records, of the shape and of the training."""
-        about = [asdict(self.learned), asdict(self.toy.shape), asdict(self.toy.config), self.toy.vocabulary, self.seed]
+        about = [self.learned.about(), asdict(self.toy.shape), asdict(self.toy.config), self.toy.vocabulary, self.seed]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     @cached_property
     def model(self) -> Any:
         """See ``Subject.model``; it learned everything."""
-        return self._learn("everything", [*self.learned.forget, *self.learned.kept])[0]
+        return self._learn("everything", self.learned.everything)[0]
 
     def retrained(self) -> tuple[Any, float]:
         """See ``Subject.retrained``."""
-        return self._learn("retrained", self.learned.kept)
+        return self._learn("retrained", self.learned.without)
 
     @cached_property
     def tokenizer(self) -> Any:
         """See ``Subject.tokenizer``; both models of a seed share it."""
         folder = self.folder / self.hash / "tokenizer"
         if not folder.is_dir():
-            tokenizer = train_tokenizer([*self.learned.forget, *self.learned.kept], self.toy.vocabulary)
+            tokenizer = train_tokenizer(self.learned.everything, self.toy.vocabulary)
             with output_folder(folder) as output:
                 tokenizer.save_pretrained(output)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -204,10 +180,12 @@ class ToySubject(Subject):
         return {"forget": list(self.learned.forget), "retain": list(self.learned.retain)}
 
     def measure(self, model: Any) -> dict[str, Any]:
-        """Answers and probabilities by set; forget quality, and model utility where its sets are there, else None."""
+        """Answers and probabilities by set; forget quality and model utility, None where wrong answers are missing."""
         found = self._asked(model)
         kept = found["retain"].value("model_utility") if "retain" in found else None
-        p, distance = forget_quality(found["forget"].truth_ratios, self._reference["forget"].truth_ratios)
+        p, distance = None, None
+        if found["forget"].truth_ratios:
+            p, distance = forget_quality(found["forget"].truth_ratios, self._reference["forget"].truth_ratios)
         return {
             **{name: _by_record(metrics) for name, metrics in found.items()},
             "truth_ratios": [float(f"{ratio:.5g}") for ratio in found["forget"].truth_ratios],
@@ -233,7 +211,8 @@ class ToySubject(Subject):
 
     def _asked(self, model: Any) -> dict[str, Metrics]:
         sets, metrics = self.learned.questions(), ("model_utility",)
-        return evaluate(model, self.tokenizer, sets, batch_size=64, metrics=metrics, progress=False)
+        settings: dict[str, Any] = {"batch_size": 64, "max_new_tokens": self.toy.answer_tokens, "progress": False}
+        return evaluate(model, self.tokenizer, sets, metrics=metrics, **settings)
 
     def _learn(self, name: str, records: Sequence[Record]) -> tuple[Any, float]:
         """A model that learned some records, and the seconds that it took, from the folder or anew."""

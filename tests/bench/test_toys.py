@@ -16,10 +16,11 @@ from bench.files import DATA
 from bench.unlearning.__main__ import load_runs, run_grid
 from bench.unlearning.grid import Grid, Method, Run
 from bench.unlearning.kinds import kind_of
+from bench.unlearning.learned import Learned
 from bench.unlearning.methods import objective_of, stages_of
 from bench.unlearning.scores import TOYS as SCORING
 from bench.unlearning.tables import plot, short_table, table
-from bench.unlearning.toys import TOYS, Learned, Toy, tofu_authors
+from bench.unlearning.toys import TOYS, Toy, tofu_authors
 from clue_fast.data import Record
 from clue_fast.demo.pretraining import Shape, TrainConfig
 from clue_fast.selection import CATEGORIES
