@@ -17,7 +17,7 @@ PACKAGE = ROOT / "clue_fast"
 LAYERS = (
     ("errors", "version"),
     ("deprecated", "internals"),
-    ("files", "hub", "ops"),
+    ("files", "hub", "ops", "tables"),
     ("sites",),
     ("statistics",),
     ("reliability",),

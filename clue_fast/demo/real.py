@@ -26,6 +26,7 @@ from clue_fast.demo.prose import TOKENS, WINDOW, general_text
 from clue_fast.errors import DataError
 from clue_fast.evaluation import answered, greedy_answers, perplexity, relearn
 from clue_fast.files import check_output, save_json
+from clue_fast.tables import markdown
 from clue_fast.unlearning import unlearn
 
 if TYPE_CHECKING:
@@ -382,12 +383,12 @@ def tables(report: Mapping[str, Any]) -> Iterator[str]:
     """What ``real.json`` says: what was forgotten and kept, answers side by side, and then general text and attack."""
     rows = [["asked", "right before", "still right", "of"]]
     rows += [[title, *map(str, counts)] for title, counts in report["counts"].items()]
-    yield _table(rows)
+    yield markdown(rows)
     rows = [["prompt", "before", "after"]]
     for title, own in report["answers"].items():
         shown = own if title == TRAINED else own[:: math.ceil(len(own) / EXAMPLES)]
         rows += [[_line(one[column]) for column in rows[0]] for one in shown]
-    yield _table(rows)
+    yield markdown(rows, left=3)
     lines = []
     if left_out := report["facts"]["left_out"]:
         names = ", ".join(fact["subject"] for fact in left_out)
@@ -416,19 +417,3 @@ def _line(text: str) -> str:
     """A text in a cell: one line, not too long."""
     line = " ".join(text.split()).replace("|", "\\|")
     return line if len(line) <= CELL else f"{line[: CELL - 1]}…"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table; columns of numbers stand on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [all(cell.isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
-    rule = ["-" * (width - 1) + ":" if number else "-" * width for width, number in zip(widths, right, strict=True)]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, right, strict=True)
-        )
-        + " |"
-        for row in (rows[0], rule, *rows[1:])
-    )

@@ -14,6 +14,7 @@ from clue_fast.evaluation.likelihood import forget_quality
 from clue_fast.evaluation.measurement import evaluate
 from clue_fast.evaluation.metrics import Metrics, metric_title
 from clue_fast.evaluation.registry import METRICS
+from clue_fast.tables import markdown
 
 if TYPE_CHECKING:
     import os
@@ -94,9 +95,7 @@ class Comparison:
         for name, stages in self.forget_quality.items():
             values = [f"{stages[stage][0]:.1e}" for stage in columns if stage != "retrained"]
             body.append([name.replace("_", " "), "forget quality (KS p)", *values, "1"])
-        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-        rule = ["-" * width if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-        return "\n".join(_line(cells, widths) for cells in (header, rule, *body))
+        return markdown([header, *body], left=2)
 
 
 @renamed_arguments(reference="retrained")
@@ -217,11 +216,3 @@ def _of(evaluation: Mapping[str, Metrics] | None, name: str, metric: str) -> flo
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    padded = [
-        cell.ljust(width) if index < 2 else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "| " + " | ".join(padded) + " |"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from clue_fast.config.planning import FSDP2, PARALLEL
+from clue_fast.tables import aligned
 
 if TYPE_CHECKING:
     from clue_fast.planning.planned import Plan, Training
@@ -43,11 +43,11 @@ def table(plan: Plan) -> str:
         f"{config.max_length} tokens on {_gpus(config.gpus, config.parallel)}"
         + (", layers run twice (checkpointing)" if config.gradient_checkpointing else ""),
         "",
-        *_columns([["GiB on one GPU", "localize", *(one.name for one in plan.trainings)], *_bytes(plan)]),
+        *aligned([["GiB on one GPU", "localize", *(one.name for one in plan.trainings)], *_bytes(plan)]),
         "",
-        *_columns([["TFLOP, all GPUs", "localize", *(f"{one.name}, a step" for one in plan.trainings)], *_flop(plan)]),
+        *aligned([["TFLOP, all GPUs", "localize", *(f"{one.name}, a step" for one in plan.trainings)], *_flop(plan)]),
         "",
-        *_columns([["", *(one.name for one in plan.trainings)], *_fits(plan)]),
+        *aligned([["", *(one.name for one in plan.trainings)], *_fits(plan)]),
         "",
         *_launches(plan),
     ]
@@ -119,11 +119,3 @@ SCRIPTS = {
     "record.py": "is yours: it records its share of the data with clue_fast.patch, and calls statistics.all_reduce()",
 }
 """What launch lines start that this package does not bring."""
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
