@@ -163,6 +163,8 @@ class Difference:
     def __str__(self) -> str:
         if math.isnan(self.half):
             return f"{self.middle:+.3f}"
+        if math.isnan(self.p):  # where no seed differs
+            return f"{self.middle:+.3f} ± {self.half:.3f}"
         return f"{self.middle:+.3f} ± {self.half:.3f} (p {self.p:.3f}, corrected {self.corrected:.3f})"
 
 
