@@ -151,7 +151,7 @@ class Difference:
 
     Attributes:
         middle, half: mean of the differences of the scores, and half the width of its 95 % interval, of Student's t.
-        p: of Student's paired test.
+        p: of Student's paired test; NaN if all differences are 0.
         corrected: p by Holm's method (1979), for all methods and budgets that are compared with that baseline.
     """
 
