@@ -4,6 +4,7 @@ For one instance of a model: classes of libraries are never modified, so other m
 of a patched model is a patched model of its own.
 """
 
-from clue_fast.recording.patched import Patched, Report, SiteReport, check_strictly, patch, patched_of, unpatch
+from clue_fast.recording.patched import Patched, check_strictly, patch, patched_of, unpatch
+from clue_fast.recording.report import Report, SiteReport
 
 __all__ = ["Patched", "Report", "SiteReport", "check_strictly", "patch", "patched_of", "unpatch"]
