@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clue_fast.errors import FileFormatError, NonFiniteError, PatchError, SelectionError
 from clue_fast.files import load_tensors, save_tensors
-from clue_fast.ops import FIELDS, GRADIENT_FIELDS
+from clue_fast.ops import CLOSED_FORMS, FIELDS, GRADIENT_FIELDS, conflict_score
 from clue_fast.sites import Site
 
 DEFAULT_GROUPS = ("forget", "retain")
@@ -48,6 +48,24 @@ class UnitStatistics:
     square_attribution: Tensor | None = None
 
 
+@dataclass
+class LiveScores:
+    """Scores that recording writes as it adds to the accumulators.
+
+    Attributes:
+        criterion: a closed form, one of ``ops.CRITERIA_OPS``.
+        values: [units] float32.
+        fresh: whether they are those of the accumulators, which are then only added to with their scores.
+        skipped: batches that were left out when they were made so. Leaving one out takes it back from the accumulators
+            where no value is looked at from the host, and from no score.
+    """
+
+    criterion: str
+    values: Tensor
+    fresh: bool
+    skipped: int
+
+
 class Statistics:
     """Accumulators of all sites.
 
@@ -64,6 +82,7 @@ class Statistics:
         skipped: [] int64, batches left out for that reason, where asked for.
         offsets: [sites + 1] int64, the range of units of each site.
         fingerprint: of the model, see ``model_fingerprint``.
+        live: the scores that recording writes on the way, or None; see ``keep_scores``.
     """
 
     def __init__(
@@ -86,6 +105,7 @@ class Statistics:
         self.records = torch.zeros(len(self.groups), dtype=torch.int64, device=device)
         self.nonfinite = torch.zeros_like(self.count)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.live: LiveScores | None = None
         self._numbers = {site: number for number, site in enumerate(self.sites)}
 
     def group_index(self, name: str) -> int:
@@ -126,6 +146,53 @@ class Statistics:
         numbers = torch.arange(1, len(self.groups) + 1, device=values.device)
         members = (groups.to(values.device) == numbers[:, None]).to(values)
         self.record_sums[name][:, units] += (members @ values).to(self.values.device)
+
+    def keep_scores(self, criterion: str | None, backend: str | None = None) -> None:
+        """Has whatever adds to the accumulators from now on write the scores as well, or, with None, no longer.
+
+        Args:
+            criterion: one of ``ops.CRITERIA_OPS``.
+            backend: forces one.
+        """
+        if criterion is None:
+            self.live = None
+        elif self.live is None or self.live.criterion != criterion:
+            self.live = LiveScores(criterion, self._score(criterion, backend), True, int(self.skipped))
+        else:
+            self.scores(criterion, backend)
+
+    def scores(self, criterion: str, backend: str | None = None) -> Tensor:
+        """Returns the scores of all units by a closed form, NaN where no token was counted.
+
+        Those that were written while recording, where they are valid; otherwise they are computed, in one launch.
+
+        Args:
+            criterion: one of ``ops.CRITERIA_OPS``.
+            backend: forces one.
+
+        Returns:
+            [units] float32.
+        """
+        live = self.live
+        if live is None or live.criterion != criterion:
+            return self._score(criterion, backend)
+        skipped = int(self.skipped)
+        if not live.fresh or live.skipped != skipped:
+            live.values.copy_(self._score(criterion, backend))
+            live.fresh, live.skipped = True, skipped
+        return live.values.clone()
+
+    def _score(self, criterion: str, backend: str | None) -> Tensor:
+        gradients = self.gradient_values if CLOSED_FORMS[criterion].gradients else None
+        offsets = self.offsets.to(self.values.device)
+        return conflict_score(
+            self.values, self.count, offsets, criterion, gradient_statistics=gradients, backend=backend
+        )
+
+    def mark_stale(self) -> None:
+        """Has the live scores computed anew when they are read next: something was changed without writing them."""
+        if self.live is not None:
+            self.live.fresh = False
 
     def number(self, site: Site) -> int:
         """Returns the place of a site among the sites. Raises PatchError if it is none of them."""
@@ -210,6 +277,7 @@ class Statistics:
 
     def reset(self) -> None:
         """Forgets everything recorded so far."""
+        self.mark_stale()
         for tensor in (*self.tensors(), self.skipped):
             tensor.zero_()
 
@@ -264,6 +332,7 @@ class Statistics:
                 f"statistics of model {other.fingerprint} cannot be merged into those of {self.fingerprint}; "
                 "record both on one model"
             )
+        self.mark_stale()
         if other.gradient_values is not None:
             self.allocate_gradients()
         self.allocate_record_sums(*other.record_sums)
@@ -299,6 +368,7 @@ class Statistics:
         for rank, theirs in enumerate(ranks):
             if theirs != ranks[0]:
                 raise SelectionError(f"rank 0 holds statistics of {ranks[0]}, rank {rank} of {theirs}; record the same")
+        self.mark_stale()
         for tensor in (*self.tensors(), self.skipped):
             # Row by row, so that no rank needs room for all the others at once.
             for row in tensor if tensor.dim() else [tensor]:

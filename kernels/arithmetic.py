@@ -45,8 +45,10 @@ def reciprocal(x):
 
 @triton.jit
 def widened(x):
-    """Converts x to fp32, exactly."""
-    if _INTERPRETED:
+    """Converts x to fp32, exactly; fp64 stays as it is."""
+    if x.dtype == tl.float64:
+        return x
+    elif _INTERPRETED:
         if x.dtype == tl.bfloat16:  # the interpreter's own conversion is wrong for subnormal numbers
             return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         else:

@@ -1,9 +1,9 @@
 """Statistics of every channel by token group, of any tensor [tokens, channels], in two stages.
 
 First stage: a program walks over a run of up to 256 tokens of 128 channels. Each thread adds the tokens it sees
-to sums in its registers (fp32); at the end the program folds its threads and writes one partial row per field and
-group. Second stage: one launch adds the partial rows to the float64 accumulators, always in the same order and
-without atomics, so that the same input gives the same bits.
+to sums in its registers (fp32, or fp64 of fp64 values, such as norms of heads); at the end the program folds its
+threads and writes one partial row per field and group. Second stage: one launch adds the partial rows to the float64
+accumulators, always in the same order and without atomics, so that the same input gives the same bits.
 
 A program keeps one set of sums when the tokens of its run belong to one group, two when they belong to two. It
 reads its tokens again only when they span more than two group numbers. Partial rows are written for the range of
@@ -14,11 +14,14 @@ Used alone for MLPs that are not gated, and by gated_activation, which adds its 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .arithmetic import widened
+from .conflict_score import READS, write_scores
 from .launch import INTERPRETED, on_device, options
 
 FIELDS = 5  # sum, square_sum, magnitude_sum, magnitude_max, active_count
@@ -39,9 +42,9 @@ FOLD_CHANNELS = 128 if INTERPRETED else 32
 
 
 @triton.jit
-def no_sums(FIELDS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums of no token: a tuple of FIELDS fp32 zeros [ROWS, CHANNELS]."""
-    zero = tl.zeros((ROWS, CHANNELS), tl.float32)
+def no_sums(FIELDS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, dtype: tl.constexpr = tl.float32):
+    """Sums of no token: a tuple of FIELDS zeros [ROWS, CHANNELS], fp32, or fp64 of fp64 values."""
+    zero = tl.zeros((ROWS, CHANNELS), dtype)
     if FIELDS == 3:
         return zero, zero, zero
     else:
@@ -52,7 +55,7 @@ def no_sums(FIELDS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 def add_activations(sums, a, member):
     """Adds the tokens of one group to its sums.
 
-    a: fp32 [DEPTH, ROWS, CHANNELS]; member: [DEPTH, ROWS, 1], which tokens count. They are picked with `where`,
+    a: fp32 or fp64 [DEPTH, ROWS, CHANNELS]; member: [DEPTH, ROWS, 1], which tokens count. They are picked with `where`,
     since 0 times the NaN of a token outside the group would be NaN.
     """
     a = tl.where(member, a, 0.0)
@@ -95,7 +98,7 @@ def group_bounds(group, bounds, run, block, start, stop, GROUPS: tl.constexpr, R
 
 @triton.jit
 def store_sums(sums, partial, run, group, channel, channels, GROUPS: tl.constexpr, FIELDS: tl.constexpr):
-    """Folds the rows of the sums and writes them to partial [runs, GROUPS, FIELDS, channels], fp32."""
+    """Folds the rows of the sums and writes them to partial [runs, GROUPS, FIELDS, channels]."""
     row = partial + (run.to(tl.int64) * GROUPS + group - 1) * FIELDS * channels
     for field in tl.static_range(FIELDS):
         folded = tl.max(sums[field], 0) if field == _MAXIMUM else tl.sum(sums[field], 0)
@@ -115,7 +118,7 @@ def tile_index(start, stop, channel, channels, DEPTH: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def load_tile(x, stride, token, column, mask):
-    """x[token, column] in fp32."""
+    """x[token, column] in fp32, or fp64."""
     return widened(tl.load(x + token.to(tl.int64) * stride + column, mask=mask, other=0.0))
 
 
@@ -136,8 +139,9 @@ def channel_statistics_pass(
 
     It sums x, or with FIELDS == 3 the products x * grad.
     """
-    one = no_sums(FIELDS, ROWS, CHANNELS)
-    two = no_sums(FIELDS, ROWS, CHANNELS)
+    dtype: tl.constexpr = partial.dtype.element_ty
+    one = no_sums(FIELDS, ROWS, CHANNELS, dtype)
+    two = no_sums(FIELDS, ROWS, CHANNELS, dtype)
     for at in range(start, stop, DEPTH * ROWS):
         token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
         member = tile_group(group, at, stop, DEPTH, ROWS)
@@ -188,8 +192,7 @@ def channel_statistics_fwd_kernel(
             )  # fmt: skip
 
 
-# Second stage. A program holds all fields of its channels at the end: a score that needs nothing else, such as
-# the closed forms of conflict_score, can be computed and written there.
+# Second stage. At its end a program has all sums of its channels: with a CRITERION it also writes their scores.
 
 
 @triton.jit
@@ -217,9 +220,13 @@ def add_partial(
 @triton.jit
 def channel_statistics_fold_kernel(
     partial, bounds, statistics, group_stride, field_stride, runs, channels,
-    GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
+    count, count_stride, source, source_group_stride, source_field_stride, scores,
+    GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr, CRITERION: tl.constexpr,
 ):  # fmt: skip
-    """Second stage: adds partial [runs, GROUPS, FIELDS, channels] to statistics [GROUPS, FIELDS, channels]."""
+    """Second stage: adds partial [runs, GROUPS, FIELDS, channels] to statistics [GROUPS, FIELDS, channels].
+
+    With a CRITERION it writes scores from source, the first sum that it reads, of statistics or of other accumulators.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     mask = channel < channels
     row = statistics + channel
@@ -236,6 +243,14 @@ def channel_statistics_fold_kernel(
             after = tl.maximum(before, totals[field]) if field == _MAXIMUM else before + totals[field]
             tl.store(cell, after, mask=mask)
         row += group_stride
+    if CRITERION != "":
+        tl.debug_barrier()  # what was stored is read again, should other threads of this program have stored it
+        forget_count = tl.load(count).to(tl.float64)
+        retain_count = tl.load(count + count_stride).to(tl.float64)
+        write_scores(
+            source, source_group_stride, source_field_stride, forget_count, retain_count, scores, channel, mask,
+            CRITERION,
+        )  # fmt: skip
 
 
 # Launch functions
@@ -268,15 +283,34 @@ class Reduction:
     Args:
         group: int8 [tokens].
         statistics: float64 [groups, fields, channels], last stride 1, updated by `fold`.
+        criterion: "", or one of conflict_score, of which `fold` then writes the scores.
+        count: int64 [groups, 1], tokens counted.
+        source: accumulators that the criterion reads, if others than statistics.
+        scores: float32 [channels].
+        dtype: in which runs are summed.
     """
 
-    def __init__(self, group: torch.Tensor, statistics: torch.Tensor) -> None:
-        self.statistics = statistics
+    def __init__(
+        self,
+        group: torch.Tensor,
+        statistics: torch.Tensor,
+        criterion: str = "",
+        count: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
+        scores: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.statistics, self.criterion = statistics, criterion
+        read = statistics if source is None else source
+        first = read[0, READS[criterion][0]] if criterion else None
+        stride = 0 if count is None else count.stride(0)
+        self.scoring = count, stride, first, read.stride(0), read.stride(1), scores
         self.groups, self.fields, self.channels = statistics.shape
         self.run_length = run_length(group.shape[0], self.channels)
         self.runs = triton.cdiv(group.shape[0], self.run_length)
         shape = (self.runs, self.groups, self.fields, self.channels)
-        self.partial = torch.empty(shape, dtype=torch.float32, device=group.device)
+        self.partial = torch.empty(shape, dtype=dtype, device=group.device)
         self.bounds = torch.empty((self.runs, 2), dtype=torch.int32, device=group.device)
 
     @property
@@ -288,16 +322,20 @@ class Reduction:
         """Add the partial rows to the statistics."""
         channel_statistics_fold_kernel[(triton.cdiv(self.channels, FOLD_CHANNELS),)](
             self.partial, self.bounds, self.statistics, self.statistics.stride(0), self.statistics.stride(1),
-            self.runs, self.channels, self.groups, self.fields, FOLD_RUNS, FOLD_CHANNELS, **options(THREADS),
+            self.runs, self.channels, *self.scoring,
+            self.groups, self.fields, FOLD_RUNS, FOLD_CHANNELS, self.criterion, **options(THREADS),
         )  # fmt: skip
 
 
-def _reduce(x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tensor, statistics: torch.Tensor) -> None:
+def _reduce(
+    x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tensor, statistics: torch.Tensor, *scoring: Any
+) -> None:
     if x.numel() == 0:
         return
     tokens, channels = x.shape
     with on_device(x):
-        reduction = Reduction(group, statistics)
+        wide = x.dtype == torch.float64
+        reduction = Reduction(group, statistics, *scoring, dtype=x.dtype if wide else torch.float32)
         channel_statistics_fwd_kernel[reduction.grid](
             x, grad, x.stride(0), grad.stride(0), group, reduction.partial, reduction.bounds,
             tokens, channels, reduction.groups, reduction.fields, reduction.run_length,
@@ -306,27 +344,29 @@ def _reduce(x: torch.Tensor, grad: torch.Tensor, inputs: int, group: torch.Tenso
         reduction.fold()
 
 
-def channel_statistics(x: torch.Tensor, group: torch.Tensor, statistics: torch.Tensor) -> None:
+def channel_statistics(x: torch.Tensor, group: torch.Tensor, statistics: torch.Tensor, *scoring: Any) -> None:
     """Adds x to the statistics of each token's group.
 
     Args:
-        x: [tokens, channels], float32, bfloat16 or float16, last stride 1.
+        x: [tokens, channels], float32, bfloat16, float16 or float64, last stride 1.
         group: int8 [tokens]; 0 is not counted, g counts into row g - 1, numbers above G are ignored.
         statistics: float64 [G, 5, channels], last stride 1: sum, square_sum, magnitude_sum, magnitude_max,
             active_count (active: x > 0); updated in place. A NaN reaches the sums, not the maximum.
+        scoring: criterion, count, source and scores of Reduction, to write scores as well.
     """
-    _reduce(x, x, 1, group, statistics)
+    _reduce(x, x, 1, group, statistics, *scoring)
 
 
 def channel_attribution(
-    x: torch.Tensor, grad: torch.Tensor, group: torch.Tensor, gradient_statistics: torch.Tensor
+    x: torch.Tensor, grad: torch.Tensor, group: torch.Tensor, gradient_statistics: torch.Tensor, *scoring: Any
 ) -> None:
     """Adds p = x * grad to the gradient statistics of each token's group.
 
     Args:
-        x, grad: [tokens, channels], float32, bfloat16 or float16, last stride 1.
+        x, grad: [tokens, channels], float32, bfloat16, float16 or float64, last stride 1.
         group: int8 [tokens], as in channel_statistics.
         gradient_statistics: float64 [G, 3, channels], last stride 1: product_sum, product_magnitude_sum,
             product_square_sum; updated in place.
+        scoring: as in channel_statistics.
     """
-    _reduce(x, grad, 2, group, gradient_statistics)
+    _reduce(x, grad, 2, group, gradient_statistics, *scoring)

@@ -1,7 +1,7 @@
 """Scores of the channels of all sites from their statistics, in one launch.
 
-Everything is float64 inside. The closed forms stand in `closed_form`, which takes and returns one value a channel,
-so that another kernel that holds the statistics of its channels can write scores too.
+Everything is float64 inside. The closed forms stand in `closed_form`; `write_scores` reads what they need of some
+channels and writes their scores, here and in the second stage of channel_statistics, which has just added to it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,23 @@ BLOCK = 256
 THREADS = 128
 
 
+# Criterion -> field of the first sum that it reads, and whether that is one of the gradient statistics.
+READS = {
+    "difference": (0, False),
+    "signed_difference": (0, False),
+    "welch": (0, False),
+    "ratio": (2, False),
+    "attribution": (1, True),
+    "forget_attribution": (1, True),
+}
+
+
 @triton.jit
 def closed_form(first, second, count, other_first, other_second, other_count, CRITERION: tl.constexpr):
     """Score, float64, from two sums and the token count of the forget group and of the retain group.
 
-    "difference": first = sum, second = square_sum. "ratio": first = magnitude_sum. "attribution":
-    first = product_magnitude_sum. The second sums are read with "difference" only.
+    "ratio": first = magnitude_sum. "attribution" and "forget_attribution": first = product_magnitude_sum. The others:
+    first = sum, second = square_sum, which is read with them only.
     """
     mean = first / count
     other_mean = other_first / other_count
@@ -29,12 +40,44 @@ def closed_form(first, second, count, other_first, other_second, other_count, CR
         return mean / (other_mean + 0.01)
     elif CRITERION == "attribution":
         return mean - other_mean
+    elif CRITERION == "forget_attribution":
+        return mean
     else:
         variance = second / count - mean * mean
         other_variance = other_second / other_count - other_mean * other_mean
         variance = tl.where(variance < 0, 0.0, variance)  # NaN stays NaN
         other_variance = tl.where(other_variance < 0, 0.0, other_variance)
-        return tl.abs(mean - other_mean) / tl.sqrt(0.5 * (variance + other_variance) + 1e-12)
+        if CRITERION == "welch":
+            square_error = variance / tl.maximum(count - 1.0, 1.0)
+            square_error += other_variance / tl.maximum(other_count - 1.0, 1.0)
+            square_error = tl.where(square_error < 1e-24, 1e-24, square_error)
+            return tl.abs(mean - other_mean) / tl.sqrt(square_error)
+        else:
+            score = (mean - other_mean) / tl.sqrt(0.5 * (variance + other_variance) + 1e-12)
+            if CRITERION == "signed_difference":
+                return score
+            else:
+                return tl.abs(score)
+
+
+@triton.jit
+def write_scores(
+    statistics, group_stride, field_stride, forget_count, retain_count, out, channel, mask, CRITERION: tl.constexpr
+):  # fmt: skip
+    """Scores of some channels. statistics: the first of the two sums that the criterion reads."""
+    forget = statistics + channel
+    retain = forget + group_stride
+    forget_first = tl.load(forget, mask=mask, other=0.0)
+    retain_first = tl.load(retain, mask=mask, other=0.0)
+    forget_second = forget_first
+    retain_second = retain_first
+    if CRITERION == "difference" or CRITERION == "signed_difference" or CRITERION == "welch":
+        forget_second = tl.load(forget + field_stride, mask=mask, other=0.0)
+        retain_second = tl.load(retain + field_stride, mask=mask, other=0.0)
+    score = closed_form(
+        forget_first, forget_second, forget_count, retain_first, retain_second, retain_count, CRITERION
+    )  # fmt: skip
+    tl.store(out + channel, score.to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -59,19 +102,9 @@ def conflict_score_fwd_kernel(
     site = site_of(channel, offsets, sites, STEPS)
     forget_count = tl.load(count + site, mask=mask, other=1).to(tl.float64)
     retain_count = tl.load(count + count_stride + site, mask=mask, other=1).to(tl.float64)
-    forget = statistics + channel
-    retain = forget + group_stride
-    forget_first = tl.load(forget, mask=mask, other=0.0)
-    retain_first = tl.load(retain, mask=mask, other=0.0)
-    forget_second = forget_first
-    retain_second = retain_first
-    if CRITERION == "difference":
-        forget_second = tl.load(forget + field_stride, mask=mask, other=0.0)
-        retain_second = tl.load(retain + field_stride, mask=mask, other=0.0)
-    score = closed_form(
-        forget_first, forget_second, forget_count, retain_first, retain_second, retain_count, CRITERION
+    write_scores(
+        statistics, group_stride, field_stride, forget_count, retain_count, out, channel, mask, CRITERION
     )  # fmt: skip
-    tl.store(out + channel, score.to(tl.float32), mask=mask)
 
 
 # Launch function
@@ -89,19 +122,18 @@ def conflict_score(
 
     Args:
         statistics: float64 [G, 5, channels], last stride 1, G at least 2; see channel_statistics.
-        gradient_statistics: float64 [G, 3, channels], read by "attribution" only.
+        gradient_statistics: float64 [G, 3, channels], read by the attributions only.
         count: int64 [G, sites], tokens counted; a count of 0 makes the scores of its site NaN.
         offsets: int64 [sites + 1], where the channels of each site begin and the last one's end.
-        criterion: "difference", |mean_f - mean_r| / sqrt((var_f + var_r) / 2 + 1e-12); "ratio",
-            E_f|a| / (E_r|a| + 0.01) (Pochinkov and Schoots 2024); "attribution", E_f|p| - E_r|p|.
+        criterion: one of READS; the formulas are in `clue_fast.ops.conflict_score`.
         out: float32 [channels], written.
     """
     channels = out.numel()
     if channels == 0:
         return
-    source = gradient_statistics if criterion == "attribution" else statistics
+    field, of_gradients = READS[criterion]
+    source = gradient_statistics if of_gradients else statistics
     assert source is not None
-    field = {"difference": 0, "ratio": 2, "attribution": 1}[criterion]
     sites = offsets.numel() - 1
     with on_device(out):
         conflict_score_fwd_kernel[(triton.cdiv(channels, BLOCK),)](

@@ -8,6 +8,8 @@ group; the second stage folds these into the float64 accumulators. Nothing of th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -293,6 +295,7 @@ def gated_activation_record(
     activation: str,
     group: torch.Tensor,
     statistics: torch.Tensor,
+    *scoring: Any,
 ) -> None:
     """Writes h = act(gate) * up and adds it to the statistics of each token's group.
 
@@ -300,11 +303,12 @@ def gated_activation_record(
         gate, up, out, activation: as in gated_activation; out must not share memory with gate or up.
         group: int8 [tokens]; 0 is not counted, g counts into row g - 1, numbers above G are ignored.
         statistics: float64 [G, 5, channels], last stride 1, updated in place; see channel_statistics.
+        scoring: as in channel_statistics.
     """
     if out.numel() == 0:
         return
     with on_device(gate):
-        reduction = Reduction(group, statistics)
+        reduction = Reduction(group, statistics, *scoring)
         gated_activation_record_fwd_kernel[reduction.grid](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0),
             group, reduction.partial, reduction.bounds, *gate.shape, activation, reduction.groups, reduction.run_length,
@@ -348,6 +352,7 @@ def gated_activation_backward_record(
     activation: str,
     group: torch.Tensor,
     gradient_statistics: torch.Tensor,
+    *scoring: Any,
 ) -> None:
     """gated_activation_backward, with p = h * grad added to the gradient statistics of each token's group.
 
@@ -357,11 +362,12 @@ def gated_activation_backward_record(
         group: int8 [tokens], as in gated_activation_record.
         gradient_statistics: float64 [G, 3, channels], last stride 1, updated in place; see
             channel_attribution.
+        scoring: as in channel_statistics.
     """
     if grad.numel() == 0:
         return
     with on_device(gate):
-        reduction = Reduction(group, gradient_statistics)
+        reduction = Reduction(group, gradient_statistics, *scoring)
         gated_activation_record_bwd_kernel[reduction.grid](
             grad, gate, up, grad_gate, grad_up,
             grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0),

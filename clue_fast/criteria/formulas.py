@@ -12,28 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clue_fast import ops
 from clue_fast.criteria.integrated_gradients import INTEGRATED
 from clue_fast.criteria.registry import Measured, Units, criterion
 from clue_fast.criteria.weight_gradients import MAGNITUDE, OVERLAP, PRODUCT, SQUARE, WEIGHTED_INPUT
 
 FISHER_FLOOR = 1e-12
-VARIANCE_FLOOR = 1e-12
-ERROR_FLOOR = 1e-24  # below what float32 activations can differ by
 WAGLE_GAMMA = 1e-6
 
 
-def _launch(measured: Measured, name: str) -> Tensor:
-    """One launch over all units of the model."""
-    statistics = measured.statistics
-    return ops.conflict_score(
-        statistics.values,
-        statistics.count,
-        statistics.offsets.to(statistics.values.device),
-        name,
-        gradient_statistics=statistics.gradient_values if name == "attribution" else None,
-        backend=measured.backend,
-    )
+def _closed_form(measured: Measured, name: str) -> Tensor:
+    """Those that recording wrote on its way, or one launch over all units of the model."""
+    return measured.statistics.scores(name, measured.backend)
 
 
 @criterion(needs="activations")
@@ -44,7 +33,7 @@ def difference(measured: Measured) -> Tensor:
 
     Source: standardized mean difference, Cohen 1988; the conflict of units, after CLUE, arXiv 2509.20977.
     """
-    return _launch(measured, "difference")
+    return _closed_form(measured, "difference")
 
 
 @criterion(needs="activations")
@@ -55,9 +44,7 @@ def signed_difference(measured: Measured) -> Tensor:
 
     Source: standardized mean difference, Cohen 1988.
     """
-    forget, retain = measured.forget, measured.retain
-    spread = ((forget.variance + retain.variance) / 2 + VARIANCE_FLOOR).sqrt()
-    return (forget.mean - retain.mean) / spread
+    return _closed_form(measured, "signed_difference")
 
 
 @criterion(needs="activations")
@@ -68,11 +55,7 @@ def welch(measured: Measured) -> Tensor:
 
     Source: Welch 1947, The generalization of Student's problem, Biometrika 34.
     """
-    forget, retain = measured.forget, measured.retain
-    square_error = torch.zeros_like(forget.mean)
-    for units in (forget, retain):
-        square_error += units.variance / (units.tokens - 1).clamp_min(1.0)
-    return (forget.mean - retain.mean).abs() / square_error.clamp_min(ERROR_FLOOR).sqrt()
+    return _closed_form(measured, "welch")
 
 
 @criterion(needs="activations", importance=lambda units: units.abs_mean)
@@ -83,7 +66,7 @@ def ratio(measured: Measured) -> Tensor:
 
     Source: Pochinkov & Schoots 2024, arXiv 2403.01267.
     """
-    return _launch(measured, "ratio")
+    return _closed_form(measured, "ratio")
 
 
 @criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)
@@ -96,7 +79,7 @@ def attribution(measured: Measured) -> Tensor:
 
     Source: first-order Taylor importance, Molchanov et al. 2017, arXiv 1611.06440.
     """
-    return _launch(measured, "attribution")
+    return _closed_form(measured, "attribution")
 
 
 @criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)
@@ -109,7 +92,7 @@ def forget_attribution(measured: Measured) -> Tensor:
 
     Source: first-order Taylor importance, Molchanov et al. 2017, arXiv 1611.06440.
     """
-    return measured.forget.abs_attribution
+    return _closed_form(measured, "forget_attribution")
 
 
 def _fisher(units: Units) -> Tensor:

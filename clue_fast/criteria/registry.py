@@ -355,7 +355,7 @@ def _require(statistics: Statistics, criterion: Criterion) -> None:
         if statistics.groups[row] != name or int(counted) == 0:
             raise PatchError(
                 f"criterion {criterion.name!r} compares forget and retain, and no {name} {needed.counts} was recorded "
-                "for it"
+                f"for it; record group {name!r} first, or batches that bring both groups"
             )
     if needed.gradients and statistics.gradient_values is None:
         raise PatchError(f"criterion {criterion.name!r} needs gradients; record with gradients=True and run backward")

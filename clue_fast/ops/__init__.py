@@ -3,7 +3,7 @@
 from clue_fast.ops.accumulators import FIELDS, GRADIENT_FIELDS
 from clue_fast.ops.backend import BACKENDS, Choice, available, choose
 from clue_fast.ops.channel_statistics import channel_attribution, channel_statistics
-from clue_fast.ops.conflict_score import CRITERIA_OPS, conflict_score
+from clue_fast.ops.conflict_score import CLOSED_FORMS, CRITERIA_OPS, Scoring, conflict_score
 from clue_fast.ops.gated_activation import ACTIVATIONS, gated_activation
 from clue_fast.ops.sparse_linear import sparse_linear
 from clue_fast.ops.sparse_optimizer import sparse_adamw_, sparse_sgd_
@@ -11,10 +11,12 @@ from clue_fast.ops.sparse_optimizer import sparse_adamw_, sparse_sgd_
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "CLOSED_FORMS",
     "CRITERIA_OPS",
     "FIELDS",
     "GRADIENT_FIELDS",
     "Choice",
+    "Scoring",
     "available",
     "channel_attribution",
     "channel_statistics",

@@ -33,6 +33,9 @@ Launch = Callable[..., None]
 
 # The backends: whether each can run in this process, and on which devices.
 
+INTERFACE = 2
+"""Of the arguments that the extension takes; one that was built before they changed is passed over."""
+
 
 @cache
 def extension() -> ModuleType | None:
@@ -43,11 +46,14 @@ def extension() -> ModuleType | None:
 @cache
 def _load_extension() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("clue_fast._C"), None
+        module = importlib.import_module("clue_fast._C")
     except ModuleNotFoundError:
         return None, "the C++ extension is not built; reinstall clue_fast with a C++ compiler present"
     except ImportError as error:
         return None, f"the C++ extension does not load ({error}); reinstall clue_fast against this torch"
+    if module.build_info().get("interface") != INTERFACE:
+        return None, "the C++ extension is from another version of clue_fast; reinstall it to rebuild the extension"
+    return module, None
 
 
 def interpreting() -> bool:

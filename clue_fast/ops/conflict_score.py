@@ -1,8 +1,14 @@
-"""The score of every unit of every site from their statistics, by a closed formula, in one call."""
+"""The score of every unit of every site from their statistics, by a closed formula, in one call.
+
+The operators that add to the statistics of a site write the same scores of its units in the same launch, where they
+are given a `Scoring`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +18,68 @@ from clue_fast.ops import backend as backends
 from clue_fast.ops.accumulators import FIELDS, GRADIENT_FIELDS
 from clue_fast.ops.backend import define
 
-CRITERIA_OPS = ("difference", "ratio", "attribution")
 VARIANCE_FLOOR = 1e-12
 RATIO_FLOOR = 0.01
+ERROR_FLOOR = 1e-24  # of welch: below what float32 activations can differ by
 FORGET, RETAIN = 0, 1  # rows of the groups 1 and 2
 
 
-# The definition: the launch function in plain PyTorch, float64 until the last step.
+# The definition: closed forms in plain PyTorch, float64, from the sums [2, fields, units] and the numbers of counted
+# tokens [2, units or 1] of forget and retain to one score a unit.
+
+
+def _mean_and_variance(sums: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    mean = sums[:, FIELDS.index("sum")] / tokens
+    return mean, (sums[:, FIELDS.index("square_sum")] / tokens - mean.square()).clamp(min=0)
+
+
+def _signed_difference(sums: Tensor, tokens: Tensor) -> Tensor:
+    mean, variance = _mean_and_variance(sums, tokens)
+    return (mean[FORGET] - mean[RETAIN]) / (variance.mean(0) + VARIANCE_FLOOR).sqrt()
+
+
+def _welch(sums: Tensor, tokens: Tensor) -> Tensor:
+    mean, variance = _mean_and_variance(sums, tokens)
+    square_error = (variance / (tokens - 1).clamp(min=1)).sum(0)
+    return (mean[FORGET] - mean[RETAIN]).abs() / square_error.clamp(min=ERROR_FLOOR).sqrt()
+
+
+def _ratio(sums: Tensor, tokens: Tensor) -> Tensor:
+    magnitude = sums[:, FIELDS.index("magnitude_sum")] / tokens
+    return magnitude[FORGET] / (magnitude[RETAIN] + RATIO_FLOOR)
+
+
+def _attribution(sums: Tensor, tokens: Tensor) -> Tensor:
+    effect = sums[:, GRADIENT_FIELDS.index("product_magnitude_sum")] / tokens
+    return effect[FORGET] - effect[RETAIN]
+
+
+def _forget_attribution(sums: Tensor, tokens: Tensor) -> Tensor:
+    return sums[FORGET, GRADIENT_FIELDS.index("product_magnitude_sum")] / tokens[FORGET]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """A criterion that needs nothing but the accumulators of a unit.
+
+    Attributes:
+        function: its definition.
+        gradients: whether it reads the sums of GRADIENT_FIELDS and not those of FIELDS.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    gradients: bool = False
+
+
+CLOSED_FORMS = {
+    "difference": ClosedForm(lambda sums, tokens: _signed_difference(sums, tokens).abs()),
+    "signed_difference": ClosedForm(_signed_difference),
+    "welch": ClosedForm(_welch),
+    "ratio": ClosedForm(_ratio),
+    "attribution": ClosedForm(_attribution, gradients=True),
+    "forget_attribution": ClosedForm(_forget_attribution, gradients=True),
+}
+CRITERIA_OPS = tuple(CLOSED_FORMS)
 
 
 def reference(
@@ -30,24 +91,98 @@ def reference(
     out: Tensor,
 ) -> None:
     """Writes the score of every unit; the formulas are in `conflict_score`."""
-    widths = offsets.diff()
-    tokens = count.double().repeat_interleave(widths, dim=1)[:2]
-    if criterion == "attribution":
-        if gradient_statistics is None:
-            raise ValueError('criterion "attribution" needs gradient_statistics')
-        effect = gradient_statistics[:2, GRADIENT_FIELDS.index("product_magnitude_sum")] / tokens
-        out.copy_(effect[FORGET] - effect[RETAIN])
-    elif criterion == "ratio":
-        magnitude = statistics[:2, FIELDS.index("magnitude_sum")] / tokens
-        out.copy_(magnitude[FORGET] / (magnitude[RETAIN] + RATIO_FLOOR))
-    else:
-        mean = statistics[:2, FIELDS.index("sum")] / tokens
-        variance = (statistics[:2, FIELDS.index("square_sum")] / tokens - mean.square()).clamp(min=0)
-        spread = (variance.mean(0) + VARIANCE_FLOOR).sqrt()
-        out.copy_((mean[FORGET] - mean[RETAIN]).abs() / spread)
+    form = CLOSED_FORMS[criterion]
+    source = gradient_statistics if form.gradients else statistics
+    assert source is not None
+    out.copy_(form.function(source[:2], count[:2].double().repeat_interleave(offsets.diff(), dim=1)))
 
 
 backends.register("conflict_score", ("reference", "cpp", "triton"), {"conflict_score": reference})
+
+
+# What the operators that add to statistics share.
+
+
+class Scoring(NamedTuple):
+    """What an operator that adds to the statistics of a site needs to write the scores of its units in the same launch.
+
+    With a criterion that reads gradient statistics it is for eager code alone: compiled code would keep the numbers of
+    tokens of its forward for its backward, whatever was counted in between.
+
+    Attributes:
+        criterion: one of CRITERIA_OPS.
+        tokens: int64 [groups, 1], those counted at the site, with those that are added now.
+        source: the accumulators that the criterion reads, if they are not those that the operator adds to.
+        scores: float32 [units], written.
+    """
+
+    criterion: str
+    tokens: Tensor
+    source: Tensor | None
+    scores: Tensor
+
+    def in_backward(self) -> Scoring | None:
+        """Returns that of the operator that adds to the gradient statistics, or None where that changes no score."""
+        gradients = CLOSED_FORMS[self.criterion].gradients
+        return Scoring(self.criterion, self.tokens, None, self.scores) if gradients else None
+
+    def of_expert(self, expert: int, width: int) -> Scoring:
+        """Returns that of one of the stacked experts, where this is of all: tokens [groups, experts]."""
+        units = slice(expert * width, (expert + 1) * width)
+        source = None if self.source is None else self.source[:, :, units]
+        return Scoring(self.criterion, self.tokens[:, expert : expert + 1], source, self.scores[units])
+
+
+SCORING = 'str criterion="", Tensor? count=None, Tensor? source=None, Tensor(s!)? scores=None'
+"""The fields of a Scoring at the end of the schema of an operator that may have one."""
+
+
+def checked(scoring: Scoring | None, statistics: Tensor) -> tuple[Any, ...]:
+    """Returns the fields of a Scoring for the arguments of an operator that adds to these accumulators, () for None.
+
+    Raises:
+        ValueError: it does not fit the accumulators.
+        UnknownNameError: no such criterion.
+    """
+    if scoring is None:
+        return ()
+    check_eager(scoring)
+    criterion, tokens, source, scores = scoring
+    groups, _, units = statistics.shape
+    read = statistics if source is None else source
+    fields = len(GRADIENT_FIELDS if CLOSED_FORMS[criterion].gradients else FIELDS)
+    if groups < 2 or read.shape != (groups, fields, units) or read.dtype != torch.float64:
+        raise ValueError(
+            f"criterion {criterion!r} reads accumulators [groups >= 2, {fields}, {units}] float64, not "
+            f"{list(read.shape)} {read.dtype}; give those that it reads as source"
+        )
+    if tokens.shape != (groups, 1) or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be [{groups}, 1] int64, not {list(tokens.shape)} {tokens.dtype}")
+    if scores.shape != (units,) or scores.dtype != torch.float32 or (units > 1 and scores.stride(0) != 1):
+        raise ValueError(f"scores must be [{units}] float32, contiguous, not {list(scores.shape)} {scores.dtype}")
+    return scoring
+
+
+def check_eager(scoring: Scoring) -> Scoring:
+    """Returns a Scoring; raises UnknownNameError, or ValueError if it is for eager code and this is compiled."""
+    if scoring.criterion not in CLOSED_FORMS:
+        raise UnknownNameError("criterion", scoring.criterion, CLOSED_FORMS)
+    if CLOSED_FORMS[scoring.criterion].gradients and torch.compiler.is_compiling():
+        raise ValueError(f"compiled code cannot write scores by {scoring.criterion!r}; call conflict_score afterwards")
+    return scoring
+
+
+def packed(fields: tuple[Any, ...]) -> Scoring | None:
+    """Returns the Scoring whose fields are arguments of an operator, or None if there is none."""
+    return Scoring(*fields) if fields and fields[0] else None
+
+
+def reference_scores(statistics: Tensor, *fields: Any) -> None:
+    """Writes the scores of the units of one site, if there is a Scoring among the arguments of a launch function."""
+    scoring = packed(fields)
+    if scoring is not None:
+        sums = statistics if scoring.source is None else scoring.source
+        scoring.scores.copy_(CLOSED_FORMS[scoring.criterion].function(sums[:2], scoring.tokens[:2].double()))
 
 
 # Schema and fake, for torch.compile.
@@ -93,10 +228,13 @@ def conflict_score(
 
     difference:  |mean_f - mean_r| / sqrt((var_f + var_r) / 2 + 1e-12), the standardized difference of the
         means (Cohen 1988, with the average variance).
+    signed_difference: the same with its sign.
+    welch:       |mean_f - mean_r| / sqrt(var_f / (n_f - 1) + var_r / (n_r - 1)), n the numbers of tokens (Welch 1947).
     ratio:       E_f|a| / (E_r|a| + 0.01) (Pochinkov & Schoots 2024, arXiv 2403.01267).
     attribution: E_f|p| - E_r|p| with p = a * dL/da.
+    forget_attribution: E_f|p|.
 
-    E, mean and var are over the counted tokens of the group; where a group has none the score is NaN.
+    E, mean and var are over the counted tokens of the group; where a group that is read has none the score is NaN.
     Computed in float64.
 
     Args:
@@ -104,7 +242,7 @@ def conflict_score(
         count: int64 [groups, sites], tokens counted.
         offsets: int64 [sites + 1], where each site begins among the units, from 0 to units.
         criterion: one of CRITERIA_OPS.
-        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), units]; for "attribution" only.
+        gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), units]; for the attributions only.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Returns:
@@ -124,10 +262,10 @@ def conflict_score(
 def _check(
     statistics: Tensor, count: Tensor, offsets: Tensor, criterion: str, gradient_statistics: Tensor | None
 ) -> None:
-    if criterion not in CRITERIA_OPS:
-        raise UnknownNameError("criterion", criterion, CRITERIA_OPS)
-    if criterion == "attribution" and gradient_statistics is None:
-        raise ValueError('criterion "attribution" needs gradient_statistics; record with gradients')
+    if criterion not in CLOSED_FORMS:
+        raise UnknownNameError("criterion", criterion, CLOSED_FORMS)
+    if CLOSED_FORMS[criterion].gradients and gradient_statistics is None:
+        raise ValueError(f'criterion "{criterion}" needs gradient_statistics; record with gradients')
     for name, tensor, fields in (
         ("statistics", statistics, len(FIELDS)),
         ("gradient_statistics", gradient_statistics, len(GRADIENT_FIELDS)),

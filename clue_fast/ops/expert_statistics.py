@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from clue_fast.ops import backend as backends
 from clue_fast.ops.accumulators import wide
 from clue_fast.ops.channel_statistics import channel_statistics
+from clue_fast.ops.conflict_score import SCORING, Scoring, packed
 
 
 def unit_activations(h: Tensor, channels: int) -> Tensor:
@@ -37,24 +39,31 @@ def expert_ranges(bounds: Tensor) -> list[tuple[int, tuple[int, int]]]:
 
 @torch.no_grad()
 def _expert_statistics(
-    a: Tensor, group: Tensor, statistics: Tensor, bounds: Tensor, backend: str | None = None
+    a: Tensor, group: Tensor, statistics: Tensor, bounds: Tensor, backend: str | None = None, *scoring: Any
 ) -> None:
-    width = a.shape[-1]
+    width, whole = a.shape[-1], packed(scoring)
     for expert, (start, end) in expert_ranges(bounds):
-        columns = slice(expert * width, (expert + 1) * width)
-        channel_statistics(a[start:end], group[start:end], statistics[:, :, columns], backend=backend)
+        rows, columns = slice(start, end), slice(expert * width, (expert + 1) * width)
+        part = None if whole is None else whole.of_expert(expert, width)
+        channel_statistics(a[rows], group[rows], statistics[:, :, columns], scoring=part, backend=backend)
 
 
 # One operator, since torch.compile cannot look into a loop over the tokens of experts.
 
 backends.define(
-    "expert_statistics(Tensor x, Tensor group, Tensor(a!) statistics, Tensor bounds, str? backend=None) -> ()",
+    "expert_statistics(Tensor x, Tensor group, Tensor(a!) statistics, Tensor bounds, str? backend=None, "
+    f"{SCORING}) -> ()",
     _expert_statistics,
 )
 
 
 def add_statistics(
-    a: Tensor, group: Tensor, statistics: Tensor, bounds: Tensor | None = None, backend: str | None = None
+    a: Tensor,
+    group: Tensor,
+    statistics: Tensor,
+    bounds: Tensor | None = None,
+    backend: str | None = None,
+    scoring: Scoring | None = None,
 ) -> None:
     """Adds activations to the accumulators of each token's group.
 
@@ -64,8 +73,11 @@ def add_statistics(
         statistics: [groups, fields, units] float64, or [groups, fields, experts * units] with bounds.
         bounds: [experts + 1] int64: the tokens of expert e are those from bounds[e] to bounds[e + 1].
         backend: forces one.
+        scoring: also writes scores, see ``channel_statistics``; with bounds, of all experts. Those of an expert
+            without tokens stay as they are.
     """
     if bounds is None:
-        channel_statistics(a, group, statistics, backend=backend)
+        channel_statistics(a, group, statistics, scoring=scoring, backend=backend)
     else:
-        backends.run("expert_statistics", _expert_statistics, a.detach(), group, statistics, bounds, backend)
+        arguments = a.detach(), group, statistics, bounds, backend, *(scoring or ())
+        backends.run("expert_statistics", _expert_statistics, *arguments)

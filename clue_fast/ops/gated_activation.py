@@ -19,6 +19,7 @@ from clue_fast.ops import backend as backends
 from clue_fast.ops.accumulators import check_group, check_statistics, rows, wide
 from clue_fast.ops.backend import define, define_autograd
 from clue_fast.ops.channel_statistics import reference_attribution, reference_statistics
+from clue_fast.ops.conflict_score import SCORING, Scoring, checked, packed
 
 SQRT_HALF = 0.5**0.5
 SQRT_2_OVER_PI = 0.7978845608028654
@@ -75,10 +76,12 @@ def reference(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     out.copy_(ACTIVATIONS[activation](wide(gate)) * wide(up))
 
 
-def reference_record(gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor) -> None:
+def reference_record(
+    gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor, *scoring: Any
+) -> None:
     """The same, and adds out to the statistics."""
     reference(gate, up, out, activation)
-    reference_statistics(out, group, statistics)
+    reference_statistics(out, group, statistics, *scoring)
 
 
 def reference_backward(
@@ -99,12 +102,13 @@ def reference_backward_record(
     activation: str,
     group: Tensor,
     gradient_statistics: Tensor,
+    *scoring: Any,
 ) -> None:
     """The same, and adds h * grad to the gradient statistics."""
     reference_backward(grad, gate, up, grad_gate, grad_up, activation)
     h = torch.empty_like(grad)
     reference(gate, up, h, activation)
-    reference_attribution(h, grad, group, gradient_statistics)
+    reference_attribution(h, grad, group, gradient_statistics, *scoring)
 
 
 backends.register(
@@ -134,13 +138,14 @@ def _forward(
     statistics: Tensor | None,
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
+    *scoring: Any,
 ) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if statistics is None or group is None:
         _launch("gated_activation", gate, backend)(rows(gate), rows(up), rows(out), activation)
     else:
         launch = _launch("gated_activation_record", gate, backend)
-        launch(rows(gate), rows(up), rows(out), activation, group.reshape(-1), statistics)
+        launch(rows(gate), rows(up), rows(out), activation, group.reshape(-1), statistics, *scoring)
     return out
 
 
@@ -152,6 +157,7 @@ def _backward(
     group: Tensor | None,
     gradient_statistics: Tensor | None,
     backend: str | None = None,
+    *scoring: Any,
 ) -> tuple[Tensor, Tensor]:
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grad_up = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -160,7 +166,7 @@ def _backward(
         _launch("gated_activation_backward", gate, backend)(*tensors, activation)
     else:
         launch = _launch("gated_activation_backward_record", gate, backend)
-        launch(*tensors, activation, group.reshape(-1), gradient_statistics)
+        launch(*tensors, activation, group.reshape(-1), gradient_statistics, *scoring)
     return grad_gate, grad_up
 
 
@@ -203,7 +209,7 @@ define(
 
 define(
     "gated_activation_record(Tensor gate, Tensor up, str activation, Tensor group, Tensor(a!) statistics, "
-    "Tensor? gradient_statistics=None, str? backend=None) -> Tensor",
+    f"Tensor? gradient_statistics=None, str? backend=None, {SCORING}) -> Tensor",
     _forward,
     _fake,
 )
@@ -233,13 +239,14 @@ def _dispatch(
     statistics: Tensor | None,
     gradient_statistics: Tensor | None,
     backend: str | None,
+    *scoring: Any,
 ) -> Tensor:
     out: Tensor
     if statistics is None:
         out = torch.ops.clue_fast.gated_activation(gate, up, activation, group, gradient_statistics, backend)
     else:
         out = torch.ops.clue_fast.gated_activation_record(
-            gate, up, activation, group, statistics, gradient_statistics, backend
+            gate, up, activation, group, statistics, gradient_statistics, backend, *scoring
         )
     return out
 
@@ -274,14 +281,16 @@ class _GatedActivation(torch.autograd.Function):
         statistics: Tensor | None,
         gradient_statistics: Tensor | None,
         backend: str | None,
+        scoring: Scoring | None,
         traced: bool,
     ) -> Tensor:
         # What is saved must not depend on `statistics`: a recomputation saves the same, and goes without them.
         # The accumulators stay aside, since other steps may add to them before this backward runs.
         ctx.save_for_backward(gate, up, None if gradient_statistics is None else group)
         ctx.gradient_statistics = gradient_statistics
+        ctx.scoring = None if scoring is None or gradient_statistics is None else scoring.in_backward()
         ctx.activation, ctx.backend, ctx.traced = activation, backend, traced
-        arguments = gate, up, activation, group, statistics, gradient_statistics, backend
+        arguments = gate, up, activation, group, statistics, gradient_statistics, backend, *(scoring or ())
         if not traced:
             return _forward(*arguments)
         with below_autograd():
@@ -291,9 +300,9 @@ class _GatedActivation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, group = ctx.saved_tensors
-        run = _dispatch_backward if ctx.traced else _backward
-        grads = run(grad, gate, up, ctx.activation, group, ctx.gradient_statistics, ctx.backend)
-        return *grads, None, None, None, None, None, None
+        arguments = grad, gate, up, ctx.activation, group, ctx.gradient_statistics, ctx.backend
+        grads = _dispatch_backward(*arguments) if ctx.traced else _backward(*arguments, *(ctx.scoring or ()))
+        return *grads, None, None, None, None, None, None, None
 
 
 def _apply(traced: bool, *arguments: Any) -> Tensor:
@@ -309,7 +318,7 @@ def _op_autograd(
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    return _apply(True, gate, up, activation, group, None, gradient_statistics, backend)
+    return _apply(True, gate, up, activation, group, None, gradient_statistics, backend, None)
 
 
 def _op_record_autograd(
@@ -320,8 +329,9 @@ def _op_record_autograd(
     statistics: Tensor,
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
+    *scoring: Any,
 ) -> Tensor:
-    return _apply(True, gate, up, activation, group, statistics, gradient_statistics, backend)
+    return _apply(True, gate, up, activation, group, statistics, gradient_statistics, backend, packed(scoring))
 
 
 define_autograd("gated_activation", _op_autograd)
@@ -338,6 +348,7 @@ def gated_activation(
     group: Tensor | None = None,
     statistics: Tensor | None = None,
     gradient_statistics: Tensor | None = None,
+    scoring: Scoring | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Gated activation, with statistics by token group on request.
@@ -354,6 +365,9 @@ def gated_activation(
         group: int8, one for each token; g counts into row g - 1; 0, and g beyond the rows, are not counted.
         statistics: float64 [groups, len(FIELDS), channels]; forward adds h.
         gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), channels]; backward adds h * dL/dh.
+        scoring: forward also writes the scores of the channels, as `conflict_score` gives them afterwards, in the same
+            launch; and so does backward for a criterion that reads gradient statistics, which are then its source.
+            Without tokens nothing is written.
         backend: forces one, see `clue_fast.ops.backend.choose`.
 
     Returns:
@@ -361,7 +375,7 @@ def gated_activation(
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        UnknownNameError: no such activation or backend.
+        UnknownNameError: no such activation, criterion or backend.
         BackendError: the backend cannot run here.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
@@ -371,9 +385,13 @@ def gated_activation(
     if statistics is not None or gradient_statistics is not None:
         check_group(group, gate)
         check_statistics(gate, statistics, gradient_statistics)
+    added_to = statistics
+    if statistics is None and scoring is not None:  # recomputed: only backward adds
+        added_to, scoring = gradient_statistics, scoring.in_backward()
+    fields = () if added_to is None else checked(scoring, added_to)
     arguments = gate, up, activation, group, statistics, gradient_statistics, backend
     if torch.compiler.is_compiling() or has_no_data(gate):
-        return _dispatch(*arguments)
+        return _dispatch(*arguments, *fields)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _apply(False, *arguments)
-    return _forward(*arguments)
+        return _apply(False, *arguments, packed(fields))
+    return _forward(*arguments, *fields)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from clue_fast.ops import backend as backends
 from clue_fast.ops.accumulators import wide
 from clue_fast.ops.channel_statistics import channel_attribution
+from clue_fast.ops.conflict_score import Scoring, check_eager, packed
 from clue_fast.ops.expert_statistics import expert_ranges
 
 
@@ -22,18 +23,21 @@ def _add_attribution(
     channels: int = 1,
     bounds: Tensor | None = None,
     backend: str | None = None,
+    *scoring: Any,
 ) -> None:
+    whole = packed(scoring)
     h, grad, group = h.flatten(0, -2), grad.flatten(0, -2), group.flatten()
     if channels > 1:
         h = (wide(h) * wide(grad)).reshape(len(h), -1, channels).sum(-1).double()
         grad = torch.ones_like(h)
     if bounds is None:
-        channel_attribution(h, grad, group, statistics, backend=backend)
+        channel_attribution(h, grad, group, statistics, scoring=whole, backend=backend)
         return
     width = h.shape[-1]
     for expert, (start, end) in expert_ranges(bounds):
         rows, columns = slice(start, end), slice(expert * width, (expert + 1) * width)
-        channel_attribution(h[rows], grad[rows], group[rows], statistics[:, :, columns], backend=backend)
+        part = None if whole is None else whole.of_expert(expert, width)
+        channel_attribution(h[rows], grad[rows], group[rows], statistics[:, :, columns], scoring=part, backend=backend)
 
 
 class _Attribution(torch.autograd.Function):
@@ -48,20 +52,25 @@ class _Attribution(torch.autograd.Function):
         channels: int,
         bounds: Tensor | None,
         backend: str | None,
+        scoring: Scoring | None,
         traced: bool,
     ) -> Tensor:
         ctx.save_for_backward(h, group, bounds)
         # The accumulators stay aside, since other steps may add to them before this backward runs.
-        ctx.statistics, ctx.channels, ctx.backend, ctx.traced = statistics, channels, backend, traced
+        ctx.statistics, ctx.scoring = statistics, scoring
+        ctx.channels, ctx.backend, ctx.traced = channels, backend, traced
         return h.clone() if traced else h.view_as(h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, group, bounds = ctx.saved_tensors
-        run = torch.ops.clue_fast.unit_attribution if ctx.traced else _add_attribution
-        run(h, grad, group, ctx.statistics, ctx.channels, bounds, ctx.backend)
-        return grad, None, None, None, None, None, None
+        arguments = h, grad, group, ctx.statistics, ctx.channels, bounds, ctx.backend
+        if ctx.traced:
+            torch.ops.clue_fast.unit_attribution(*arguments)
+        else:
+            _add_attribution(*arguments, *(ctx.scoring or ()))
+        return grad, None, None, None, None, None, None, None
 
 
 def _traced(
@@ -72,12 +81,13 @@ def _traced(
     bounds: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    out: Tensor = _Attribution.apply(h, group, statistics, channels, bounds, backend, True)  # type: ignore[no-untyped-call]
+    arguments = h, group, statistics, channels, bounds, backend, None
+    out: Tensor = _Attribution.apply(*arguments, True)  # type: ignore[no-untyped-call]
     return out
 
 
-def _eager(h: Tensor, *arguments: Any) -> Tensor:
-    out: Tensor = _Attribution.apply(h, *arguments, False)  # type: ignore[no-untyped-call]
+def _eager(h: Tensor, *arguments: Any, scoring: Scoring | None = None) -> Tensor:
+    out: Tensor = _Attribution.apply(h, *arguments, scoring, False)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -108,6 +118,7 @@ def watch_gradient(
     channels: int = 1,
     bounds: Tensor | None = None,
     backend: str | None = None,
+    scoring: Scoring | None = None,
 ) -> Tensor:
     """Returns h such that backward adds its a·∂L/∂a to the accumulators.
 
@@ -118,6 +129,10 @@ def watch_gradient(
         channels: of one unit, see ``unit_activations``.
         bounds: see ``add_statistics``.
         backend: forces one.
+        scoring: the backward also writes scores, see ``add_statistics``; for eager code.
     """
-    out: Tensor = backends.run("watch_gradient", _eager, h, group, statistics, channels, bounds, backend)
+    arguments = h, group, statistics, channels, bounds, backend
+    if scoring is not None:
+        return _eager(*arguments, scoring=check_eager(scoring))
+    out: Tensor = backends.run("watch_gradient", _eager, *arguments)
     return out

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.data import has_head, head_of
-from clue_fast.errors import PatchError, SiteError, UnknownNameError
+from clue_fast.errors import PatchError, SettingError, SiteError, UnknownNameError
 from clue_fast.internals import is_replica
+from clue_fast.ops import CLOSED_FORMS
 from clue_fast.ops import backend as backends
 from clue_fast.recording.recorder import ON_NONFINITE, Recorder
 from clue_fast.recording.replacement import Hook, Installation, Override, install
@@ -33,7 +34,7 @@ from clue_fast.recording.tokens import (
 )
 from clue_fast.selection import Scores
 from clue_fast.sites import DEFAULT_KINDS, Survey, device_of, model_fingerprint, survey, unwrap
-from clue_fast.statistics import Statistics
+from clue_fast.statistics import DEFAULT_GROUPS, Statistics
 
 TOKENS = (ANSWERS, ATTENDED)
 # What a pass is given when it reads only new tokens, under the names of transformers from 5.24 on and before.
@@ -87,6 +88,7 @@ class Patched:
         *,
         tokens: str | None = None,
         gradients: bool = False,
+        score: str | None = None,
         on_nonfinite: str = "raise",
     ) -> Iterator[Statistics]:
         """Counts the tokens of every forward pass inside the block into a group.
@@ -103,12 +105,17 @@ class Patched:
                 position before the token with that label, see ``clue_fast.data.collator``; "attended" all but padding.
                 Default is answers where a batch has a label for every token, and attended where it has not.
             gradients: also record a·∂L/∂a in backward passes.
+            score: a criterion that is a closed form of the statistics, one of ``ops.CRITERIA_OPS``: every pass also
+                writes the scores of the units, in the launches that add to their statistics, and ``scores`` only looks
+                at them. With one that reads a·∂L/∂a, run backward inside the block.
             on_nonfinite: what NaN or infinity in an activation leads to. "raise": an error at the end of the block;
                 "skip_batch": the batch is left out, ``statistics.skipped`` counts them; "count": the token is left
                 out at that site, ``statistics.nonfinite`` counts them.
 
         Raises:
-            PatchError: inside another recording, or after ``unpatch``; of a forward pass, if its tokens are not clear.
+            PatchError: inside another recording, or after ``unpatch``; of a forward pass, if its tokens are not clear;
+                a score that reads gradients where this block, or an earlier one, records none.
+            SettingError: the score is no closed form.
             UnknownNameError: no such choice of tokens or on_nonfinite.
             NonFiniteError: at the end, if an activation or gradient was NaN or infinite, naming the site.
         """
@@ -121,11 +128,14 @@ class Patched:
             raise UnknownNameError("choice of tokens", tokens, TOKENS)
         if on_nonfinite not in ON_NONFINITE:
             raise UnknownNameError("treatment of what is not finite", on_nonfinite, ON_NONFINITE)
+        if score is not None:
+            self._check_score(score, gradients)
         recorder.default_group = recorder.statistics.group_index(group)
         if gradients:
             recorder.statistics.allocate_gradients()
+        recorder.statistics.keep_scores(score, recorder.backend)
         recorder.recording, recorder.gradients = True, gradients
-        recorder.tokens, recorder.on_nonfinite = tokens, on_nonfinite
+        recorder.tokens, recorder.score, recorder.on_nonfinite = tokens, score, on_nonfinite
         recorder.commit()
         try:
             yield recorder.statistics
@@ -145,12 +155,33 @@ class Patched:
         finally:
             self._end()
 
-    def scores(self, criterion: str = "difference") -> Scores:
-        """Scores every unit of every site from what was recorded so far, also inside a recording block, in one launch.
+    def _check_score(self, score: str, gradients: bool) -> None:
+        if score not in CLOSED_FORMS:
+            raise SettingError(
+                f"criterion {score!r} is no closed form of what a forward pass adds up; score by one of "
+                f"{', '.join(CLOSED_FORMS)}, or record without score= and call localize(criterion={score!r})"
+            )
+        if not CLOSED_FORMS[score].gradients:
+            return
+        if not gradients:
+            raise PatchError(f"score {score!r} reads a·∂L/∂a, which this block does not record; add gradients=True")
+        statistics = self._recorder.statistics
+        before = [name for name, row in zip(DEFAULT_GROUPS, statistics.count, strict=False) if bool(row.any())]
+        if before and statistics.gradient_values is None:
+            raise PatchError(
+                f"score {score!r} reads a·∂L/∂a, and group {before[0]!r} was recorded without; reset the statistics, "
+                "and record it with gradients=True"
+            )
+
+    def scores(self, criterion: str | None = None) -> Scores:
+        """Scores every unit of every site from what was recorded so far, also inside a recording block.
+
+        Recording with ``score=`` has written them already, after any pass; they are computed once where a batch was
+        skipped, or the statistics were merged or reset, since. Any other criterion takes one launch.
 
         Args:
             criterion: one that needs activations, or gradients where they are recorded, see
-                ``clue_fast.criteria.CRITERIA``.
+                ``clue_fast.criteria.CRITERIA``; default that of ``score=``, or else ``difference``.
 
         Returns:
             ``{site: [width] float32}``.
@@ -162,6 +193,7 @@ class Patched:
         """
         if Patched.scorer is None:
             raise PatchError("no criteria are loaded to score by; import clue_fast.criteria first")
+        criterion = criterion or self._recorder.score or "difference"
         return Patched.scorer(self._recorder.merged(), criterion, backend=self._recorder.backend)
 
     def report(self) -> Report:
@@ -170,8 +202,8 @@ class Patched:
         entries = []
         for installed in self._installation.entries if self._installation else []:
             point, device = installed.point, installed.device
-            in_float64 = point.site.channels > 1  # see accumulate.unit_activations
-            choice = backends.choose(installed.operator, device, "reference" if in_float64 else self._recorder.backend)
+            choice = backends.choose(installed.operator, device, self._recorder.backend)
+            summed = "norms summed in float64" if point.site.channels > 1 else ""
             counts = statistics.count[:, point.numbers].sum(1).tolist()
             entries.append(
                 SiteReport(
@@ -182,11 +214,7 @@ class Patched:
                     operator=installed.operator,
                     fused=installed.fused,
                     backend=choice.name,
-                    reason="; ".join(
-                        part
-                        for part in (installed.note, "norms summed in float64" if in_float64 else choice.reason)
-                        if part
-                    ),
+                    reason="; ".join(part for part in (installed.note, summed, choice.reason) if part),
                     launches=point.launches,
                     tokens=dict(zip(statistics.groups, counts, strict=True)),
                     nonfinite=int(statistics.nonfinite[:, point.numbers].sum()),

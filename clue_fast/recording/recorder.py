@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clue_fast import internals, ops
 from clue_fast.errors import PatchError
+from clue_fast.ops import CLOSED_FORMS, Scoring
 from clue_fast.ops.expert_statistics import add_statistics, unit_activations
 from clue_fast.ops.unit_attribution import watch_gradient
 from clue_fast.recording.tokens import IMAGES, Batch, TokenGroups
@@ -52,7 +53,7 @@ class Recorder:
     Attributes:
         statistics: the accumulators.
         backend: forces a backend of the operators.
-        recording, gradients, tokens, on_nonfinite, default_group: see ``Patched.record``.
+        recording, gradients, tokens, score, on_nonfinite, default_group: see ``Patched.record``.
         batch: the pass in flight, or the last one.
         in_flight: whether the model is running.
         generating: positions counted so far, by tower, while ``generate`` runs.
@@ -68,6 +69,7 @@ class Recorder:
     recording: bool = False
     gradients: bool = False
     tokens: str | None = None
+    score: str | None = None
     on_nonfinite: str = "raise"
     default_group: int = 0
     batch: Batch | None = None
@@ -92,6 +94,8 @@ class Recorder:
         found = self.groups_at(point, gate)
         statistics = self._accumulators(gate.device)
         recomputing = self.is_recomputing()
+        if not recomputing:
+            self._count(point, statistics, found.counts[:, None])
         gradient_values = statistics.gradient_values if self.gradients else None
         h = ops.gated_activation(
             gate,
@@ -100,11 +104,10 @@ class Recorder:
             group=found.group,
             statistics=None if recomputing else statistics.values[:, :, point.units],
             gradient_statistics=None if gradient_values is None else gradient_values[:, :, point.units],
+            scoring=_scoring(point, statistics),
             backend=self.backend,
         )
-        if not recomputing:
-            self._count(point, statistics, found.counts[:, None])
-        return h
+        return h if gradient_values is None else _outlasting(h, statistics)
 
     def observe(self, point: Point, h: Tensor) -> Tensor:
         """Records activations, [..., units * channels], and returns them, watched where gradients are recorded."""
@@ -116,8 +119,9 @@ class Recorder:
         if not self.is_recomputing():
             a = unit_activations(h.detach(), channels).flatten(0, -2)
             found = self._finite_only(point, statistics, a, found)
-            add_statistics(a, found.group, statistics.values[:, :, point.units], backend=self.backend)
             self._count(point, statistics, found.counts[:, None])
+            values, scoring = statistics.values[:, :, point.units], _scoring(point, statistics)
+            add_statistics(a, found.group, values, backend=self.backend, scoring=scoring)
         return self._watch(h, found.group, statistics, point)
 
     def observe_experts(self, point: Point, h: Tensor, group: Tensor, expert: Tensor, bounds: Tensor) -> Tensor:
@@ -138,8 +142,9 @@ class Recorder:
                 lost = _tally(torch.where(finite, 0, group), expert, groups, experts)
                 statistics.nonfinite[:, point.numbers] += lost
                 group = torch.where(finite, group, 0)
-            add_statistics(h.detach(), group, statistics.values[:, :, point.units], bounds, self.backend)
             self._count(point, statistics, _tally(group, expert, groups, experts))
+            values, scoring = statistics.values[:, :, point.units], _scoring(point, statistics)
+            add_statistics(h.detach(), group, values, bounds, self.backend, scoring)
         return self._watch(h, group, statistics, point, bounds)
 
     def is_recomputing(self) -> bool:
@@ -276,6 +281,7 @@ class Recorder:
         return self.per_device[device]
 
     def _count(self, point: Point, statistics: Statistics, counts: Tensor) -> None:
+        """Counts the tokens of a pass, before they are added: their number is part of the scores."""
         statistics.count[:, point.numbers] += counts
         if not torch.compiler.is_compiling():
             point.launches += 1
@@ -297,7 +303,10 @@ class Recorder:
         values = statistics.gradient_values
         if not self.gradients or values is None or not (torch.is_grad_enabled() and h.requires_grad):
             return h
-        return watch_gradient(h, group, values[:, :, point.units], point.site.channels, bounds, self.backend)
+        scoring = _scoring(point, statistics)
+        scoring = None if scoring is None else scoring.in_backward()
+        units, channels = values[:, :, point.units], point.site.channels
+        return _outlasting(watch_gradient(h, group, units, channels, bounds, self.backend, scoring), statistics)
 
 
 def refuse_distributed(site: Site, x: Tensor) -> None:
@@ -316,6 +325,29 @@ def check_channels(site: Site, h: Tensor) -> None:
             f"{site.name} has {site.width} units of {site.channels} channels, but its activations have "
             f"{h.shape[-1]} channels; is the model split over devices?"
         )
+
+
+def _scoring(point: Point, statistics: Statistics) -> Scoring | None:
+    """What writes the scores of the units at a point as their statistics are added to, if such are kept."""
+    live = statistics.live
+    if live is None:
+        return None
+    if CLOSED_FORMS[live.criterion].gradients and torch.compiler.is_compiling():
+        statistics.live = None  # compiled code writes none of these, see Scoring: they are computed when asked for
+        return None
+    gradients = statistics.gradient_values if CLOSED_FORMS[live.criterion].gradients else None
+    source = None if gradients is None else gradients[:, :, point.units]
+    return Scoring(live.criterion, statistics.count[:, point.numbers], source, live.values[point.units])
+
+
+def _outlasting(h: Tensor, statistics: Statistics) -> Tensor:
+    """Returns h, whose backward may run in a later block: scores that were begun since are stale then, not written."""
+    live = statistics.live
+    if h.requires_grad and not torch.compiler.is_compiling():
+        h.register_hook(  # type: ignore[no-untyped-call]
+            lambda _: None if statistics.live is live else statistics.mark_stale()
+        )
+    return h
 
 
 def _tally(group: Tensor, expert: Tensor, groups: int, experts: int) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from clue_fast.criteria import score
 from clue_fast.criteria.registry import get_criterion
 from clue_fast.errors import PatchError, SettingError
+from clue_fast.ops import CRITERIA_OPS
 from clue_fast.recording import Patched
 from clue_fast.selection import Scores, Selection, select
 from clue_fast.statistics import Statistics
@@ -108,7 +109,8 @@ class ConflictCallback(TrainerCallback):
 
     def _record(self) -> None:
         # A step whose activations are not finite trains nothing, and is not to spoil the scores either.
-        block = self._patched.record(OTHER, gradients=self.gradients, on_nonfinite="skip_batch")
+        score = self.criterion if self.criterion in CRITERIA_OPS else None
+        block = self._patched.record(OTHER, gradients=self.gradients, score=score, on_nonfinite="skip_batch")
         self._block.enter_context(block)
 
     def _end(self) -> None:

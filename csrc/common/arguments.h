@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "common/recording.h"
+#include "common/scoring.h"
 
 namespace clue {
 
@@ -104,17 +105,22 @@ void in_parallel(int64_t total, int64_t step, int64_t work, const Function& func
 }
 
 // Records with a job, which is a Recording: threads split the channels, and each brings the partial sums it needs.
+// A thread that has added to the sums of its channels writes their scores, if any are asked for.
 template <class Job>
 void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics, int64_t fields, const char* op,
-                        const char* name, void (*run)(const Job&, int64_t, int64_t)) {
+                        const char* name, const ScoringArguments& arguments,
+                        void (*run)(const Job&, int64_t, int64_t)) {
   job.sums = accumulators_of(statistics, fields, job.channels, op, name);
   const std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, job.sums.groups);
   job.runs = &runs;
+  const Scoring scoring = scoring_of(arguments, statistics, job.channels, op);
+  if (job.tokens == 0) return;
   in_parallel(job.channels, channel_block, channel_block * job.tokens, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> partial(new float[job.sums.groups * fields * span_length]);
     Job mine = job;
     mine.partial = partial.get();
     run(mine, begin, end);
+    if (scoring.out) score_units(scoring, begin, end);
   });
 }
 

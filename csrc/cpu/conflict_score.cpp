@@ -1,126 +1,168 @@
-// The score of every unit of every site from its statistics, by a closed formula in fp64.
+// The score of every unit of every site from its statistics, by a closed formula in fp64, which stands here alone.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
 
 #include "common/arguments.h"
 #include "common/dispatch.h"
+#include "common/scoring.h"
 
 namespace clue {
 namespace {
 
-enum class Criterion { difference, ratio, attribution };
-
-struct Job {
-  Criterion criterion;
-  const double *forget, *retain;  // the first sum that the criterion reads; "difference" reads the next field too
-  int64_t field_stride;
-  const int64_t *forget_count, *retain_count;
-  int64_t count_stride;
-  const int64_t* offsets;
-  int64_t sites;
-  float* out;
+// What stands in the place of divisions by the counts, which take longer than all the rest (4,096 units: 9 us with
+// them, 4 without). But for these factors, n_r sum_f - n_f sum_r is a difference of means, and n square_sum - sum sum
+// a variance.
+struct Factors {
+  double forget, retain;                      // n_f, n_r
+  double of_forget, of_difference;            // 1 / n_f, 1 / (n_f n_r)
+  double of_forget_spread, of_retain_spread;  // 1 / (2 n n), or of welch 1 / (n n (n - 1))
 };
+
+template <Criterion criterion>
+CLUE_INLINE Factors factors_of(double forget, double retain) {
+  const bool welch = criterion == Criterion::welch;
+  const double forget_divisor = welch ? std::max(forget - 1, 1.0) : 2.0;
+  const double retain_divisor = welch ? std::max(retain - 1, 1.0) : 2.0;
+  return {forget, retain, 1 / forget, 1 / (forget * retain), 1 / (forget * forget * forget_divisor),
+          1 / (retain * retain * retain_divisor)};
+}
+
+// From the sum that the criterion reads first, and the next one, of forget and of retain.
+template <Criterion criterion>
+CLUE_INLINE double closed_form(const Factors& n, double forget, double forget_next, double retain, double retain_next) {
+  if (criterion == Criterion::forget_attribution) return forget * n.of_forget;
+  if (criterion == Criterion::ratio) return forget * n.retain / ((retain + 0.01 * n.retain) * n.forget);
+  const double difference = (forget * n.retain - retain * n.forget) * n.of_difference;
+  if (criterion == Criterion::attribution) return difference;
+  double forget_variance = forget_next * n.forget - forget * forget;
+  double retain_variance = retain_next * n.retain - retain * retain;
+  forget_variance = forget_variance < 0 ? 0 : forget_variance;  // NaN stays NaN
+  retain_variance = retain_variance < 0 ? 0 : retain_variance;
+  const double spread = forget_variance * n.of_forget_spread + retain_variance * n.of_retain_spread;
+  if (criterion == Criterion::welch) return std::abs(difference) / std::sqrt(spread < 1e-24 ? 1e-24 : spread);
+  return (criterion == Criterion::signed_difference ? difference : std::abs(difference)) / std::sqrt(spread + 1e-12);
+}
 
 // The units [begin, end) of one site; a plain loop, which the compiler turns into vector code.
 template <Criterion criterion>
-CLUE_INLINE void score_site(const Job& job, int64_t begin, int64_t end, double forget_count, double retain_count) {
-  const double *forget = job.forget, *retain = job.retain;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const double forget_mean = forget[unit] / forget_count;
-    const double retain_mean = retain[unit] / retain_count;
-    double score;
-    if (criterion == Criterion::ratio) {
-      score = forget_mean / (retain_mean + 0.01);
-    } else if (criterion == Criterion::attribution) {
-      score = forget_mean - retain_mean;
-    } else {
-      double forget_variance = forget[unit + job.field_stride] / forget_count - forget_mean * forget_mean;
-      double retain_variance = retain[unit + job.field_stride] / retain_count - retain_mean * retain_mean;
-      forget_variance = forget_variance < 0 ? 0 : forget_variance;  // NaN stays NaN
-      retain_variance = retain_variance < 0 ? 0 : retain_variance;
-      score = std::abs(forget_mean - retain_mean) / std::sqrt(0.5 * (forget_variance + retain_variance) + 1e-12);
-    }
-    job.out[unit] = static_cast<float>(score);
-  }
+CLUE_INLINE void score_site(const Scoring& scoring, int64_t begin, int64_t end, double forget_count,
+                            double retain_count) {
+  constexpr bool reads_next = criterion == Criterion::difference || criterion == Criterion::signed_difference ||
+                              criterion == Criterion::welch;
+  const int64_t next = reads_next ? scoring.field_stride : 0;
+  const double *forget = scoring.forget, *retain = scoring.retain;
+  const Factors factors = factors_of<criterion>(forget_count, retain_count);
+  float* out = scoring.out;
+  for (int64_t unit = begin; unit < end; ++unit)
+    out[unit] = static_cast<float>(
+        closed_form<criterion>(factors, forget[unit], forget[unit + next], retain[unit], retain[unit + next]));
 }
 
 template <Criterion criterion>
-CLUE_INLINE void score_sites(const Job& job, int64_t begin, int64_t end) {
-  int64_t site = std::upper_bound(job.offsets, job.offsets + job.sites, begin) - job.offsets - 1;
+CLUE_INLINE void score_sites(const Scoring& scoring, int64_t begin, int64_t end) {
+  if (!scoring.offsets) return score_site<criterion>(scoring, begin, end, *scoring.forget_count, *scoring.retain_count);
+  int64_t site = std::upper_bound(scoring.offsets, scoring.offsets + scoring.sites, begin) - scoring.offsets - 1;
   for (; begin < end; ++site) {
-    const int64_t stop = std::min(end, job.offsets[site + 1]);
-    score_site<criterion>(job, begin, stop, job.forget_count[site * job.count_stride],
-                          job.retain_count[site * job.count_stride]);
+    const int64_t stop = std::min(end, scoring.offsets[site + 1]);
+    score_site<criterion>(scoring, begin, stop, scoring.forget_count[site * scoring.count_stride],
+                          scoring.retain_count[site * scoring.count_stride]);
     begin = stop;
   }
 }
 
 template <int n>
-CLUE_INLINE void score_units(const Job& job, int64_t begin, int64_t end) {
-  switch (job.criterion) {
-    case Criterion::difference: return score_sites<Criterion::difference>(job, begin, end);
-    case Criterion::ratio: return score_sites<Criterion::ratio>(job, begin, end);
-    case Criterion::attribution: return score_sites<Criterion::attribution>(job, begin, end);
+CLUE_INLINE void dispatched(const Scoring& scoring, int64_t begin, int64_t end) {
+  switch (scoring.criterion) {
+    case Criterion::difference: return score_sites<Criterion::difference>(scoring, begin, end);
+    case Criterion::signed_difference: return score_sites<Criterion::signed_difference>(scoring, begin, end);
+    case Criterion::welch: return score_sites<Criterion::welch>(scoring, begin, end);
+    case Criterion::ratio: return score_sites<Criterion::ratio>(scoring, begin, end);
+    case Criterion::attribution: return score_sites<Criterion::attribution>(scoring, begin, end);
+    case Criterion::forget_attribution: return score_sites<Criterion::forget_attribution>(scoring, begin, end);
   }
 }
-CLUE_DISPATCH(score_units, Job)
+CLUE_DISPATCH(dispatched, Scoring)
 
-constexpr const char* op = "conflict_score";
+// A criterion, the field of the sum that it reads first, and whether that is one of the gradient statistics.
+struct ClosedForm {
+  const char* name;
+  Criterion criterion;
+  int64_t field;
+  bool gradients;
+};
+constexpr ClosedForm closed_forms[] = {
+    {"difference", Criterion::difference, 0, false},   {"signed_difference", Criterion::signed_difference, 0, false},
+    {"welch", Criterion::welch, 0, false},             {"ratio", Criterion::ratio, 2, false},
+    {"attribution", Criterion::attribution, 1, true},  {"forget_attribution", Criterion::forget_attribution, 1, true},
+};
 
-void read_statistics(Job& job, const Tensor& statistics, int64_t fields, int64_t field, int64_t units,
-                     const char* name) {
-  const Accumulators sums = accumulators_of(statistics, fields, units, op, name);
+const ClosedForm& closed_form_of(const std::string& criterion, const char* op) {
+  std::string known;
+  for (const ClosedForm& form : closed_forms) {
+    if (criterion == form.name) return form;
+    known += std::string(known.empty() ? "" : ", ") + form.name;
+  }
+  fail(op, "unknown criterion '", criterion, "'; choose one of: ", known);
+}
+
+// The scoring of units from accumulators, but for the sites.
+Scoring scoring_from(const ClosedForm& form, const Tensor& accumulators, const Tensor& count, const Tensor& out,
+                     int64_t sites, const char* op, const char* name) {
+  require_type(out, ScalarType::Float, op, "scores", "float32");
+  const int64_t units = out.numel();
+  require(out.dim() == 1 && (units <= 1 || out.stride(0) == 1), op, "scores must be [units], contiguous");
+  const Accumulators sums = accumulators_of(accumulators, form.gradients ? 3 : 5, units, op, name);
   require(sums.groups >= 2, op, name, " must have the rows of two groups, forget and retain");
-  job.forget = sums.data + field * sums.field_stride;
-  job.retain = job.forget + sums.group_stride;
-  job.field_stride = sums.field_stride;
+  require_type(count, ScalarType::Long, op, "count", "int64");
+  require(count.dim() == 2 && count.size(0) >= 2 && count.size(1) == sites, op, "count must be [groups, ", sites, "]");
+
+  Scoring scoring{};
+  scoring.criterion = form.criterion;
+  scoring.forget = sums.data + form.field * sums.field_stride;
+  scoring.retain = scoring.forget + sums.group_stride;
+  scoring.field_stride = sums.field_stride;
+  scoring.forget_count = static_cast<const int64_t*>(count.const_data_ptr());
+  scoring.retain_count = scoring.forget_count + count.stride(0);
+  scoring.count_stride = count.stride(1);
+  scoring.sites = sites;
+  scoring.out = static_cast<float*>(out.mutable_data_ptr());
+  return scoring;
 }
 
 void conflict_score(const Tensor& statistics, std::optional<Tensor> gradient_statistics, const Tensor& count,
                     const Tensor& offsets, std::string criterion, const Tensor& out) {
-  require_type(out, ScalarType::Float, op, "out", "float32");
-  const int64_t units = out.numel();
-  require(out.dim() == 1 && (units <= 1 || out.stride(0) == 1), op, "out must be [units], contiguous");
-
-  Job job{};
-  if (criterion == "difference") {
-    job.criterion = Criterion::difference;
-    read_statistics(job, statistics, 5, 0, units, "statistics");
-  } else if (criterion == "ratio") {
-    job.criterion = Criterion::ratio;
-    read_statistics(job, statistics, 5, 2, units, "statistics");
-  } else if (criterion == "attribution") {
-    job.criterion = Criterion::attribution;
-    require(gradient_statistics.has_value(), op, "criterion 'attribution' needs gradient_statistics");
-    read_statistics(job, *gradient_statistics, 3, 1, units, "gradient_statistics");
-  } else {
-    fail(op, "unknown criterion '", criterion, "'; choose one of: attribution, difference, ratio");
-  }
-
+  const char* op = "conflict_score";
+  const ClosedForm& form = closed_form_of(criterion, op);
+  require(!form.gradients || gradient_statistics.has_value(), op, "criterion '", criterion,
+          "' needs gradient_statistics");
   require_type(offsets, ScalarType::Long, op, "offsets", "int64");
   require(offsets.dim() == 1 && offsets.size(0) >= 1 && (offsets.size(0) == 1 || offsets.stride(0) == 1), op,
           "offsets must be [sites + 1], contiguous");
-  job.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
-  job.sites = offsets.size(0) - 1;
-  require(job.offsets[0] == 0 && job.offsets[job.sites] == units &&
-              std::is_sorted(job.offsets, job.offsets + job.sites + 1),
+  Scoring scoring = scoring_from(form, form.gradients ? *gradient_statistics : statistics, count, out,
+                                 offsets.size(0) - 1, op, form.gradients ? "gradient_statistics" : "statistics");
+  scoring.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t units = out.numel();
+  require(scoring.offsets[0] == 0 && scoring.offsets[scoring.sites] == units &&
+              std::is_sorted(scoring.offsets, scoring.offsets + scoring.sites + 1),
           op, "offsets must rise from 0 to the ", units, " units");
-
-  require_type(count, ScalarType::Long, op, "count", "int64");
-  require(count.dim() == 2 && count.size(0) >= 2 && count.size(1) == job.sites, op, "count must be [groups, ",
-          job.sites, "]");
-  job.forget_count = static_cast<const int64_t*>(count.const_data_ptr());
-  job.retain_count = job.forget_count + count.stride(0);
-  job.count_stride = count.stride(1);
-
-  job.out = static_cast<float*>(out.mutable_data_ptr());
-  in_parallel(units, 1, 1, [&](int64_t begin, int64_t end) { score_units(job, begin, end); });
+  in_parallel(units, 1, 1, [&](int64_t begin, int64_t end) { score_units(scoring, begin, end); });
 }
 
 }  // namespace
+
+void score_units(const Scoring& scoring, int64_t begin, int64_t end) { dispatched(scoring, begin, end); }
+
+Scoring scoring_of(const ScoringArguments& arguments, const Tensor& statistics, int64_t units, const char* op) {
+  if (arguments.criterion.empty()) return {};
+  require(arguments.count.has_value() && arguments.scores.has_value(), op, "a criterion needs count and scores");
+  require(arguments.scores->numel() == units, op, "scores must be [", units, "]");
+  return scoring_from(closed_form_of(arguments.criterion, op), arguments.source ? *arguments.source : statistics,
+                      *arguments.count, *arguments.scores, 1, op, arguments.source ? "source" : "statistics");
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(clue_fast_cpp, m) {
   m.def(

@@ -139,10 +139,11 @@ void gated_activation(const Tensor& gate, const Tensor& up, const Tensor& out, s
 }
 
 void gated_activation_record(const Tensor& gate, const Tensor& up, const Tensor& out, std::string activation,
-                             const Tensor& group, const Tensor& statistics) {
+                             const Tensor& group, const Tensor& statistics, std::string criterion,
+                             OptionalTensor count, OptionalTensor source, OptionalTensor scores) {
   const char* op = "gated_activation_record";
   Job job = forward_job(gate, up, out, activation, op);
-  record_in_parallel(job, group, statistics, 5, op, "statistics", forward);
+  record_in_parallel(job, group, statistics, 5, op, "statistics", {criterion, count, source, scores}, forward);
 }
 
 void gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, const Tensor& grad_gate,
@@ -152,10 +153,12 @@ void gated_activation_backward(const Tensor& grad, const Tensor& gate, const Ten
 
 void gated_activation_backward_record(const Tensor& grad, const Tensor& gate, const Tensor& up,
                                       const Tensor& grad_gate, const Tensor& grad_up, std::string activation,
-                                      const Tensor& group, const Tensor& gradient_statistics) {
+                                      const Tensor& group, const Tensor& gradient_statistics, std::string criterion,
+                                      OptionalTensor count, OptionalTensor source, OptionalTensor scores) {
   const char* op = "gated_activation_backward_record";
   Job job = backward_job(grad, gate, up, grad_gate, grad_up, activation, op);
-  record_in_parallel(job, group, gradient_statistics, 3, op, "gradient_statistics", backward);
+  record_in_parallel(job, group, gradient_statistics, 3, op, "gradient_statistics",
+                     {criterion, count, source, scores}, backward);
 }
 
 }  // namespace
@@ -164,13 +167,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clue_fast_cpp, m) {
   m.def("gated_activation(Tensor gate, Tensor up, Tensor(a!) out, str activation) -> ()");
   m.def(
       "gated_activation_record(Tensor gate, Tensor up, Tensor(a!) out, str activation, Tensor group, "
-      "Tensor(b!) statistics) -> ()");
+      "Tensor(b!) statistics, " CLUE_SCORING ") -> ()");
   m.def(
       "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, Tensor(b!) grad_up, "
       "str activation) -> ()");
   m.def(
       "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, "
-      "Tensor(b!) grad_up, str activation, Tensor group, Tensor(c!) gradient_statistics) -> ()");
+      "Tensor(b!) grad_up, str activation, Tensor group, Tensor(c!) gradient_statistics, " CLUE_SCORING ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clue_fast_cpp, CPU, m) {

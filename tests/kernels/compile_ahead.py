@@ -38,7 +38,7 @@ TARGETS = {
 }
 TOKENS, CHANNELS = 1024, 1536
 DTYPES = (torch.bfloat16, torch.float32)
-CRITERIA = ("difference", "ratio", "attribution")
+CRITERIA = tuple(conflict_score.READS)
 
 RECORD = Path(__file__).with_name("compiled.json")
 IDENTITY = ("target", "kernel", "launch", "dtype", "groups", "activation")
@@ -144,6 +144,10 @@ def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[parti
     slopes = torch.zeros(groups, 3, CHANNELS, dtype=torch.float64)
     gradients = (grad, gate, up, grad_gate, grad_up, activation)
 
+    if dtype == torch.float64:  # norms of heads
+        yield partial(channel_statistics.channel_statistics, gate, group, statistics)
+        yield partial(channel_statistics.channel_attribution, gate, grad, group, slopes)
+        return
     yield partial(gated_activation.gated_activation, gate, up, out, activation)
     yield partial(gated_activation.gated_activation_record, gate, up, out, activation, group, statistics)
     yield partial(gated_activation.gated_activation_backward, *gradients)
@@ -155,11 +159,18 @@ def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[parti
         for criterion in CRITERIA:
             score = torch.zeros(CHANNELS)
             yield partial(conflict_score.conflict_score, statistics, slopes, count, offsets, criterion, score)
+            one_site, of_gradients = count[:, :1], conflict_score.READS[criterion][1]
+            scoring = (criterion, one_site, slopes if of_gradients else None, score)
+            yield partial(channel_statistics.channel_statistics, gate, group, statistics, *scoring)
+            if of_gradients:
+                scoring = (criterion, one_site, None, score)
+                yield partial(channel_statistics.channel_attribution, gate, grad, group, slopes, *scoring)
 
 
 def compile_all(target: GPUTarget) -> Iterator[dict[str, Any]]:
     """One row for each kernel: its name, what it was compiled for, what it takes."""
     cases = [(dtype, groups, "silu") for dtype in DTYPES for groups in (1, 2)]
+    cases += [(torch.float64, groups, "silu") for groups in (1, 2)]
     cases += [(torch.bfloat16, 1, activation) for activation in ("gelu_tanh", "gelu", "relu2")]
     seen = set()
     for dtype, groups, activation in cases:

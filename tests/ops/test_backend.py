@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatc
     assert choice.name == "reference"
     assert "undefined symbol: at_something" in choice.reason
     assert "against this torch" in choice.reason
+
+
+def test_an_extension_with_other_arguments_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = SimpleNamespace(build_info=lambda: {"torch": "2.13.0"})
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: before)
+    choice = ops.choose("gated_activation", "cpu")
+    assert choice.name == "reference"
+    assert "from another version of clue_fast; reinstall it to rebuild" in choice.reason
+    with pytest.raises(BackendError, match="another version"):
+        ops.choose("gated_activation", "cpu", "cpp")
 
 
 @pytest.mark.usefixtures("with_extension")

@@ -13,7 +13,7 @@ from clue_fast.ops import FIELDS, GRADIENT_FIELDS, channel_attribution, channel_
 from clue_fast.ops import backend as backends
 
 OPERATOR = "channel_statistics"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # 0 and 1 token; 37 is odd; 300 is more than one run of 256. 1, 7 and 431 channels end inside a vector or tile.
 SHAPES = [(0, 7), (1, 1), (1, 431), (37, 7), (37, 64), (300, 1), (300, 64), (300, 431)]
 FEW_SHAPES = [(0, 7), (1, 1), (37, 71), (300, 3)]  # the interpreter takes milliseconds a tile
@@ -39,24 +39,25 @@ def expected_statistics(x: Tensor, group: Tensor, count: int) -> list[list[list[
     return result
 
 
-def assert_fits(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
+def assert_fits(actual: Tensor, expected: Tensor, magnitude: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """Float32 sums over runs of at most 256 terms: a random walk of 16 roundings, of the sum of magnitudes.
 
-    A term below float32's normal range may be lost.
+    A term below float32's normal range may be lost. Float64 values are summed in float64, 300 of them.
     """
-    excess = (actual - expected).abs() - (16 * 2.0**-24 * magnitude + 300 * 2.0**-126)
+    unit = 2.0**-52 if dtype == torch.float64 else 2.0**-24
+    excess = (actual.cpu() - expected).abs() - (16 * unit * magnitude + 300 * 2.0**-126)
     assert not (excess > 0).any(), f"{int((excess > 0).sum())} sums are off, the worst by {excess.max():.3g}"
 
 
-def assert_statistics(actual: Tensor, expected: Tensor) -> None:
+def assert_statistics(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
     actual = actual.cpu()
-    assert_fits(actual[:, 0], expected[:, 0], expected[:, 2])
-    assert_fits(actual[:, 1:3], expected[:, 1:3], expected[:, 1:3])
+    assert_fits(actual[:, 0], expected[:, 0], expected[:, 2], dtype)
+    assert_fits(actual[:, 1:3], expected[:, 1:3], expected[:, 1:3], dtype)
     assert torch.equal(actual[:, 3:], expected[:, 3:])
 
 
 def data(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    x = torch.randn(tokens, channels) * torch.rand(channels).mul(4).exp()
+    x = torch.randn(tokens, channels, dtype=torch.float64) * torch.rand(channels).mul(4).exp()
     x[torch.rand(tokens, channels) < 0.1] = 0.0  # zero is not active
     return x.to(dtype).to(device), torch.randint(0, 4, (tokens,), dtype=torch.int8).to(device)
 
@@ -72,13 +73,13 @@ def test_statistics(backend: str, device: torch.device, dtype: torch.dtype) -> N
         statistics = accumulators(channels, FIELDS, device)
         channel_statistics(x, group, statistics, backend=backend)
         expected = torch.tensor(expected_statistics(x, group, 3), dtype=torch.float64).view(3, 5, channels)
-        assert_statistics(statistics, expected)
+        assert_statistics(statistics, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attribution(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     for tokens, channels in FEW_SHAPES if backend == "triton" else SHAPES:
-        (x, group), grad = data(tokens, channels, dtype, device), torch.randn(tokens, channels)
+        (x, group), grad = data(tokens, channels, dtype, device), torch.randn(tokens, channels, dtype=torch.float64)
         grad = grad.to(dtype).to(device)
         attribution = accumulators(channels, GRADIENT_FIELDS, device)
         channel_attribution(x, grad, group, attribution, backend=backend)
@@ -89,7 +90,7 @@ def test_attribution(backend: str, device: torch.device, dtype: torch.dtype) -> 
             for row, expected, scale in zip(
                 actual, (p.sum(0), magnitude, square), (magnitude, magnitude, square), strict=True
             ):
-                assert_fits(row, expected, scale)
+                assert_fits(row, expected, scale, dtype)
 
 
 def test_group_sizes(backend: str, device: torch.device) -> None:

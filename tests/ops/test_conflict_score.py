@@ -40,7 +40,7 @@ class Recording:
 
     def score(self, criterion: str, backend: str | None, device: torch.device | str = "cpu") -> Tensor:
         arguments = (x.to(device) for x in (self.statistics, self.count, self.offsets))
-        gradient = self.gradient_statistics.to(device) if criterion == "attribution" else None
+        gradient = self.gradient_statistics.to(device) if "attribution" in criterion else None
         return conflict_score(*arguments, criterion, gradient_statistics=gradient, backend=backend).cpu()
 
     def expected(self, criterion: str) -> list[float]:
@@ -51,16 +51,20 @@ class Recording:
             n_f, n_r = self.count[:2, site].tolist()
             for unit in range(int(self.offsets[site]), int(self.offsets[site + 1])):
                 f, r = self.statistics[0, :, unit].tolist(), self.statistics[1, :, unit].tolist()
-                if criterion == "difference":
-                    mean_f, mean_r = f[0] / n_f, r[0] / n_r
-                    var_f = max(f[1] / n_f - mean_f**2, 0.0)
-                    var_r = max(r[1] / n_r - mean_r**2, 0.0)
-                    scores.append(abs(mean_f - mean_r) / math.sqrt((var_f + var_r) / 2 + 1e-12))
-                elif criterion == "ratio":
-                    scores.append((f[2] / n_f) / (r[2] / n_r + 0.01))
-                else:
-                    p_f, p_r = self.gradient_statistics[:2, 1, unit].tolist()
-                    scores.append(p_f / n_f - p_r / n_r)
+                mean_f, mean_r = f[0] / n_f, r[0] / n_r
+                var_f = max(f[1] / n_f - mean_f**2, 0.0)
+                var_r = max(r[1] / n_r - mean_r**2, 0.0)
+                p_f, p_r = self.gradient_statistics[:2, 1, unit].tolist()
+                scores.append(
+                    {
+                        "difference": abs(mean_f - mean_r) / math.sqrt((var_f + var_r) / 2 + 1e-12),
+                        "signed_difference": (mean_f - mean_r) / math.sqrt((var_f + var_r) / 2 + 1e-12),
+                        "welch": abs(mean_f - mean_r) / math.sqrt(var_f / (n_f - 1) + var_r / (n_r - 1)),
+                        "ratio": (f[2] / n_f) / (r[2] / n_r + 0.01),
+                        "attribution": p_f / n_f - p_r / n_r,
+                        "forget_attribution": p_f / n_f,
+                    }[criterion]
+                )
         return scores
 
 
@@ -127,6 +131,8 @@ def test_units_without_spread(backend: str, device: torch.device) -> None:
     scores = recording.score("difference", backend, device)
     assert torch.equal(scores[[0, 1, 3]], torch.zeros(3))
     assert scores[2].item() == pytest.approx(0.2 / 1e-6, rel=1e-6)
+    assert torch.equal(recording.score("signed_difference", backend, device), -scores)
+    assert recording.score("welch", backend, device)[2].item() == pytest.approx(0.2 / 1e-12, rel=1e-6)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA_OPS)
@@ -134,9 +140,10 @@ def test_nan_and_missing_groups_are_not_hidden(backend: str, device: torch.devic
     recording = Recording([5, 6])
     recording.statistics[0, :, 2] = math.nan
     recording.gradient_statistics[0, :, 2] = math.nan
-    recording.statistics[1, :, 5:] = 0
-    recording.gradient_statistics[1, :, 5:] = 0
-    recording.count[1, 1] = 0
+    missing = 0 if criterion == "forget_attribution" else 1  # which reads one group only
+    recording.statistics[missing, :, 5:] = 0
+    recording.gradient_statistics[missing, :, 5:] = 0
+    recording.count[missing, 1] = 0
     finite = recording.score(criterion, backend, device).isfinite()
     assert finite.tolist() == [unit != 2 and unit < 5 for unit in range(11)]
 
@@ -168,7 +175,7 @@ def test_difference_does_not_depend_on_the_scale_of_a_unit(
 def test_opcheck(backend: str, device: torch.device) -> None:
     recording = Recording([3, 4])
     for criterion in CRITERIA_OPS:
-        gradient = recording.gradient_statistics.to(device) if criterion == "attribution" else None
+        gradient = recording.gradient_statistics.to(device) if "attribution" in criterion else None
         torch.library.opcheck(
             torch.ops.clue_fast.conflict_score.default,
             (

@@ -8,7 +8,9 @@ import torch
 import clue_fast
 from clue_fast.data import Collator
 from clue_fast.errors import PatchError, SettingError, SparseError, UnknownNameError
+from clue_fast.recording import Patched
 from clue_fast.sparse import SparseAdamW, SparseSGD, changed_outside, snapshot, sparsify
+from clue_fast.statistics import Statistics
 from clue_fast.trainer.trainer import UnlearnTrainer
 
 
@@ -65,6 +67,35 @@ def test_scores_are_those_of_the_batches_that_trained(objective, make_trainer):
     assert selected == pytest.approx(float(torch.cat(units).mean()), rel=1e-5)
     everything = torch.cat(list(callback.scores.values()))
     assert others * (len(everything) - 15) + selected * 15 == pytest.approx(float(everything.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["difference", "welch", "attribution"])
+def test_what_is_logged_was_written_while_training(criterion, make_trainer, monkeypatch):
+    """All units are scored by themselves where a recording begins, on nothing, and never to log them."""
+    trainer = make_trainer(num_train_epochs=1, logging_steps=1)
+    callback = clue_fast.ConflictCallback(trainer, criterion=criterion)
+    trainer.add_callback(callback)
+    computed, begun, logged = [], [], []
+    score, record, figures_of = Statistics._score, Patched.record, callback._figures
+    monkeypatch.setattr(Statistics, "_score", lambda self, *how: computed.append(how[0]) or score(self, *how))
+    monkeypatch.setattr(
+        Patched, "record", lambda self, *a, **how: begun.append(how["score"]) or record(self, *a, **how)
+    )
+
+    def checked():
+        expected = clue_fast.score(
+            trainer.sparse_training.patched.statistics.merge(callback._since_selection.empty()), criterion
+        )
+        computed.clear()
+        begun.clear()
+        found = figures_of()
+        logged.append(len(computed) - len(begun))
+        assert all(torch.equal(expected[site], callback.scores[site]) for site in expected)
+        return found
+
+    callback._figures = checked
+    trainer.train()
+    assert logged and set(logged) == {0} and begun[-1] == criterion
 
 
 def test_watching_changes_training_by_rounding_only(make_trainer):
