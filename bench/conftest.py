@@ -25,6 +25,7 @@ TABLES: list[str] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("clue_fast benchmarks")
     group.addoption("--seconds", type=float, help="of sampling each comparison, instead of what it asks for")
+    group.addoption("--processor-time", action="store_true", help="of one thread: for a machine that is busy")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are")
     group.addoption("--results", type=Path, default=files.RESULTS, help="folder of the samples, bench/results")
 
@@ -32,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     machine.use_all_cores()
     machine.use_device(config.getoption("device"))
+    if config.getoption("processor_time"):
+        machine.use_processor_time()
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

@@ -120,6 +120,7 @@ def steps(scratch: Path, seconds: float = 1.0, python: str = sys.executable) -> 
         "ops/bench_channel_statistics": (),
         "ops/bench_sparse_linear": (),
         "ops/bench_conflict_score": (),
+        "ops/bench_scoring": (),
         "model/bench_forward": ("-m", "gpu"),
         "model/bench_training": ("-k", "base or bfloat16"),
         "model/bench_localize": (),

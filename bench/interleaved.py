@@ -11,7 +11,6 @@ import gc
 import itertools
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -178,8 +177,8 @@ def rounds_of(names: Sequence[str], count: int) -> Iterator[list[str]]:
 
 def _time(case: Case, repeats: int) -> float:
     machine.wait()
-    start = time.perf_counter()
+    start = machine.seconds()
     for _ in range(repeats):
         case()
     machine.wait()
-    return (time.perf_counter() - start) / repeats
+    return (machine.seconds() - start) / repeats

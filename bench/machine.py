@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from clue_fast.ops import backend
 BUSY = 0.3  # load a core above which times say little
 
 _device = torch.device("cpu")
+_processor_time = False
 
 
 def use_device(name: str) -> None:
@@ -33,6 +35,18 @@ def on_gpu() -> bool:
     return _device.type == "cuda"
 
 
+def use_processor_time() -> None:
+    """Counts from now on what this process computes, on one thread: for a machine on which much else runs."""
+    global _processor_time
+    _processor_time = True
+    torch.set_num_threads(1)
+
+
+def seconds() -> float:
+    """Of a clock whose differences are what a measurement took."""
+    return time.process_time() if _processor_time else time.perf_counter()
+
+
 def wait() -> None:
     """Until the device has done what it was given: a GPU is behind the calls."""
     if on_gpu():
@@ -47,6 +61,7 @@ def describe() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
+        "clock": "processor" if _processor_time else "wall",
         "instruction_set": extension.cpu_info()["instruction_set"] if extension else None,
         "compiler": extension.build_info()["compiler"] if extension else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

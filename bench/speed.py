@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from bench.files import RESULTS, ROOT, load, write_between
 from bench.interleaved import Result
@@ -20,33 +21,44 @@ PAGE = ROOT.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->"
 ONE_SECOND = RESULTS / "one_second"
 HEAD = "| what | ratio | target |\n| --- | ---: | ---: |\n"
-# File of results -> case, those it is held against, and another to show beside it.
-ROWS = {
-    "forward": ("recording", ["stock"], "hooks"),
-    "localize": ("localize", ["plain loop"], "loop with hooks"),
-    "gated_activation": ("statistics", ["plain"], "eager"),
-    "sparse_optimizer": ("selected", ["whole", "whole with masters"], None),
-    "sparse_linear": ("selected", ["dense"], None),
-    "channel_statistics": ("statistics", ["copy"], "eager"),
-    "conflict_score": ("conflict_score", ["eager"], None),
-}
+# File of results, case, those it is held against, and another to show beside it.
+ROWS: list[tuple[Any, ...]] = [
+    ("forward", "recording", ["stock"], "hooks"),
+    ("forward", "with scores", ["stock", "recording"]),
+    ("localize", "localize", ["plain loop"], "loop with hooks"),
+    ("gated_activation", "statistics", ["plain"], "eager"),
+    ("scoring", "with scores", ["recording"], "two launches"),
+    ("sparse_optimizer", "selected", ["whole", "whole with masters"]),
+    ("sparse_linear", "selected", ["dense"]),
+    ("channel_statistics", "statistics", ["copy"], "eager"),
+    ("conflict_score", "conflict_score", ["eager"]),
+]
 
 
-def rows(name: str, folder: Path) -> Iterator[str]:
+def where(machine: dict[str, Any]) -> str:
+    """Processor and threads, and the clock, if it only counted what the process itself computed."""
+    clock = ", processor time on a busy machine" if machine.get("clock") == "processor" else ""
+    return f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}{clock}"
+
+
+def rows(folder: Path, here: str, name: str, case: str, others: list[str], beside: str | None = None) -> Iterator[str]:
     """A row for each comparison and pair of cases that occurs in it; none for what a folder does not have."""
-    case, others, beside = ROWS[name]
-    kept = load(name, folder)["comparisons"] if (folder / f"{name}.json").exists() else []
-    for entry in kept:
+    if not (folder / f"{name}.json").exists():
+        return
+    kept = load(name, folder)
+    elsewhere = "" if where(kept["machine"]) == here else f", on {where(kept['machine'])}"
+    for entry in kept["comparisons"]:
         result = Result(entry["title"], entry["samples"])
         for against in others:
             if not {case, against} <= set(entry["samples"]):
                 continue
-            ratio = f"{result.ratio(case, against).value:.3f}"
+            found = result.ratio(case, against)
+            ratio = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
             if beside is not None:
                 ratio += f" ({beside} {result.ratio(beside, against).value:.2f})"
             limits = {t["at_most"] for t in entry["targets"] if (t["case"], t["against"]) == (case, against)}
             target = " or ".join(f"≤ {limit:.3f}".rstrip("0").rstrip(".") for limit in sorted(limits))
-            yield f"| {entry['title']}: {case} / {against} | {ratio} | {target} |\n"
+            yield f"| {entry['title']}{elsewhere}: {case} / {against} | {ratio} | {target} |\n"
 
 
 def training_rows(folder: Path) -> Iterator[str]:
@@ -68,10 +80,10 @@ def tables(folder: Path, how: str) -> str:
     model = training["model"]
     return "".join(
         [
-            f"Medians over interleaved rounds, {how}, {machine['processor']}, {machine['threads']} threads, torch "
-            f"{machine['torch']}:\n\n",
+            f"Medians over interleaved rounds with their 95 % intervals, {how}, {where(machine)} unless the row says "
+            f"otherwise, torch {machine['torch']}:\n\n",
             HEAD,
-            *(row for name in ROWS for row in rows(name, folder)),
+            *(row for which in ROWS for row in rows(folder, where(machine), *which)),
             f"\nA training step of a Llama of {model['layers']} layers x {model['width']}/{model['units']}, "
             f"{point['fraction']:.0%} of the units of every layer, {point['records']} x {point['tokens']} tokens, "
             f"{point['dtype']}, unless the row says otherwise. Aims: 0.60 of full + mask, 1.00 of LoRA (r = 16) in "

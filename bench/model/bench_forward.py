@@ -1,4 +1,4 @@
-"""Forward of a whole small Llama: stock, by torch.compile, patched, recording, and with hooks that collect the same."""
+"""Forward of a small Llama: stock, compiled, patched, recording without and with scores, and with hooks that do it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHAPES = [
     pytest.param(Shape(4, 4096, 14336, 4, 1024), marks=pytest.mark.gpu),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = ("stock", "compiled", "patched", "recording", "hooks")
+CASES = ("stock", "compiled", "patched", "recording", "with scores", "hooks")
 
 
 class Hooks:
@@ -84,6 +84,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[dict[str, Case]]:
     Hooks(models["hooks"])
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(clue_fast.patch(models["recording"]).record("forget"))
+        stack.enter_context(clue_fast.patch(models["with scores"]).record("forget", score="difference"))
         yield {name: lambda model=model: model(tokens) for name, model in models.items()}
 
 
@@ -92,5 +93,6 @@ def cases(shape: Shape, dtype: torch.dtype) -> Iterator[dict[str, Case]]:
 def bench_forward(compare, shape: Shape, dtype: torch.dtype) -> None:
     """With its targets."""
     targets = [Target("recording", "stock", 1.0), Target("recording", "stock", 1.05)]
+    targets += [Target("with scores", "recording", 1.01)]
     with cases(shape, dtype) as all_cases:
         compare(Comparison(f"forward, {shape}, {str(dtype)[6:]}", all_cases, targets))

@@ -17,6 +17,7 @@ from bench.ops import (
     bench_channel_statistics,
     bench_conflict_score,
     bench_gated_activation,
+    bench_scoring,
     bench_sparse_optimizer,
 )
 from clue_fast.ops import backend as backends
@@ -60,6 +61,8 @@ def test_tensors_are_on_the_device(launches: Launches) -> None:
     run(bench_channel_statistics.cases(dtype))
     run(bench_channel_statistics.attribution_cases(dtype))
     run(bench_conflict_score.cases("16 sites of 8192", "attribution"))
+    for operator in bench_scoring.OPERATORS:
+        run(bench_scoring.cases(operator, 1024, dtype))
     assert len(launches) == 7 and set.union(*launches.values()) == {"meta"}
 
 

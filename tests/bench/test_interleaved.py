@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from bench import interleaved
+from bench import interleaved, machine
 from bench.interleaved import Comparison, Ratio, Result, Target
 
 
@@ -32,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(interleaved.time, "perf_counter", clock)
+    monkeypatch.setattr(machine.time, "perf_counter", clock)
     return clock
 
 
@@ -81,3 +83,13 @@ def test_table_shows_every_case_and_target() -> None:
     assert lines[0] == "forward (12 rounds)"
     assert lines[3].split() == ["ours", "1.000", "1.000", "1.000", "to", "1.000", "0.500", "[0.500,", "0.500]"]
     assert lines[4].strip() == "ours / stock: 0.500 [0.500, 0.500], at most 0.600: met"
+
+
+def test_processor_time_leaves_waiting_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(machine, "_processor_time", False)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert machine.describe()["clock"] == "wall"
+    machine.use_processor_time()
+    assert machine.describe()["clock"] == "processor" and threads == [1]
+    assert interleaved._time(lambda: time.sleep(0.2), 1) < 0.1
