@@ -58,6 +58,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has wrapped a model, alone or inside of DistributedDataParallel."""
+    return any("_orig_mod" in dict(one.named_children()) for one in (model, *model.children()))
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Returns the device of the first weight that is loaded, or the CPU."""
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))

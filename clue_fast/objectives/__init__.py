@@ -12,17 +12,7 @@ of a batch, in which long answers weigh more. With one record a batch it is the 
 each objective.
 """
 
-from clue_fast.objectives.base import (
-    OBJECTIVES,
-    Batch,
-    Objective,
-    Predictions,
-    Trained,
-    default_objective,
-    get_objective,
-    predict,
-    register_objective,
-)
+from clue_fast.objectives.base import OBJECTIVES, Objective, default_objective, get_objective, register_objective
 from clue_fast.objectives.losses import (
     DPO,
     KL,
@@ -36,6 +26,8 @@ from clue_fast.objectives.losses import (
     Refusal,
     SimNPO,
 )
+from clue_fast.objectives.original import Trained
+from clue_fast.objectives.predictions import Batch, Predictions, predict
 
 __all__ = [
     "DPO",

@@ -19,18 +19,15 @@ from torch.nn import functional
 from clue_fast.data import IGNORED_LABEL, answer_mask, head_of
 from clue_fast.errors import ObjectiveError
 from clue_fast.objectives.base import (
-    Batch,
     Current,
     Objective,
     Original,
-    Predictions,
-    Trained,
     drop_token_group,
-    join,
     register_objective,
-    run,
     set_batch_layout,
 )
+from clue_fast.objectives.original import Trained
+from clue_fast.objectives.predictions import Batch, Predictions, join, run
 from clue_fast.sites import evaluation_mode, unwrap
 
 
@@ -163,14 +160,13 @@ class KL(GradientAscent):
     retain_weight: float = 1.0
 
     def reference_outputs(self, predictions: Predictions) -> Tensor:
-        """Returns log q of every token of the vocabulary, [labels, vocabulary]."""
-        return predictions.logits.log_softmax(-1)
+        """Returns what log q of every token of the vocabulary is made of, see ``Predictions.states``."""
+        return predictions.states
 
     def retain_term(self, current: Predictions, original: Tensor | None) -> Tensor:
         """Returns the mean divergence of each record, [records] float32."""
         assert original is not None
-        divergence = (original.exp() * (original - current.logits.log_softmax(-1))).sum(-1)
-        return current.mean(divergence)
+        return current.mean(current.by_label(_divergence, original))
 
     def batches(self, batches: Mapping[str, Batch], head: str) -> dict[str, Batch]:
         """Makes every token of the retain records of a causal model a label."""
@@ -202,15 +198,24 @@ class UNDIAL(Objective):
     strength: float = 10.0
 
     def reference_outputs(self, predictions: Predictions) -> Tensor:
-        """Returns the target distribution at every label, [labels, vocabulary]."""
-        adjusted = predictions.logits.clone()
-        adjusted[torch.arange(len(adjusted), device=adjusted.device), predictions.labels] -= self.strength
-        return adjusted.softmax(-1)
+        """Returns what the target distribution at every label is made of, see ``Predictions.states``."""
+        return predictions.states
 
     def forget_term(self, current: Current, original: Original) -> Tensor:
         """See ``Objective.forget_term``."""
         forget = current["forget"]
-        return forget.mean(-(original["forget"] * forget.logits.log_softmax(-1)).sum(-1))
+        return forget.mean(forget.by_label(self._distillation, original["forget"], nll=True))
+
+    def _distillation(self, logits: Tensor, labels: Tensor, original: Tensor) -> Tensor:
+        """Cross-entropy to the original distribution without its answer, [labels]."""
+        target = original.scatter_add(-1, labels[:, None], original.new_full((len(labels), 1), -self.strength))
+        return functional.cross_entropy(logits, target.softmax(-1), reduction="none")
+
+
+def _divergence(logits: Tensor, labels: Tensor, original: Tensor) -> Tensor:
+    """KL(original || current) at every label, [labels]."""
+    before = original.log_softmax(-1)
+    return (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
 
 
 def _whole_text(batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.errors import ModelError
-from clue_fast.objectives import Objective
+from clue_fast.objectives import Objective, predict
 from clue_fast.planning.depth import Depth
 from clue_fast.planning.methods import Method, Prepared, Trained
 from clue_fast.trainer.tracing import Interval, Trace
@@ -113,6 +113,9 @@ def trace_step(
         known = [*inner.parameters(), *inner.buffers(), *prepared.kept]
         known += [tensor for own in inputs.values() for tensor in own.values()]
         trace = Trace(known, vocabulary_of(model), (some.predicted, some.tokens))
+        # From the second pass on is known what comes behind the head.
+        with torch.no_grad(), Trace([], counted=(some.predicted, some.tokens)):
+            predict(inner, inputs)
         asked = _Original(trace, prepared)
         with trace, trace.by_layer(depth.layers(inner)):
             try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
@@ -53,6 +53,7 @@ class Sparse:
         retired: slices that trained before ``reselect`` chose others; they keep their trained values, and ``original``
             still takes them back.
         hooks: to be removed with ``restore``: on the model, and of trainers.
+        original_outputs: what objectives keep of the original model's outputs, until other weights are loaded.
     """
 
     parts = RenamedAttribute("slices")
@@ -62,7 +63,10 @@ class Sparse:
         self.model = model
         self.selection = selection
         self.retired: list[TrainableSlice] = []
-        self.hooks: list[Removable] = []
+        self.original_outputs: dict[Hashable, Tensor] = {}
+        outputs = self.original_outputs
+        loading = model.register_load_state_dict_post_hook(lambda *_: outputs.clear())  # type: ignore[no-untyped-call]
+        self.hooks: list[Removable] = [loading]
         self._restored = False
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         inject(model, planned)
@@ -103,6 +107,7 @@ class Sparse:
         for hook in self.hooks:
             hook.remove()
         self.retired, self._flags, self.hooks, self._restored = [], [], [], True
+        self.original_outputs.clear()
 
     def reselect(self, selection: Selection) -> None:
         """Trains other units from now on. What was trained before stays as it is, and trains no more.

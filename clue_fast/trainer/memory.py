@@ -6,19 +6,18 @@ every allocation that would be made is counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from clue_fast.data import answer_mask, head_of
 from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SparseError
 from clue_fast.internals import DataDependentOutputException, DynamicOutputShapeException, storage_of
 from clue_fast.objectives import Batch
-from clue_fast.objectives.base import join, run
+from clue_fast.objectives.predictions import Predictions, join, predict_in_one_pass
 from clue_fast.selection import Selection
 from clue_fast.sparse import TrainableSlice
 from clue_fast.sparse.modules import inject
@@ -70,7 +69,7 @@ def estimate_memory(
             checkpointing and the mode of training are those of the model.
         selection: made for the model.
         batch: inputs with labels, as many records and tokens as a step will have, or ``{"forget": batch, "retain":
-            batch}``, which are run in one pass.
+            batch}``, which count as run in one pass, padded to the longest; passes of similar length take less.
         master_weights: see ``SparseAdamW``.
 
     Raises:
@@ -81,15 +80,18 @@ def estimate_memory(
         raise SparseError("the model is sparse already; estimate before sparsify, or restore() it first")
     batches = [batch] if "labels" in batch else list(batch.values())
     joined = join(batches)  # type: ignore[arg-type]
-    counted, planned = _positions(model, joined), plan(selection)
+    labels = [_count(model, own) for own in batches]  # type: ignore[arg-type]
+    counted, planned = (sum(labels), joined["labels"].numel()), plan(selection)
     with fused(model), without_data() as mode:
         shadow = copy_without_data(model)
         inject(shadow, planned)
         inputs: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in joined.items()}
         kept = [*shadow.parameters(), *shadow.buffers(), *(t for one in planned for t in (one.original, one.index))]
-        with Trace([*kept, *inputs.values(), counted]) as trace:
+        with torch.no_grad(), Trace([], counted=counted):
+            _loss(shadow, inputs, labels)  # from the second pass on is known what comes behind the head
+        with Trace([*kept, *inputs.values()], counted=counted) as trace:
             try:
-                loss = _loss(shadow, inputs, counted)
+                loss = _loss(shadow, inputs, labels)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise SparseError(
                     f"what {type(model).__name__} allocates depends on the data ({error.func}); train a step and look "
@@ -118,13 +120,15 @@ def _estimate(
     )
 
 
-def _positions(model: nn.Module, batch: Batch) -> Tensor:
-    """Places in the flattened logits of the positions that predict a label, int64."""
+def _count(model: nn.Module, batch: Batch) -> int:
+    """How many positions predict a label."""
     labels = batch["labels"]
-    return torch.nonzero(answer_mask(labels, head_of(model, labels)).flatten()).flatten()
+    return int(answer_mask(labels, head_of(model, labels)).sum())
 
 
-def _loss(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tensor:
-    logits: Tensor = run(model, inputs).logits
-    chosen = logits.flatten(0, -2)[counted].float()
-    return functional.cross_entropy(chosen, counted.remainder(logits.shape[-1]))
+def _loss(model: nn.Module, inputs: dict[str, Tensor], labels: Sequence[int]) -> Tensor:
+    """The sum of the mean losses of some batches, joined, that have so many labels each."""
+    found = predict_in_one_pass(model, inputs)
+    sizes = list(labels)
+    parts = zip(torch.split(found.states, sizes), torch.split(found.labels, sizes), strict=True)
+    return torch.stack([Predictions(*own, found.counted, found.head).losses.mean() for own in parts]).sum()

@@ -49,6 +49,12 @@ class Original:
         pass
 
 
+def asking(sparse: Any) -> Any:
+    """A training that keeps nothing of what the original model said: the step that is planned asks it."""
+    del sparse.original_outputs
+    return sparse
+
+
 def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Scores and weighted values, of all heads of the queries."""
     (records, heads, tokens, width), others = query, key[2]
@@ -101,7 +107,7 @@ def test_selected_units(dtype, objective, checkpointing, make_small, make_plan, 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = get_objective(objective)
-    sparse = sparsify(model, selection_of(model))
+    sparse = asking(sparsify(model, selection_of(model)))
     clue_fast.patch(model)  # as trainers do
     sparse.limit_checkpointing()
     optimizer = SparseAdamW(model)
@@ -182,9 +188,10 @@ def test_operations(checkpointing, make_small, make_plan, batches, monkeypatch):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     whole = of(plan, "all weights")
     assert (whole.forward_flop, whole.backward_flop) == count(lambda: loss.loss(model, batches, Original(model))[0])
-    sparse = sparsify(model, selection_of(model))
+    sparse = asking(sparsify(model, selection_of(model)))
     sparse.limit_checkpointing()
     clue_fast.patch(model)
+    loss.loss(model, batches, sparse)  # from then on is known what comes behind the head
     some = of(plan, "selected units")
     assert (some.forward_flop, some.backward_flop) == count(lambda: loss.loss(model, batches, sparse)[0])
     assert some.backward_flop < whole.backward_flop
@@ -193,22 +200,24 @@ def test_operations(checkpointing, make_small, make_plan, batches, monkeypatch):
 def test_operations_by_the_definition(make_small, make_plan):
     """Two for every weight that a token is multiplied by, and four for every token that it attends to and channel.
 
-    Backward twice that, the scores of the attention once more, and, of what is below all that trains, less: the first
-    layer needs no gradient of its input. A selected slice costs two for each of its numbers and token.
+    The head runs where an answer token is predicted alone. Backward twice that, the scores of the attention once more,
+    and, of what is below all that trains, less: the first layer needs no gradient of its input. A head that does not
+    train takes the gradient of its input in the forward pass. A selected slice costs two for each of its numbers and
+    token.
     """
     model, tokens, length = make_small(), 9 * 32, 32
     plan = make_plan(model, objective="simnpo")
-    layers, width, units, heads, shared, head = 6, 128, 512, 4, 2, 32
+    layers, width, units, heads, shared, head, labels = 6, 128, 512, 4, 2, 32, 9 * 20
     attention = width * (heads + 2 * shared) * head + heads * head * width
-    mlp, lm_head = 3 * width * units, width * 512
-    multiplied = 2 * tokens * (layers * (attention + mlp) + lm_head)
+    mlp, lm_head = 3 * width * units, 2 * labels * width * 512
+    multiplied = 2 * tokens * layers * (attention + mlp) + lm_head
     scores = 4 * tokens * length * heads * head
     whole = of(plan, "all weights")
     assert whole.forward_flop == multiplied + layers * scores
     assert whole.backward_flop == 2 * multiplied + layers * scores * 5 // 2
     some = of(plan, "selected units")
-    assert some.forward_flop == whole.forward_flop
-    inputs = 2 * tokens * ((layers - 1) * (attention + mlp) + width * units + lm_head) + (layers - 1) * scores * 5 // 2
+    assert some.forward_flop == whole.forward_flop + lm_head
+    inputs = 2 * tokens * ((layers - 1) * (attention + mlp) + width * units) + (layers - 1) * scores * 5 // 2
     assert some.backward_flop == inputs + 2 * tokens * layers * 51 * 3 * width
 
 
@@ -219,13 +228,13 @@ def test_logits_grow_with_the_vocabulary(make_small, make_plan):
         model = make_small(vocab_size=vocabulary)
         planned.append(of(make_plan(model, objective="undial"), "selected units").footprint)
         sets = {"forget": records(3, 1), "retain": records(6, 2)}
-        sparse = sparsify(model, selection_of(model))
+        sparse = asking(sparsify(model, selection_of(model)))
         clue_fast.patch(model)
         loss.loss(model, sets, sparse)[0].backward()
         model.zero_grad()
         measured.append(measure(lambda m=model, s=sparse, b=sets: loss.loss(m, b, s)[0].backward())[1])
     difference = planned[1].logits - planned[0].logits
-    assert planned[1].logits > 0.5 * measured[1]
+    assert planned[1].logits > 0.25 * measured[1]
     assert difference == pytest.approx(measured[1] - measured[0], rel=0.02)
 
 

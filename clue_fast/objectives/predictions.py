@@ -1,0 +1,434 @@
+"""How a model is run over the batches of a step, and what it says wherever it predicts a label.
+
+Of a causal model the head runs at the answers alone: a pre-hook narrows what it reads. Where nothing comes behind the
+head and it does not train, its logits are made a run of labels at a time, and what a function of each label's logits
+needs for the backward pass is taken at once, so that no tensor as wide as the vocabulary is kept. What comes behind the
+head, such as a soft cap or a scale, is the model's own: its logits then are those of its own forward. Records are run
+in passes of similar length, so that little is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from clue_fast.data import IGNORED_LABEL, answer_mask, head_of, shift_labels
+from clue_fast.errors import DataError, ObjectiveError
+from clue_fast.internals import has_no_data, is_compiled
+from clue_fast.ops.accumulators import wide
+from clue_fast.sites import unwrap
+
+Batch: TypeAlias = "Mapping[str, Tensor]"
+"""Inputs of the model, and ``labels``: int64 [records, positions], or [records] for classification."""
+
+OfLabel: TypeAlias = "Callable[..., Tensor]"
+"""From the logits of some labels, [n, vocabulary] float32, and the labels, to one value each, [n]."""
+
+# What the tokens that are added to make two batches equally long are filled with; 0 is masked from attention.
+_FILL = {"labels": IGNORED_LABEL}
+
+RUN_BYTES = 32 * 2**20
+LEAST_RUN = 128
+"""Logits of so many bytes are made at a time, and of so many labels at the least: as fast as all at once."""
+
+PASS_TOKENS = {"cpu": 32, "cuda": 1024}
+"""A further pass costs about as much as so many tokens: it reads every weight again."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Makes logits of what the head of a model reads, or leaves logits as they are.
+
+    Attributes:
+        module: the head; None for logits.
+        autocast: device, dtype and whether autocast is on where the model runs its head.
+    """
+
+    module: nn.Module | None = None
+    autocast: tuple[str, torch.dtype, bool] | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits, float32 (float64 of states that are) [..., vocabulary], of states, [..., width]."""
+        if self.module is None:
+            return wide(states)
+        assert self.autocast is not None
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            logits: Tensor = self.module(states)
+        return wide(logits)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says where it predicts the labels of a batch of records.
+
+    Attributes:
+        states: [labels, width], what the head reads there, or logits; those of one record after those of another.
+        labels: [labels] int64.
+        counted: [records, positions] bool, which positions predict them.
+        head: makes logits of states.
+    """
+
+    states: Tensor
+    labels: Tensor
+    counted: Tensor
+    head: Head = Head()
+    _found: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """All logits at once, [labels, vocabulary] float32. ``by_label`` keeps none."""
+        return self.head(self.states)
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """-log p of every label, [labels] float32."""
+        return self.by_label(_label_losses, nll=True)
+
+    @property
+    def nll(self) -> Tensor:
+        """The same without gradients: what ``losses`` or another function has left, or made for this."""
+        if "nll" not in self._found:
+            with torch.no_grad():
+                self.by_label(_label_losses, nll=True)
+        return self._found["nll"].detach()
+
+    def by_label(self, function: OfLabel, *others: Tensor, nll: bool = False) -> Tensor:
+        """A function of the logits of every label alone, [labels] float32, without keeping logits.
+
+        Args:
+            function: called with logits, labels and the logits of each of the others, of some labels at a time; must
+                give a value to each from its own logits, and may be called under any grad mode.
+            others: states of the same labels from elsewhere, such as of the original model; they have no gradient.
+            nll: from the same logits ``nll`` is made too.
+
+        Raises:
+            ObjectiveError: the others are not what the head reads, or logits where these are.
+        """
+        for other in others:
+            if other.shape != self.states.shape:
+                raise ObjectiveError(
+                    f"the original model said {list(other.shape)} of labels of which the model says "
+                    f"{list(self.states.shape)}; it ran in another way, wrap or compile the model before it trains"
+                )
+        if self.head.module is None:
+            values = function(self.logits, self.labels, *(wide(other) for other in others))
+            if nll:
+                self._found["nll"] = values if function is _label_losses else _label_losses(self.logits, self.labels)
+        else:
+            arguments = self.states, self.labels, self.head, function, others, nll
+            values, found = _ByLabel.apply(*arguments)  # type: ignore[no-untyped-call]
+            if nll:
+                self._found["nll"] = found
+        return values
+
+    @property
+    def tokens(self) -> Tensor:
+        """How many labels a record has, [records] int64."""
+        return self.counted.sum(-1)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums one value a label over each record, [labels] -> [records] float32."""
+        zeros = torch.zeros(self.counted.shape, dtype=values.dtype, device=values.device)
+        return zeros.masked_scatter(self.counted, values).sum(-1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Averages one value a label over each record; 0 for a record without labels."""
+        return self.total(values) / self.tokens.clamp(min=1)
+
+
+def _wide_dtype(states: Tensor) -> torch.dtype:
+    return torch.float64 if states.dtype == torch.float64 else torch.float32
+
+
+def _label_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+class _ByLabel(torch.autograd.Function):
+    """A function of each label's logits, a run of labels after another, and at once its gradient by the states.
+
+    A value depends on its own states alone, so that the gradient of the sum holds that of every value; the backward
+    pass multiplies each by what comes from above.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, labels: Tensor, head: Head, function: OfLabel, others: tuple[Tensor, ...], nll: bool
+    ) -> tuple[Tensor, Tensor]:
+        differentiated = ctx.needs_input_grad[0]
+        grads = torch.empty_like(states) if differentiated else None
+        values = states.new_empty(len(labels), dtype=_wide_dtype(states))
+        losses = torch.empty_like(values) if nll else values.new_empty(0)
+        for start, end in _runs(states, head):
+            run = slice(start, end)
+            beside = [head(other[run]) for other in others]
+            with torch.set_grad_enabled(differentiated):
+                own = states[run].detach().requires_grad_(differentiated)
+                logits = head(own)
+                found = function(logits, labels[run], *beside)
+                if grads is not None:  # not by autograd.grad, under which hooks of modules ask what it cannot say
+                    torch.autograd.backward(found.sum())
+                    assert own.grad is not None
+                    grads[run] = own.grad
+            values[run] = found.detach()
+            if nll:
+                losses[run] = values[run] if function is _label_losses else _label_losses(logits.detach(), labels[run])
+        ctx.save_for_backward(grads)
+        ctx.mark_non_differentiable(losses)
+        return values, losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grads,) = ctx.saved_tensors
+        return (grad[:, None] * grads).to(grads.dtype), None, None, None, None, None
+
+
+def _runs(states: Tensor, head: Head) -> Iterator[tuple[int, int]]:
+    """From and up to which label each run reaches."""
+    weight = getattr(head.module, "weight", None)
+    vocabulary = weight.shape[0] if isinstance(weight, Tensor) else 2**16
+    size = max(LEAST_RUN, RUN_BYTES // (4 * vocabulary))
+    return ((start, min(start + size, len(states))) for start in range(0, len(states), size))
+
+
+def predict(
+    model: nn.Module, batches: Mapping[str, Batch], announce: Callable[[int, int, int], None] | None = None
+) -> dict[str, Predictions]:
+    """Runs all batches, and returns the predictions for each by its name.
+
+    Args:
+        model: see ``clue_fast.data.collator`` for its heads.
+        batches: of records; those to be kept are called "retain", and come last.
+        announce: called before each forward pass with how many of its records, which come first, are to be forgotten;
+            how many there are; and how many tokens each of them has.
+
+    Raises:
+        ObjectiveError: the model returns no logits, or not at the positions of the labels.
+        DataError: see ``join``.
+    """
+    joined = join(list(batches.values()))
+    head = head_of(model, joined["labels"])
+    sizes = {name: len(batch["labels"]) for name, batch in batches.items()}
+    first = sum(size for name, size in sizes.items() if name != "retain")
+    passes = _passes(model, joined, head)
+    found, made = [], Head()
+    for records in passes:
+        own = joined if records is None else _some(joined, records)
+        if announce is not None:
+            forget = first if records is None else int((records < first).sum())
+            announce(forget, len(own["labels"]), own["input_ids"].shape[1] if "input_ids" in own else 1)
+        states, made = _states(model, own, head)
+        found.append(states)
+    labels = joined["labels"][:, None] if head == "classification" else joined["labels"]
+    counted, shifted = answer_mask(labels, head), shift_labels(labels, head)
+    states = found[0] if len(found) == 1 else _in_order(found, passes, counted)
+    masks, answers_of = (torch.split(tensor, list(sizes.values())) for tensor in (counted, shifted))
+    chosen = [own[mask] for own, mask in zip(answers_of, masks, strict=True)]
+    parts = zip(sizes, torch.split(states, [len(own) for own in chosen]), chosen, masks, strict=True)
+    return {name: Predictions(own, answers, mask, made) for name, own, answers, mask in parts}
+
+
+def predict_in_one_pass(model: nn.Module, batch: Batch) -> Predictions:
+    """Runs one batch, of whatever inputs the model takes, and returns its predictions. Raises as ``predict``."""
+    head = head_of(model, batch["labels"])
+    states, made = _states(model, batch, head)
+    labels = batch["labels"][:, None] if head == "classification" else batch["labels"]
+    counted = answer_mask(labels, head)
+    return Predictions(states, shift_labels(labels, head)[counted], counted, made)
+
+
+# Passes of similar length.
+
+
+def _passes(model: nn.Module, joined: Batch, head: str) -> list[Tensor | None]:
+    """The records of each forward pass, ascending int64 on the CPU; None for one pass over all.
+
+    More than one only where it is known to change nothing: a causal model that is not wrapped, so that no other process
+    waits for a pass, without checkpointing, which runs layers again when another pass is under way, on records that are
+    padded on the right.
+    """
+    mask = joined.get("attention_mask")
+    if head != "causal" or mask is None or mask.dim() != 2 or has_no_data(mask) or model is not unwrap(model):
+        return [None]
+    if not set(joined) <= {"input_ids", "attention_mask", "labels", "token_group"}:
+        return [None]
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return [None]
+    lengths = mask.sum(-1)
+    if not bool((mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).all()):
+        return [None]
+    passes = passes_by_length(lengths.tolist(), PASS_TOKENS.get(mask.device.type, PASS_TOKENS["cuda"]))
+    if len(passes) == 1:
+        return [None]
+    return [torch.tensor(sorted(records), device="cpu") for records in passes]
+
+
+def passes_by_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
+    """Indices in passes of similar length, longest first: a new one wherever the padding would be more than its cost.
+
+    Args:
+        lengths: in tokens.
+        cost: of a further pass, in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    passes: list[list[int]] = [[]]
+    padding = 0
+    for index in order:
+        if passes[-1]:
+            padding += lengths[passes[-1][0]] - lengths[index]
+        if padding > cost:
+            passes.append([])
+            padding = 0
+        passes[-1].append(index)
+    return passes
+
+
+def _some(joined: Batch, records: Tensor) -> dict[str, Tensor]:
+    """Some records, without padding that none of them needs."""
+    index = records.to(joined["labels"].device)
+    own = {name: tensor[index] for name, tensor in joined.items()}
+    longest = int(own["attention_mask"].sum(-1).max())
+    return {name: tensor[:, :longest] for name, tensor in own.items()}
+
+
+def _in_order(found: Sequence[Tensor], passes: Sequence[Tensor | None], counted: Tensor) -> Tensor:
+    """States of all passes, [labels, width], in the order of the records."""
+    order = torch.cat([records for records in passes if records is not None]).to(counted.device)
+    record = order.repeat_interleave(counted.sum(-1)[order])
+    return torch.cat(list(found))[record.argsort(stable=True)]
+
+
+# One pass.
+
+_bare: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether what a model returns is what its head gave, for models that have been run."""
+
+
+def _states(model: nn.Module, batch: Batch, head: str) -> tuple[Tensor, Head]:
+    """What the head reads where labels are predicted, [labels, width], and the head; or logits, and no head."""
+    labels, inner = batch["labels"], unwrap(model)
+    counted = answer_mask(labels, head)
+    module = _separate_head(model) if head == "causal" else None
+    if module is None:
+        logits = getattr(run(model, batch), "logits", None)
+    else:
+        frozen = not any(p.requires_grad for p in module.parameters())
+        apart = frozen and _bare.get(inner, False)
+        with narrowed(module, counted, keep=not apart) as seen:
+            logits = getattr(run(model, batch), "logits", None)
+        if seen.states is not None and logits is not None:
+            _bare[inner] = logits is seen.logits
+            if frozen and _bare[inner]:
+                return seen.states, Head(module, seen.autocast)
+            return _states(model, batch, head) if apart else (wide(logits[0]), Head())
+    if logits is None:
+        raise ObjectiveError(f"{type(unwrap(model)).__name__} returns no logits; objectives need a head with labels")
+    if head == "classification":
+        logits, labels = logits[:, None], labels[:, None]
+    if logits.shape[:2] != labels.shape:
+        raise ObjectiveError(
+            f"{type(unwrap(model)).__name__} gives logits at {list(logits.shape[:2])} positions for "
+            f"{list(labels.shape)} labels; expand image or prefix tokens in input_ids first"
+        )
+    return wide(logits[answer_mask(labels, head)]), Head()
+
+
+def _separate_head(model: nn.Module) -> nn.Module | None:
+    """The head of a causal model, where it can be told what to read: it is not sharded, and nothing is compiled."""
+    get: Any = getattr(unwrap(model), "get_output_embeddings", None)
+    try:
+        module = None if get is None else get()
+    except (AttributeError, NotImplementedError):
+        return None
+    if not isinstance(module, nn.Module) or any(hasattr(p, "placements") for p in module.parameters()):
+        return None
+    return None if is_compiled(model) else module
+
+
+@dataclass
+class Seen:
+    """What the head of a model was given and gave in a pass, [labels, width] and [1, labels, vocabulary]."""
+
+    states: Tensor | None = None
+    logits: Tensor | None = None
+    autocast: tuple[str, torch.dtype, bool] | None = None
+
+
+@contextmanager
+def narrowed(module: nn.Module, counted: Tensor, keep: bool = True) -> Iterator[Seen]:
+    """Has the head of a model read the positions that count alone, in whose place [1, labels, width] comes.
+
+    Args:
+        module: the head.
+        counted: [records, positions] bool. A head that reads something else reads all of it.
+        keep: otherwise it reads nothing at all, [1, 0, width], and its states are there to make logits of.
+    """
+    seen = Seen()
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0] if args else None
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != counted.shape:
+            return None
+        kind = hidden.device.type
+        seen.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        seen.states = hidden[counted]
+        return (seen.states[None] if keep else hidden[:1, :0], *args[1:])
+
+    def after(_: nn.Module, __: tuple[Any, ...], logits: Any) -> None:
+        seen.logits = logits
+
+    handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(model: nn.Module, batch: Batch, **options: Any) -> Any:
+    """Runs the model on a batch, without its labels, and returns its output."""
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    head = head_of(model, batch["labels"])
+    if head == "seq2seq" and "decoder_input_ids" not in inputs:
+        inner: Any = unwrap(model)
+        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(batch["labels"])
+    if head in ("causal", "seq2seq"):
+        # Caching keys is of no use here, and not compatible with gradient checkpointing.
+        options["use_cache"] = False
+    return model(**inputs, **options)
+
+
+def join(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Stacks batches of records into one, padded on the right to the longest.
+
+    Raises:
+        DataError: the batches hold different inputs, or inputs that cannot be padded to one shape.
+    """
+    if len(batches) == 1:
+        return dict(batches[0])
+    names = [set(batch) for batch in batches]
+    odd = set[str]().union(*names) - names[0].intersection(*names)
+    if odd:
+        raise DataError(f"{', '.join(sorted(odd))} is an input of some batches only; give all sets the same inputs")
+    return {name: _stack(name, [batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _stack(name: str, tensors: list[Tensor]) -> Tensor:
+    shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
+    if len(shapes) > 1:
+        if any(len(shape) != 1 for shape in shapes):
+            raise DataError(f"{name} has the shapes {sorted(shapes)} in the batches of a step; make them equal")
+        longest = max(tensor.shape[1] for tensor in tensors)
+        tensors = [functional.pad(t, (0, longest - t.shape[1]), value=_FILL.get(name, 0)) for t in tensors]
+    return torch.cat(tensors)
