@@ -241,7 +241,7 @@ def _check_unused(config: UnlearnConfig) -> None:
         raise SettingError("settings of circuits make a selection, and one is given already; leave out one of both")
     if config.rounds > 1:
         raise SettingError(
-            f"rounds {config.rounds} select anew, and a selection is given already; leave out one of both"
+            f"{config.rounds} rounds select anew, and a selection is given already; leave out one of both"
         )
     for name in ("fraction", "count", "threshold", "normalize", "target"):
         if getattr(config, name) is not None:

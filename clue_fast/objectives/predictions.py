@@ -312,24 +312,28 @@ def _in_order(found: Sequence[Tensor], passes: Sequence[Tensor | None], counted:
 # One pass.
 
 _bare: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether what a model returns is what its head gave, for models that have been run."""
+"""Whether what a model returns is what its head gave, for models that have been run.
+
+A wrapped model and the one inside it are two: what is learned of the one in a pass that not every process makes must
+not decide how often the other is run, for whose passes all processes wait.
+"""
 
 
 def _states(model: nn.Module, batch: Batch, head: str) -> tuple[Tensor, Head]:
     """What the head reads where labels are predicted, [labels, width], and the head; or logits, and no head."""
-    labels, inner = batch["labels"], unwrap(model)
+    labels = batch["labels"]
     counted = answer_mask(labels, head)
     module = _separate_head(model) if head == "causal" else None
     if module is None:
         logits = getattr(run(model, batch), "logits", None)
     else:
         frozen = not any(p.requires_grad for p in module.parameters())
-        apart = frozen and _bare.get(inner, False)
+        apart = frozen and _bare.get(model, False)
         with narrowed(module, counted, keep=not apart) as seen:
             logits = getattr(run(model, batch), "logits", None)
         if seen.states is not None and logits is not None:
-            _bare[inner] = logits is seen.logits
-            if frozen and _bare[inner]:
+            _bare[model] = logits is seen.logits
+            if frozen and _bare[model]:
                 return seen.states, Head(module, seen.autocast)
             return _states(model, batch, head) if apart else (wide(logits[0]), Head())
     if logits is None:
