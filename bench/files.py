@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 DATA = Path(os.environ.get("CLUE_FAST_DATA", ROOT.parents[1] / "shared" / "data"))
 """Real data, which stay outside of the repository."""
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table of Markdown, not aligned as text; cells of the columns behind the first ``left`` stand on the right."""
+    rules = ["---" if place < left else "---:" for place in range(len(columns))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows))
 
 
 def write_between(page: Path, begin: str, end: str, text: str) -> None:

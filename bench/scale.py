@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.files import ROOT, write_between
+from bench.files import ROOT, markdown_table, write_between
 from clue_fast.config.planning import PlanConfig
 from clue_fast.planning import Plan, Training, plan
 from clue_fast.planning.table import GIB
@@ -40,9 +40,7 @@ def plans(shapes: Sequence[str] = SHAPES) -> dict[str, tuple[Plan, Plan]]:
 
 
 def table(head: str, rows: Sequence[Sequence[str]]) -> str:
-    columns = head.count("|") + 1
-    lines = [f"| {head} |", "| --- |" + " ---: |" * (columns - 1), *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + "\n"
+    return markdown_table(head.split(" | "), rows) + "\n"
 
 
 def gib(size: int) -> str:

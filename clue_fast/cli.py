@@ -235,8 +235,7 @@ def _inputs(files: ComparedData, settings: Settings, options: argparse.Namespace
     if files.retrained is not None:
         retrained, other = _load(files.retrained, settings, options.quiet)
         check_tokenizers(sets, tokenizer, other)
-    absent: dict[str, Any] = dict.fromkeys(("held_out", "unseen", "real_authors", "world_facts"))
-    return {**absent, **sets, "text": text, "model": model, "tokenizer": tokenizer, "retrained": retrained}
+    return {**sets, "text": text, "model": model, "tokenizer": tokenizer, "retrained": retrained}
 
 
 def _load(name: str, settings: Settings, quiet: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -112,13 +112,16 @@ class Run:
         """Selects units unless that was done before; the first stage, since it refuses what makes no sense early."""
         with _stage("localize", self.seconds):
             if self.selection is None:
-                sets = {name: self.sets[name] for name in ("forget", "retain")}
-                self.selection = localize_records(self.model, sets, self.tokenizer, self.config)
+                self.selection = self._localized(self.config)
             self.keep_stages(self.selection)
             if self.config.learning_rate is None:
                 share = max(1, len(self.selection)) / max(1, sum(site.width for site in self.selection.sites))
                 self.config = replace(self.config, learning_rate=default_learning_rate(self.model, share))
             check_rates(self.config.layer_lr, self.selection)
+
+    def _localized(self, config: UnlearnConfig) -> Selection:
+        sets = {name: self.sets[name] for name in ("forget", "retain")}
+        return localize_records(self.model, sets, self.tokenizer, config)
 
     def evaluate(self, stage: str) -> None:
         """Measures the model as it is."""
@@ -139,8 +142,7 @@ class Run:
             part = replace(part, seed=self.config.seed + number)
             with _reverted_on_failure(self.model, self.before):
                 with _stage("localize", self.seconds):
-                    sets = {name: self.sets[name] for name in ("forget", "retain")}
-                    selection = localize_records(self.model, sets, self.tokenizer, part)
+                    selection = self._localized(part)
                 self._train(selection, part)
             self.selection = _joined(self.selected, selection)
         self.trained = owned_weights(self.model, self.selected)

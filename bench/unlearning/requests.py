@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
-from bench.files import write_between
+from bench.files import markdown_table, write_between
 from bench.unlearning.grid import Grid, Run
 from bench.unlearning.kinds import scoring_of
 from bench.unlearning.methods import shares
@@ -80,7 +80,7 @@ def requests_table(grid: Grid, runs: Sequence[Found]) -> str:
     written = [title for title in COLUMNS if title in scoring.columns]
     columns = ["method", "rate", "seeds", "after", *(f"part {place + 1}" for place in range(number))]
     columns += ["forgotten", "kept", *written, "score", "against all at once", "seconds"]
-    lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
+    lines = []
     forget, _ = scoring.reported
     for (method, budget), one in chosen.items():
         requests = grid.methods[method].requests
@@ -98,8 +98,8 @@ def requests_table(grid: Grid, runs: Sequence[Found]) -> str:
             line += [shown(stage.values("score").values()) if last else ""]
             line += [str(against.get((method, budget), "")) if last else ""]
             line.append(f"{mean(run['seconds'] for run in one.every):.0f}" if last else "")
-            lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
+            lines.append(line)
+    return markdown_table(columns, lines)
 
 
 def _pairs(grid: Grid, chosen: Mapping[tuple[str, float], Chosen]) -> dict[tuple[str, float], tuple[Chosen, Chosen]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
-from bench.files import write_between
+from bench.files import markdown_table, write_between
 from bench.unlearning.grid import Grid
 from bench.unlearning.kinds import scoring_of
 from bench.unlearning.scores import Scoring
@@ -106,7 +106,7 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     against = {name: differences(chosen, name) for name in grid.baselines}
     columns = ["method", "budget", "rate", "seeds", "weights", "score", *(f"against {name}" for name in grid.baselines)]
     columns += ["forgotten", "kept", *further, "seconds", "GB"]
-    lines = ["| " + " | ".join(columns) + " |", "| --- " * 2 + "| ---: " * (len(columns) - 2) + "|"]
+    lines = []
     for (method, budget), one in sorted(chosen.items(), key=lambda item: (item[0][1], -_mean(item[1], "score"))):
         every = one.every
         line = [method, f"{budget:.1%}", f"{one.rate:g}", str(len(one.runs))]
@@ -118,8 +118,8 @@ def table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
         line.append(f"{mean(run['seconds'] for run in every):.0f}")
         peaks = [run["peak_bytes"] for run in every if run["peak_bytes"] is not None]
         line.append(f"{mean(peaks) / 1e9:.1f}" if peaks else "-")
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
+        lines.append(line)
+    return markdown_table(columns, lines, left=2)
 
 
 def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
@@ -127,16 +127,14 @@ def short_table(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> str:
     chosen = chosen_of(grid, runs)
     (baseline, *_) = grid.baselines
     against = differences(chosen, baseline)
-    lines = [
-        f"| trains | weights | forgotten | kept | score | against {baseline} |",
-        "| --- " + "| ---: " * 5 + "|",
-    ]
+    columns = ["trains", "weights", "forgotten", "kept", "score", f"against {baseline}"]
+    lines = []
     for (method, budget), one in sorted(chosen.items(), key=lambda item: -_mean(item[1], "score")):
         line = [method, f"{mean(run['trained'] for run in one.every):,.0f}"]
         line += [shown(one.values(figure).values()) for figure in ("forgotten", "kept", "score")]
         line.append(str(against.get((method, budget), "-")))
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
+        lines.append(line)
+    return markdown_table(columns, lines)
 
 
 def shown(values: Any) -> str:

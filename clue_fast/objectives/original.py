@@ -58,7 +58,7 @@ def original_outputs(
     if kept is None or not all(_is_text(model, batch) for batch in batches.values()):
         with torch.no_grad(), trained.original(), evaluation_mode(model):
             return {name: output(own) for name, own in predict(model, batches).items()}
-    records = {name: [_record(batch, row) for row in range(len(batch["labels"]))] for name, batch in batches.items()}
+    records = {name: _records(batch) for name, batch in batches.items()}
     keys = {name: [_key(asked_by, own) for own in of_batch] for name, of_batch in records.items()}
     known: dict[Hashable, Tensor] = {}
     missing: dict[Hashable, Batch] = {}
@@ -66,10 +66,12 @@ def original_outputs(
         known |= {key: kept[key] for key in of_batch if key in kept}
         missing |= {key: own for key, own in zip(of_batch, records[name], strict=True) if key not in kept}
     if missing:
+        device = next(iter(batches.values()))["labels"].device
         room = KEPT_BYTES - _bytes(kept.values())
         inner = model.module if isinstance(model, DistributedDataParallel) else model  # no other process waits
         with torch.no_grad(), trained.original(), evaluation_mode(model):
             for key, record in missing.items():
+                record = {name: tensor.to(device) for name, tensor in record.items()}
                 known[key] = output(predict(inner, {"asked": record})["asked"]).clone()
                 room -= known[key].nbytes
                 if room >= 0:
@@ -85,10 +87,11 @@ def _is_text(model: nn.Module, batch: Batch) -> bool:
     return same and head_of(model, batch["labels"]) == "causal"
 
 
-def _record(batch: Batch, row: int) -> dict[str, Tensor]:
-    """One record as a batch of its own, without padding."""
-    attended = batch["attention_mask"][row] != 0
-    return {name: tensor[row][attended][None] for name, tensor in batch.items()}
+def _records(batch: Batch) -> list[Batch]:
+    """Each record as a batch of its own, without padding, on the CPU: a GPU is waited for once, not for each record."""
+    tensors = {name: tensor.cpu() for name, tensor in batch.items()}
+    attended = tensors["attention_mask"] != 0
+    return [{name: own[row][mask][None] for name, own in tensors.items()} for row, mask in enumerate(attended)]
 
 
 def _key(asked_by: Hashable, record: Batch) -> Hashable:

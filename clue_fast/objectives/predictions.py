@@ -230,8 +230,7 @@ def predict(
             announce(forget, len(own["labels"]), own["input_ids"].shape[1] if "input_ids" in own else 1)
         states, made = _states(model, own, head)
         found.append(states)
-    labels = joined["labels"][:, None] if head == "classification" else joined["labels"]
-    counted, shifted = answer_mask(labels, head), shift_labels(labels, head)
+    counted, shifted = _answers(joined["labels"], head)
     states = found[0] if len(found) == 1 else _in_order(found, passes, counted)
     masks, answers_of = (torch.split(tensor, list(sizes.values())) for tensor in (counted, shifted))
     chosen = [own[mask] for own, mask in zip(answers_of, masks, strict=True)]
@@ -243,9 +242,14 @@ def predict_in_one_pass(model: nn.Module, batch: Batch) -> Predictions:
     """Runs one batch, of whatever inputs the model takes, and returns its predictions. Raises as ``predict``."""
     head = head_of(model, batch["labels"])
     states, made = _states(model, batch, head)
-    labels = batch["labels"][:, None] if head == "classification" else batch["labels"]
-    counted = answer_mask(labels, head)
-    return Predictions(states, shift_labels(labels, head)[counted], counted, made)
+    counted, shifted = _answers(batch["labels"], head)
+    return Predictions(states, shifted[counted], counted, made)
+
+
+def _answers(labels: Tensor, head: str) -> tuple[Tensor, Tensor]:
+    """Which positions predict a label, and the label that each would, both [records, positions]."""
+    labels = labels[:, None] if head == "classification" else labels
+    return answer_mask(labels, head), shift_labels(labels, head)
 
 
 # Passes of similar length.

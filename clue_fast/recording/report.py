@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clue_fast.tables import aligned
+
 _COLUMNS = ("site", "kind", "units", "operator", "backend", "launches", "tokens", "note")
 
 
@@ -59,9 +61,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *(_row(entry) for entry in self.sites)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self._summary()])
+        return "\n".join([*aligned(rows, left=len(_COLUMNS)), self._summary()])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON holds it."""

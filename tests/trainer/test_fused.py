@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import clue_fast
-from clue_fast.objectives import predictions
 from clue_fast.trainer.trainer import UnlearnTrainer
 
 UNITS = 48  # of an MLP
@@ -39,8 +38,7 @@ def trainer(make_model, make_selection, make_examples, make_arguments):
     )
 
 
-def test_two_tensors_a_layer(trainer, monkeypatch):
-    monkeypatch.setattr(predictions, "PASS_TOKENS", {"cpu": 10**6, "cuda": 10**6})  # one pass a step
+def test_two_tensors_a_layer(trainer, one_pass, monkeypatch):
     kept = []
     compute = UnlearnTrainer.compute_loss
 

@@ -14,12 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 import clue_fast
 from clue_fast.data import Collator
 from clue_fast.errors import SparseError
-from clue_fast.objectives import SimNPO, predictions
+from clue_fast.objectives import SimNPO
 from clue_fast.sparse import SparseAdamW, snapshot, sparsify
 from clue_fast.sparse.slices import trainable_slices
 from clue_fast.trainer import estimate_memory
 from tests.models.families import FAMILIES
 from tests.sparse.test_families import some_units
+
+pytestmark = pytest.mark.usefixtures("one_pass")  # as is estimated
 
 
 def measure(run: Any) -> tuple[int, int]:
@@ -33,12 +35,6 @@ def measure(run: Any) -> tuple[int, int]:
         most = max(most, now)
     del result
     return now, most
-
-
-@pytest.fixture(autouse=True)
-def one_pass(monkeypatch):
-    """As is estimated."""
-    monkeypatch.setattr(predictions, "PASS_TOKENS", {"cpu": 10**6, "cuda": 10**6})
 
 
 @pytest.fixture
