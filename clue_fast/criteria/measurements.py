@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from clue_fast.criteria.integrated_gradients import STEPS, IntegratedGradients
 from clue_fast.criteria.passes import (
     Batches,
-    answer_target,
     counted_mask,
     inference,
-    logits_of,
-    record_target,
+    predictions_of,
+    target_of,
     token_groups,
 )
 from clue_fast.criteria.weight_gradients import (
@@ -26,6 +25,7 @@ from clue_fast.criteria.weight_gradients import (
     module_slices,
 )
 from clue_fast.data import head_of
+from clue_fast.objectives.predictions import predict_in_one_pass
 from clue_fast.recording import Patched, patch
 from clue_fast.sites import Survey, device_of, model_fingerprint
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
@@ -106,8 +106,8 @@ def run_patched(patched: Patched, batches: Batches, target: str | None) -> Stati
                 with torch.no_grad():
                     patched.forward_layers(**inputs, use_cache=False)
             else:
-                logits = logits_of(model, batch, token_group=batch["token_group"])
-                torch.autograd.backward(answer_target(logits, batch["labels"], target, head)[0].sum())
+                predictions = predictions_of(model, batch, token_group=batch["token_group"])
+                torch.autograd.backward(target_of(predictions, target).sum())
     return patched.statistics
 
 
@@ -125,23 +125,24 @@ def record_weight_inputs(job: Job) -> Recorded:
 
 def record_squared_gradients(job: Job) -> Recorded:
     """See ``SquaredGradientRecorder``."""
-    model, statistics, head = job.model, job.statistics(), head_of(job.model)
+    model, statistics = job.model, job.statistics()
     with inference(model), SquaredGradientRecorder(model, statistics) as recorder:
         for batch, recorder.groups in job.batches.on(device_of(model)):
-            torch.autograd.backward(record_target(logits_of(model, batch), batch["labels"], job.target, head).sum())
+            predictions = predictions_of(model, batch)
+            torch.autograd.backward(predictions.mean(target_of(predictions, job.target)).sum())
             recorder.count_records()
     return Recorded(statistics)
 
 
 def record_mean_gradients(job: Job) -> Recorded:
     """See ``MeanGradientRecorder``."""
-    model, statistics, head = job.model, job.statistics(), head_of(job.model)
+    model, statistics = job.model, job.statistics()
     statistics.records += torch.tensor([len(each) for each in job.batches.data], device=statistics.records.device)
     for recorder in mean_gradient_recorders(model, statistics):
         with inference(model), recorder:
             for batch, recorder.groups in job.batches.on(device_of(model)):
-                logits = logits_of(model, batch)
-                torch.autograd.backward(record_target(logits, batch["labels"], job.target, head).sum())
+                predictions = predictions_of(model, batch)
+                torch.autograd.backward(predictions.mean(target_of(predictions, job.target)).sum())
     return Recorded(statistics)
 
 
@@ -153,8 +154,8 @@ def record_integrated_gradients(job: Job) -> Recorded:
         for batch, groups in job.batches.on(device_of(model)):
 
             def forward(batch: dict[str, Tensor] = batch) -> Tensor:
-                logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-                return answer_target(logits, batch["labels"], job.target, head)[0].sum()
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+                return target_of(predict_in_one_pass(model, inputs), job.target).sum()
 
             integrated.add(forward, groups, counted_mask(batch, head))
     return Recorded(statistics)

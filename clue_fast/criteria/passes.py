@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clue_fast.data import Collator, Example, answer_mask, shift_labels
+from clue_fast.data import Collator, Example, answer_mask
 from clue_fast.errors import DataError, UnknownNameError
-from clue_fast.ops.accumulators import wide
+from clue_fast.objectives.predictions import Predictions, predict_in_one_pass
 from clue_fast.sites import evaluation_mode
 from clue_fast.statistics import DEFAULT_GROUPS
 
@@ -70,20 +70,20 @@ class Batches:
 
 
 def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    others = torch.logsumexp(logits.scatter(1, labels, float("-inf")), dim=1)
-    return logits.gather(1, labels).squeeze(1) - others
+    others = torch.logsumexp(logits.scatter(1, labels[:, None], float("-inf")), dim=1)
+    return _logit(logits, labels) - others
 
 
 def _logit(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels).squeeze(1)
+    return logits.gather(1, labels[:, None]).squeeze(1)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="none")
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 def _probability(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.softmax(dim=1).gather(1, labels).squeeze(1)
+    return _logit(logits.softmax(dim=1), labels)
 
 
 TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -92,7 +92,7 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "loss": _loss,
     "probability": _probability,
 }
-"""By name, from logits [tokens, vocabulary] float32 and labels [tokens, 1] to one value per token."""
+"""By name, from logits [tokens, vocabulary] float32 and labels [tokens] to one value per token."""
 
 
 def check_target(name: str) -> str:
@@ -102,41 +102,27 @@ def check_target(name: str) -> str:
     return name
 
 
-def answer_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> tuple[Tensor, Tensor]:
-    """The target of every answer token, where it is predicted.
+def target_of(predictions: Predictions, target: str) -> Tensor:
+    """The target of every answer token, where it is predicted, [answer tokens] float32, without keeping logits.
 
     The gradients of ``loss`` and ``probability`` vanish where an answer is memorized; those of ``log_odds``,
     log p - log(1 - p), and ``logit`` do not.
 
     Args:
-        logits: [records, tokens, vocabulary].
-        labels: [records, tokens] int64, -100 where the token is no answer.
+        predictions: of a batch.
         target: a key of ``TARGETS``.
-        head: of the model, see ``clue_fast.data.collator``.
 
-    Returns:
-        The values, [answer tokens] float32, and the record of each, int64.
+    Raises:
+        UnknownNameError: there is no such target.
     """
-    chosen = TARGETS[check_target(target)]
-    answer = answer_mask(labels, head)
-    rows = torch.nonzero(answer)[:, 0]
-    return chosen(wide(logits[answer]), shift_labels(labels, head)[answer][:, None]), rows
+    return predictions.by_label(TARGETS[check_target(target)])
 
 
-def record_target(logits: Tensor, labels: Tensor, target: str, head: str = "causal") -> Tensor:
-    """The mean of the target over the answer tokens of each record, [records] float32; arguments as above."""
-    values, rows = answer_target(logits, labels, target, head)
-    counts = torch.bincount(rows, minlength=labels.shape[0]).clamp_min(1)
-    return torch.zeros(labels.shape[0], dtype=values.dtype, device=values.device).index_add(0, rows, values) / counts
-
-
-def logits_of(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Tensor:
-    """Logits that can be differentiated with respect to everything behind the embedding."""
+def predictions_of(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Predictions:
+    """Predictions that can be differentiated with respect to everything behind the embedding."""
     embeddings = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
-    logits: Tensor = model(
-        inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False, **more
-    ).logits
-    return logits
+    inputs = {"inputs_embeds": embeddings, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    return predict_in_one_pass(model, {**inputs, **more})
 
 
 def _padded(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:

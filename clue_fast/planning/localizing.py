@@ -11,7 +11,7 @@ from torch import nn
 
 from clue_fast.criteria.blocks import deal
 from clue_fast.criteria.integrated_gradients import INTEGRATED, STEPS
-from clue_fast.criteria.passes import answer_target, inference, logits_of
+from clue_fast.criteria.passes import inference, predictions_of, target_of
 from clue_fast.criteria.registry import Criterion
 from clue_fast.criteria.weight_gradients import (
     BIAS,
@@ -25,7 +25,7 @@ from clue_fast.criteria.weight_gradients import (
     WEIGHTED_INPUT,
     chunks,
 )
-from clue_fast.data import Record, head_of
+from clue_fast.data import Record
 from clue_fast.errors import SettingError
 from clue_fast.ops import FIELDS, GRADIENT_FIELDS
 from clue_fast.planning.depth import Depth, peak_of
@@ -196,11 +196,14 @@ _RECORD_SUMS: dict[str, tuple[str, ...]] = {
 
 def _run(model: nn.Module, found: Survey, depth: Depth, records: Records, backward: bool) -> Pass:
     """One batch through the layers, or through the whole model and back to its embeddings."""
-    head = head_of(model)
     with fused(model, found), without_data():
         inner, inputs = copy_without_data(model), records.batch()
         known = [*inner.parameters(), *inner.buffers(), *inputs.values()]
-        trace = Trace(known, vocabulary_of(model), (records.predicted, records.tokens))
+        counted = records.predicted, records.tokens
+        if backward:  # from the second pass on is known what comes behind the head
+            with inference(inner), Trace([], counted=counted):
+                predictions_of(inner, inputs)
+        trace = Trace(known, vocabulary_of(model), counted)
         with inference(inner), trace, trace.by_layer(depth.layers(inner)):
             if not backward:
                 with torch.no_grad():
@@ -209,7 +212,7 @@ def _run(model: nn.Module, found: Survey, depth: Depth, records: Records, backwa
                     )
                     del output
                 return Pass(tuple(depth.whole(trace.take())))
-            values = answer_target(logits_of(inner, inputs), inputs["labels"], "log_odds", head)[0].sum()
+            values = target_of(predictions_of(inner, inputs), "log_odds").sum()
             forward = depth.whole(trace.take())
             torch.autograd.backward(values)
             del values

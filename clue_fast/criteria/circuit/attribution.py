@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from clue_fast.criteria.circuit.architecture import Architecture, Layer, Norm, Projection
 from clue_fast.criteria.circuit.graph import EdgeScores, Graph
-from clue_fast.criteria.passes import record_target
+from clue_fast.criteria.passes import target_of
 from clue_fast.data import Collator, Example
 from clue_fast.errors import CircuitError, NonFiniteError
+from clue_fast.objectives.predictions import predict_in_one_pass
 from clue_fast.ops.accumulators import wide
 from clue_fast.sites.projection import output_bias, weight_matrix
 
@@ -423,9 +424,10 @@ class _Attribution:
 
     def run(self, batch: dict[str, Tensor], name: str, *, stream: Tensor | None = None, backward: bool = True) -> Run:
         with torch.set_grad_enabled(backward), self.capture.record(stream):
-            logits = self.model(batch[name], attention_mask=batch["attention_mask"], use_cache=False).logits
+            inputs = {"input_ids": batch[name], "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+            predictions = predict_in_one_pass(self.model, inputs)
             if backward:
-                torch.autograd.backward(record_target(logits, batch["labels"], self.target).sum())
+                torch.autograd.backward(predictions.mean(target_of(predictions, self.target)).sum())
         return self.capture.run()
 
     @torch.no_grad()
