@@ -273,7 +273,9 @@ ADAMW = Rule("sparse_adamw", ("exp_avgs", "exp_avg_sqs"), ("beta1", "beta2", "ep
 SGD = Rule("sparse_sgd", ("momenta",), ("momentum",), update_sgd)
 RULES = (ADAMW, SGD)
 
-backends.register("sparse_optimizer", ("reference", "cpp", "cuda"), {rule.name: rule.reference for rule in RULES})
+backends.register(
+    "sparse_optimizer", ("reference", "cpp", "triton", "cuda"), {rule.name: rule.reference for rule in RULES}
+)
 for rule in RULES:
     backends.define(rule.schema, rule.run)
 

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from clue_fast.kernels import channel_statistics, conflict_score, gated_activation, launch
+from clue_fast.kernels import channel_statistics, conflict_score, gated_activation, launch, sparse_optimizer
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,7 +38,9 @@ TARGETS = {
 }
 TOKENS, CHANNELS = 1024, 1536
 DTYPES = (torch.bfloat16, torch.float32)
+SPARSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CRITERIA = tuple(conflict_score.READS)
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
 
 RECORD = Path(__file__).with_name("compiled.json")
 IDENTITY = ("target", "kernel", "launch", "dtype", "groups", "activation")
@@ -167,25 +169,58 @@ def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[parti
                 yield partial(channel_statistics.channel_attribution, gate, grad, group, slopes, *scoring)
 
 
+def sparse_launches(dtype: torch.dtype) -> Iterator[partial[object]]:
+    """Calls of the launch functions on a selected part of a weight of this dtype."""
+    for part in ("rows", "columns"):
+        for masters in ("masters", "stochastic"):
+            yield partial(sparse_adamw, dtype, part, masters)
+    yield partial(sparse_adamw, dtype, "rows", "stochastic", "captured")
+    yield partial(sparse_sgd, dtype, "rows", "masters")
+
+
+def sparse_adamw(dtype: torch.dtype, part: str, masters: str, numbers: str = "") -> None:
+    """One step on a sixteenth of the rows or columns of a weight; captured: with its numbers on the device."""
+    sparse_optimizer.sparse_adamw(*sparse_step(dtype, part, masters, 2, numbers), 0.9, 0.999, 1e-8)
+
+
+def sparse_sgd(dtype: torch.dtype, part: str, masters: str) -> None:
+    """The same, with momentum."""
+    sparse_optimizer.sparse_sgd(*sparse_step(dtype, part, masters, 1), 0.9)
+
+
+def sparse_step(dtype: torch.dtype, part: str, masters: str, moments: int, numbers: str = "") -> tuple[Any, ...]:
+    """What one step is given, up to the settings of its rule."""
+    weight = torch.zeros(TOKENS, CHANNELS, dtype=dtype)
+    dim = ("rows", "columns").index(part)
+    index = torch.arange(0, weight.shape[dim], 16)
+    value, grad, *kept = (weight.index_select(dim, index).float() for _ in range(2 + moments))
+    place = "meta" if numbers == "captured" else "cpu"
+    rates, whole = torch.ones(1, dtype=torch.float64, device=place), torch.ones(1, dtype=torch.int64, device=place)
+    scale = torch.ones(1, device=place) if numbers == "captured" else None
+    values, seed = ([value], None) if masters == "masters" else ([], whole)
+    return values, [grad], *([m] for m in kept), [weight], [index], [dim], rates, rates, whole, seed, scale, scale
+
+
 def compile_all(target: GPUTarget) -> Iterator[dict[str, Any]]:
     """One row for each kernel: its name, what it was compiled for, what it takes."""
     cases = [(dtype, groups, "silu") for dtype in DTYPES for groups in (1, 2)]
     cases += [(torch.float64, groups, "silu") for groups in (1, 2)]
-    cases += [(torch.bfloat16, 1, activation) for activation in ("gelu_tanh", "gelu", "relu2")]
+    cases += [(torch.bfloat16, 1, activation) for activation in ACTIVATIONS[1:]]
+    made = [(case, call) for case in cases for call in launches(*case)]
+    made += [((dtype, 0, ""), call) for dtype in SPARSE_DTYPES for call in sparse_launches(dtype)]
     seen = set()
-    for dtype, groups, activation in cases:
-        for call in launches(dtype, groups, activation):
-            for kernel in compiled_by(call, target):
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    compiled_for = {"dtype": str(dtype)[6:], "groups": groups, "activation": activation}
-                    yield {"kernel": kernel.name, "launch": name_of(call)} | compiled_for | usage(kernel)
+    for (dtype, groups, activation), call in made:
+        for kernel in compiled_by(call, target):
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                compiled_for = {"dtype": str(dtype)[6:], "groups": groups, "activation": activation}
+                yield {"kernel": kernel.name, "launch": name_of(call)} | compiled_for | usage(kernel)
 
 
 def name_of(call: partial[object]) -> str:
-    """Of the launch function, with the criterion that it is given."""
-    criterion = [argument for argument in call.args if isinstance(argument, str) and argument in CRITERIA]
-    return " ".join([call.func.__name__, *criterion])
+    """Of the launch function, with the criterion that it is given or the part and its masters."""
+    words = [argument for argument in call.args if isinstance(argument, str) and argument not in ACTIVATIONS]
+    return " ".join([call.func.__name__, *words])
 
 
 # The record

@@ -25,6 +25,7 @@ KERNELS = {
     "channel_statistics_fwd_kernel",
     "channel_statistics_fold_kernel",
     "conflict_score_fwd_kernel",
+    "sparse_optimizer_kernel",
 }
 
 

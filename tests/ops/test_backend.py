@@ -131,6 +131,12 @@ class TestForcing:
         assert len(calls) == 1
         torch.testing.assert_close(first, second)
 
+    @pytest.fixture
+    def without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As an operator would be that nobody has written in Triton."""
+        monkeypatch.delitem(backends.IMPLEMENTATIONS, ("sparse_optimizer", "triton"))
+
+    @pytest.mark.usefixtures("without_triton")
     def test_the_variable_holds_for_operators_that_have_the_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton")
@@ -140,6 +146,7 @@ class TestForcing:
         assert choice.name in ("cpp", "reference")
         assert "triton does not implement sparse_optimizer" in choice.reason
 
+    @pytest.mark.usefixtures("without_triton")
     def test_the_argument_is_refused_where_the_operator_lacks_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton")
