@@ -123,7 +123,7 @@ def section(found: Mapping[str, tuple[Plan, Plan]]) -> str:
             f"GiB at most on one of {gpus} GPUs, with checkpointing, and the fewest GPUs of 80 GiB that are enough "
             "(of 1, 2, 4, … 64):\n",
             table(
-                "model | selected, DDP | selected, FSDP2 (refused today) | all, bfloat16, FSDP2 | "
+                "model | selected, DDP | selected, FSDP2 | all, bfloat16, FSDP2 | "
                 "all, float32, FSDP2 | LoRA, FSDP2 | fewest: selected, DDP | all, bfloat16, FSDP2 | LoRA, FSDP2",
                 gpu_rows(found),
             ),

@@ -204,6 +204,11 @@ def norms(tensors: list[Tensor], order: float = 2.0) -> Sequence[Tensor]:
     return torch._foreach_norm(tensors, order)
 
 
+def after_backward(callback: Callable[[], None]) -> None:
+    """Has the backward pass that is under way call something at its end; call it from inside one."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def is_view(tensor: Tensor) -> bool:
     """Whether a tensor is a view of another whose history autograd keeps."""
     return tensor._is_view()

@@ -32,6 +32,13 @@ def _accelerate(gpus: int, script: str, *flags: str, precision: str = "no") -> s
     return " ".join([*words, *(several if machines > 1 else []), "--mixed_precision", precision, script])
 
 
+def _torchrun(gpus: int, script: str) -> str:
+    machines = next(n for n in range(-(-gpus // GPUS_PER_MACHINE), gpus + 1) if gpus % n == 0)  # as many on each
+    several = ["--nnodes", str(machines), "--node_rank", "RANK", "--master_addr", "ADDRESS", "--master_port", "29500"]
+    words = ["torchrun", "--nproc_per_node", str(gpus // machines), *(several if machines > 1 else []), script]
+    return " ".join(words)
+
+
 def training_engine(
     command: str | None, gpus: int, parallel: str, selects: bool, layer: str, precision: str = "no"
 ) -> Engine:
@@ -50,13 +57,8 @@ def training_engine(
     if parallel == DDP:
         launch = _accelerate(gpus, "train.py", "--multi_gpu", precision=precision)
         return Engine("accelerate, DistributedDataParallel", launch)
-    if selects:
-        return Engine(
-            "FSDP2",
-            "",
-            "sparsify raises SparseError on a model that fully_shard has sharded, and so does the first step of "
-            "SparseAdamW on one that is sharded after sparsify, since selected slices are written into whole weights",
-        )
+    if selects:  # a Trainer would shard the weights itself, values of slices and all
+        return Engine("clue_fast.sparse.fully_shard", _torchrun(gpus, "loop.py"))
     wrap = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", layer]
     flags = ["--use_fsdp", "--fsdp_version", "2", *wrap, "--fsdp_reshard_after_forward", "true"]
     return Engine("accelerate, FSDP2", _accelerate(gpus, "train.py", *flags, precision=precision))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clue_fast.config.planning import FSDP2, PARALLEL
+from clue_fast.config.planning import PARALLEL
 from clue_fast.tables import aligned
 
 if TYPE_CHECKING:
@@ -95,9 +95,7 @@ def _fits(plan: Plan) -> list[list[str]]:
 
 def _fewest(training: Training, parallel: str) -> str:
     gpus = training.fewest[parallel]
-    found = "none" if gpus is None else f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
-    refused = parallel == FSDP2 and training.selects and gpus != 1
-    return f"{found} (refused today)" if refused else found
+    return "none" if gpus is None else f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
 
 
 def _launches(plan: Plan) -> list[str]:
@@ -116,6 +114,8 @@ def _launches(plan: Plan) -> list[str]:
 
 SCRIPTS = {
     "train.py": "is yours: it makes the trainer, an UnlearnTrainer where selected units train, and calls train()",
+    "loop.py": "is yours: it calls sparsify, clue_fast.sparse.fully_shard on each layer and on the model, and steps "
+    "SparseAdamW",
     "record.py": "is yours: it records its share of the data with clue_fast.patch, and calls statistics.all_reduce()",
 }
 """What launch lines start that this package does not bring."""

@@ -5,9 +5,12 @@
 """
 
 from clue_fast.deprecated import renamed_names
-from clue_fast.sparse.optimizer import LayerRate, LinearLayerRate, SparseAdamW, SparseSGD
+from clue_fast.sparse.changes import changed_inside, changed_outside, owned_weights, snapshot
+from clue_fast.sparse.layer_rates import LayerRate, LinearLayerRate
+from clue_fast.sparse.optimizer import SparseAdamW, SparseSGD
+from clue_fast.sparse.sharding import fully_shard
 from clue_fast.sparse.slices import TrainableSlice
-from clue_fast.sparse.sparse import Sparse, changed_inside, changed_outside, owned_weights, snapshot, sparsify
+from clue_fast.sparse.sparse import Sparse, sparsify
 
 __all__ = [
     "LayerRate",
@@ -18,6 +21,7 @@ __all__ = [
     "TrainableSlice",
     "changed_inside",
     "changed_outside",
+    "fully_shard",
     "owned_weights",
     "snapshot",
     "sparsify",

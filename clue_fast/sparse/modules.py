@@ -58,7 +58,7 @@ class SparseModule(ModuleEvents):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
         trained = (
-            f"{len(one.index)} of {one.weight.shape[one.dim]} along {one.dim} of {one.name} ({one.category})"
+            f"{len(one.index)} of {one.width} along {one.dim} of {one.name} ({one.category})"
             for one in self.trainable_slices
         )
         return ", ".join(filter(None, (super().extra_repr(), f"trained: {'; '.join(trained)}")))
@@ -73,8 +73,8 @@ class SparseLinear(SparseModule, nn.Linear):
         if weight is None:
             out = super().forward(input)
         else:
-            bias_values = None if bias is None else bias.values
-            trained = (weight.values, weight.index, weight.dim)
+            bias_values = None if bias is None else bias.leaf
+            trained = (weight.leaf, weight.index, weight.dim)
             out = ops.sparse_linear(input, self.weight, self.bias, *trained, bias_values=bias_values)
         for other in self.trainable_slices:
             if other is not weight and other is not bias:

@@ -1,17 +1,14 @@
 """Optimizers of the selected weights, all layers in one launch: AdamW, and SGD with momentum.
 
-First the learning rate of each layer, then what both share (a parameter group per layer, values and rounding, checks,
-state), then the two rules.
+First what both share (a parameter group per layer, values and rounding, checks, state), then the two rules.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,70 +18,11 @@ from clue_fast.config import LAYER_LR
 from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SettingError, SparseError
 from clue_fast.internals import norms
-from clue_fast.sparse.slices import DDP, TrainableSlice, trainable_slices
+from clue_fast.sparse.layer_rates import LayerRate, layer_scale
+from clue_fast.sparse.shards import any_of_all
+from clue_fast.sparse.slices import SHARD_AFTER, TrainableSlice, mark_changed, trainable_slices
 
 logger = logging.getLogger(__name__)
-
-LayerRate: TypeAlias = "float | Mapping[int, float] | Callable[[int, int], float]"
-"""The rate of layer l of L over that of the first. A number is the ratio of the last layer to the first,
-geometric in between: ``ratio ** (l / (L - 1))``, so that it means the same at any depth; 1 is uniform, above 1
-the rate rises. A mapping names every layer that trains. A function is called with l and L."""
-
-
-@dataclass(frozen=True)
-class LinearLayerRate:
-    """A rate that falls (or rises) by the same amount from layer to layer: ``1 + (ratio - 1) * l / (L - 1)``.
-
-    Attributes:
-        ratio: the rate of the last layer over that of the first; at least 0.
-    """
-
-    ratio: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio < math.inf:
-            raise ValueError(f"ratio {self.ratio} of a linear layer_lr is not a number from 0 on")
-
-    def __call__(self, layer: int, layers: int) -> float:
-        """Returns the rate of a layer over that of the first."""
-        return 1.0 + (self.ratio - 1.0) * _depth(layer, layers)
-
-
-def layer_scale(layer_lr: LayerRate, layer: int, layers: int) -> float:
-    """Returns the rate of a layer over that of the first.
-
-    Args:
-        layer_lr: see ``LayerRate``.
-        layer: index of the layer, from 0.
-        layers: how many layers the model has.
-
-    Raises:
-        ValueError: a ratio is not above 0, a mapping lacks the layer or names one that does not exist, or the
-            result is negative, infinite or NaN.
-    """
-    if callable(layer_lr):
-        scale = float(layer_lr(layer, layers))
-    elif isinstance(layer_lr, Mapping):
-        scale = _mapped(layer_lr, layer, layers)
-    else:
-        if not 0.0 < layer_lr < math.inf:
-            raise ValueError(f"layer_lr {layer_lr} is not above 0")
-        scale = layer_lr ** _depth(layer, layers)
-    if not 0.0 <= scale < math.inf:
-        raise ValueError(f"layer_lr gives layer {layer} the scale {scale}; give it a number from 0 on")
-    return scale
-
-
-def _mapped(layer_lr: Mapping[int, float], layer: int, layers: int) -> float:
-    if unknown := sorted(set(layer_lr) - set(range(layers))):
-        raise ValueError(f"layer_lr names layer {unknown[0]}, the model has layers 0 to {layers - 1}")
-    if layer not in layer_lr:
-        raise ValueError(f"layer_lr says nothing of layer {layer}, which has units to train; add it, or 0 to freeze it")
-    return float(layer_lr[layer])
-
-
-def _depth(layer: int, layers: int) -> float:
-    return layer / max(1, layers - 1)
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -195,11 +133,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             launches: dict[Any, list[tuple[TrainableSlice, dict[str, Any]]]] = defaultdict(list)
             for trained, group in updates:
                 self._advance(trained, group)
-                launches[self._settings(group), trained.values.device].append((trained, group))
+                if trained.values.numel():
+                    launches[self._settings(group), trained.values.device].append((trained, group))
             for entries in launches.values():
                 self._launch(entries)
-            # A forward from before this step must not be run backward with the weights from after it.
-            torch.autograd.graph.increment_version([trained.parameter for trained, _ in updates])
+            mark_changed([trained for trained, _ in updates])
         return loss
 
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -219,25 +157,29 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "no selected weight has a gradient; call backward() first (reentrant gradient checkpointing "
                 "drops them: set use_reentrant=False, or call model.enable_input_require_grads())"
             )
+        whole = next((trained for trained in slices if trained.shard is None), None)
         for trained in slices:
+            if trained.shard is not None and whole is not None:
+                raise SparseError(f"{trained.path} is sharded and {whole.path} is not; shard the rest of the model too")
             if trained.swapped:
                 raise SparseError(f"{trained.path} holds its original weights; step outside Sparse.original()")
             if getattr(trained.module, trained.values_name, None) is not trained.values:
                 raise SparseError(
-                    f"the master values of {trained.path} were replaced, as FSDP does; leave it out, {DDP}"
+                    f"the master values of {trained.path} were replaced, as torch's fully_shard does; {SHARD_AFTER}"
                 )
             if trained.values.dtype != torch.float32:
                 raise SparseError(
                     f"the master values of {trained.path} are {trained.values.dtype}, they must stay float32; "
                     "cast the model before sparsify, not its parameters after"
                 )
+            state = self.state.get(trained.values, {})
+            if any(state[name].shape != trained.values.shape for name in self.moments if name in state):
+                raise SparseError(f"{trained.path} was sharded after a step; make the optimizer after fully_shard")
 
     def _has_finite_gradients(self, slices: list[TrainableSlice]) -> bool:
-        gradients = [gradient(trained) for trained in slices]
-        # The maximum norm takes 18 times as long on a CPU; only the other overflows for finite gradients.
-        finite = _are_finite(norms(gradients))
-        if not all(finite):
-            finite = _are_finite(norms(gradients, float("inf")))
+        finite = _are_finite([gradient(trained) for trained in slices])
+        if (shard := slices[0].shard) is not None:  # all processes skip the step, or none
+            finite = [not bad for bad in any_of_all([not ok for ok in finite], shard.group, shard.leaf.device)]
         bad = [trained.path for trained, ok in zip(slices, finite, strict=True) if not ok]
         if bad:
             self.skipped_steps += 1
@@ -263,22 +205,26 @@ class SparseOptimizer(torch.optim.Optimizer):
             return as_2d(trained.values.detach() for trained in slices), None
         if not self.stochastic_rounding:
             return None, None
-        return None, torch.tensor([trained.rounding_seed for trained in slices], dtype=torch.int64, device="cpu")
+        # Random bits are counted from the first value of a slice, so processes that have parts of it take others.
+        seeds = [one.rounding_seed + (one.shard.rank << 24 if one.shard else 0) for one in slices]
+        return None, torch.tensor(seeds, dtype=torch.int64, device="cpu")
 
     def _moments(self, name: str, slices: list[TrainableSlice]) -> list[Tensor]:
         return as_2d(self.state[trained.values][name] for trained in slices)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, and also every ``values`` as "master", which a bfloat16 weight cannot hold, with its index."""
+        """As in torch, and also every ``values`` as "master", which a bfloat16 weight cannot hold, with its index.
+
+        Where FSDP2 shards the model the state is gathered whole, to be loaded on any number of processes: every one of
+        them has to call this, and to load.
+        """
         saved = super().state_dict()
-        state = {
-            number: {
-                **saved["state"].get(number, {}),
-                "master": trained.values.detach() if self.master_weights else trained.read(),
-                "index": trained.index,
-            }
-            for number, trained in enumerate(self._slices())
-        }
+        state: dict[int, dict[str, Any]] = {}
+        for number, trained in enumerate(self._slices()):
+            own = saved["state"].get(number, {})
+            master = trained.values.detach() if self.master_weights else trained.read()
+            state[number] = {name: trained.gather(own[name]) if name in self.moments else own[name] for name in own}
+            state[number] |= {"master": trained.gather(master), "index": trained.index}
         return {**saved, "state": state, "skipped_steps": self.skipped_steps, "seed": self.seed}
 
     @torch.no_grad()
@@ -293,7 +239,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         groups = {number: group for group in state_dict["param_groups"] for number in group["params"]}
         for number, trained in enumerate(slices):
             saved = state.get(number, {})
-            fits = "master" in saved and saved["master"].shape == trained.values.shape
+            fits = "master" in saved and saved["master"].shape == trained.leaf.shape
             if not fits or ("step" in saved and set(saved) != {"master", "index", "step", *self._kept(groups[number])}):
                 raise SparseError(
                     f"the optimizer state does not fit {trained.path}; it is of another model or optimizer"
@@ -302,14 +248,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise SparseError(f"the optimizer state has other units of {trained.path}; load its own selection")
         # Copies, since torch would go on with the very tensors it is given.
         moments = {
-            number: {"step": saved["step"], **{name: saved[name].clone() for name in self.moments if name in saved}}
+            number: {
+                "step": saved["step"],
+                **{name: slices[number].own(saved[name]).clone() for name in self.moments if name in saved},
+            }
             for number, saved in state.items()
             if "step" in saved
         }
         super().load_state_dict({**state_dict, "state": moments})
         self.seed = state_dict.get("seed", self.seed)
         for number, trained in enumerate(slices):
-            trained.set_values(state[number]["master"].to(trained.values.device))
+            trained.set_values(trained.own(state[number]["master"]).to(trained.values.device))
             trained.rounding_seed = (self.seed << 32) + number
         self.skipped_steps = state_dict.get("skipped_steps", 0)
 
@@ -354,8 +303,19 @@ def as_2d(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor[:, None] if tensor.dim() == 1 else tensor for tensor in tensors]
 
 
-def _are_finite(values: Sequence[Tensor]) -> list[bool]:
-    finite: list[bool] = torch.stack([value.to(values[0].device) for value in values]).isfinite().tolist()
+def _are_finite(gradients: Sequence[Tensor]) -> list[bool]:
+    finite = [True] * len(gradients)
+    places = [place for place, found in enumerate(gradients) if found.numel()]
+    # The maximum norm takes 18 times as long on a CPU; only the other overflows for finite gradients.
+    for order in (2.0, float("inf")):
+        if not places:
+            break
+        found = norms([gradients[place] for place in places], order)
+        flags = torch.stack([norm.to(found[0].device) for norm in found]).isfinite().tolist()
+        for place, flag in zip(places, flags, strict=True):
+            finite[place] = flag
+        if all(flags):
+            break
     return finite
 
 
@@ -419,7 +379,7 @@ class SparseAdamW(SparseOptimizer):
             self._moments("exp_avg", slices),
             self._moments("exp_avg_sq", slices),
             as_2d(trained.weight for trained in slices),
-            [trained.index for trained in slices],
+            [trained.weight_index for trained in slices],
             [trained.dim for trained in slices],
             *self._numbers(entries),
             group["betas"],
@@ -480,7 +440,7 @@ class SparseSGD(SparseOptimizer):
             as_2d(gradient(trained) for trained in slices),
             self._moments("momentum_buffer", slices) if momentum else None,
             as_2d(trained.weight for trained in slices),
-            [trained.index for trained in slices],
+            [trained.weight_index for trained in slices],
             [trained.dim for trained in slices],
             *self._numbers(entries),
             momentum,

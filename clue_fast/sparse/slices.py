@@ -9,7 +9,7 @@ again for the optimizer, for checkpoints and for ``Sparse``. The layer computes 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,14 +22,14 @@ from clue_fast.errors import SparseError
 from clue_fast.internals import is_view
 from clue_fast.selection import CATEGORIES, CONFLICT, FORGET, Selection
 from clue_fast.sites import ParamSlice
+from clue_fast.sparse.shards import Shard, without_storage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRAINED = (FORGET, CONFLICT)
-DDP = (
-    "and train with DistributedDataParallel: gradients, masters and optimizer state are those of the selected units "
-    "alone, so there is little left to shard"
+SHARD_AFTER = (
+    "load the model whole, call sparsify, and shard it after that with clue_fast.sparse.fully_shard in place of torch's"
 )
-"""What to do instead of sharding."""
+"""What to do instead of sharding the weights in another way."""
 
 
 class BatchLayout(NamedTuple):
@@ -94,6 +94,8 @@ class TrainableSlice:
         output_dim: dimension of the weight that counts the outputs of the layer: 0 as in ``nn.Linear``, 1 as in Conv1D.
         values: float32, shaped as the slices; the only parameter that trains.
         original: the slices as they were before training, in the dtype of the parameter.
+        shard: which part of the slices this process owns, whose values, original, gradient and optimizer state it has,
+            where FSDP2 shards the parameter (``clue_fast.sparse.fully_shard``); None where all of them.
         forward_pass: shared by all slices of a model; says which records train units of the category "forget".
         has_values: whether ``values`` hold anything, or have a shape and no storage, see ``keep_values``.
         swapped: whether the parameter holds the original values at the moment.
@@ -110,6 +112,7 @@ class TrainableSlice:
     values: nn.Parameter = field(init=False, repr=False)
     original: Tensor = field(init=False, repr=False)
     forward_pass: ForwardPass = field(init=False, repr=False)
+    shard: Shard | None = field(init=False, default=None)
     has_values: bool = field(init=False, default=True)
     swapped: bool = field(init=False, default=False)
     rounding_seed: int = field(init=False, default=0)
@@ -156,14 +159,51 @@ class TrainableSlice:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter, whole."""
+        """The parameter, whole; sharded, between passes, a DTensor of its whole shape."""
         parameter: Tensor = getattr(self.module, self.name)
         return parameter
 
     @property
+    def remembered(self) -> Tensor | None:
+        """What a forward pass remembers of the parameter, whose version tells a backward pass that it changed."""
+        return self.parameter if self.shard is None else self.shard.gathered
+
+    @property
     def weight(self) -> Tensor:
-        """What ``dim`` counts in: the parameter, or the part of it that belongs to one expert, as a view."""
-        return self.where.of(self.parameter.detach())
+        """What ``dim`` counts in: the parameter, or the part of it that belongs to one expert, as a view.
+
+        Sharded, the rows of it that this process holds: those of an expert that another one holds are none.
+
+        Raises:
+            SparseError: the parameter is sharded, and the slices are not.
+        """
+        if self.shard is None:
+            if is_sharded(self.parameter):
+                raise SparseError(f"{self.path} was sharded, its slices were not; {SHARD_AFTER}")
+            return self.where.of(self.parameter.detach())
+        held = self.shard.held(self.module, self.name)
+        if self.expert_index is None:
+            return held
+        place = self.expert_index - self.shard.first
+        return held[place] if 0 <= place < len(held) else held.new_empty(0, *held.shape[2:])
+
+    @property
+    def weight_index(self) -> Tensor:
+        """The slices of this process, as ``weight`` counts them along ``dim``."""
+        if self.shard is None or self.dim != 0:
+            return self.index
+        first = self.shard.first if self.expert_index is None else 0
+        return self.index[self.shard.part] - first
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """What the backward fills the gradient of, shaped as all slices: the values, or what stands for them."""
+        return self.values if self.shard is None else self.shard.leaf
+
+    @property
+    def width(self) -> int:
+        """How many slices the parameter, or that of an expert, has along ``dim``."""
+        return self.parameter.shape[self.dim + (self.expert_index is not None)]
 
     def bind(self, module: nn.Module, output_dim: int, forward_pass: ForwardPass) -> None:
         """Takes the values from the layer that owns the parameter."""
@@ -171,6 +211,29 @@ class TrainableSlice:
         self._move_index()
         self.original = self.read()
         self.values = nn.Parameter(self.original.to(torch.float32, copy=True))
+
+    def keep_part(self, shard: Shard) -> None:
+        """Keeps values and original of the part that this process owns alone; the weight has been sharded."""
+        self.shard = shard
+        device = self.weight.device
+        self.values.data = self.own(self.values.detach()).to(device, copy=True)
+        self.original = self.own(self.original).to(device, copy=True)
+        self._move_index()
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Returns this process's part of something shaped as all slices, as a view."""
+        return whole if self.shard is None else whole[self.shard.part]
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Returns the whole of something shaped as the values; every process has to call it where they are shared."""
+        return own if self.shard is None else self.shard.gather(own)
+
+    def train(self, trains: bool) -> None:
+        """Lets the slices train, or freezes them."""
+        for leaf in (self.values, self.leaf):
+            leaf.requires_grad_(trains)
+            if not trains:
+                leaf.grad = None
 
     def follow_weight(self, values: Tensor) -> None:
         """Goes where the weight is now.
@@ -186,7 +249,10 @@ class TrainableSlice:
         self.original = self.original.to(self.weight)
 
     def _move_index(self) -> None:
-        self.shared_index.tensor = self.shared_index.tensor.to(self.weight.device)
+        device = self.weight.device
+        self.shared_index.tensor = self.shared_index.tensor.to(device)
+        if self.shard is not None and self.shard.leaf.device != device:
+            self.shard.leaf.data = without_storage(self.shard.leaf.shape, device)
 
     def keep_values(self, keep: bool) -> None:
         """Keeps values, made from the parameter, or none: then they have a shape and no storage.
@@ -198,20 +264,19 @@ class TrainableSlice:
         self.has_values = keep
         if keep:
             self.values.data = self.read().float()
-        elif not distributed.is_initialized():
-            self.values.data = torch.zeros((), device=self.values.device).expand(self.values.shape)
+        elif self.shard is not None or not distributed.is_initialized():
+            self.values.data = without_storage(self.values.shape, self.values.device)
 
     @torch.no_grad()
     def read(self) -> Tensor:
         """Returns a copy of the slices as they are in the parameter."""
-        return self.weight.index_select(self.dim, self.index)
+        return self.weight.index_select(self.dim, self.weight_index)
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Writes values of the slices into the parameter, rounded to nearest even."""
-        self.weight.index_copy_(self.dim, self.index, values.to(self.parameter.dtype))
-        # A forward from before must not be run backward with the weights from after it.
-        torch.autograd.graph.increment_version(self.parameter)
+        self.weight.index_copy_(self.dim, self.weight_index, values.to(self.parameter.dtype))
+        mark_changed([self])
 
     def set_values(self, values: Tensor) -> None:
         """Gives the slices these values, in the parameter and, where they are kept, in ``values``."""
@@ -272,6 +337,12 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
 
 
+def mark_changed(slices: Iterable[TrainableSlice]) -> None:
+    """Has a forward pass from before refuse to be run backward with the weights from after it."""
+    remembered = [tensor for trained in slices if (tensor := trained.remembered) is not None]
+    torch.autograd.graph.increment_version(remembered)
+
+
 def _check_disjoint(planned: list[TrainableSlice]) -> None:
     seen: dict[tuple[str, int | None], tuple[int, Tensor]] = {}
     for one in planned:
@@ -295,19 +366,19 @@ def add_slice_grad(out: Tensor, x: Tensor, trained: TrainableSlice, rows: slice 
         trained: slices of the layer's weight or bias.
         rows: those of x that train them; by default all, or those to be forgotten, see ``ForwardPass``.
     """
-    if not trained.values.requires_grad or not torch.is_grad_enabled():
+    if not trained.leaf.requires_grad or not torch.is_grad_enabled():
         return out
     if rows is None:
         rows = slice(training_rows(x, trained))
     kept = x.detach()[rows]
     if len(kept) == 0:
         return out
-    if trained.values.dim() == 1:
-        same: Tensor = _Bias.apply(out, trained.values, trained.index, rows)  # type: ignore[no-untyped-call]
+    if trained.leaf.dim() == 1:
+        same: Tensor = _Bias.apply(out, trained.leaf, trained.index, rows)  # type: ignore[no-untyped-call]
     else:
         transposed = trained.output_dim == 1
         same = _Weight.apply(  # type: ignore[no-untyped-call]
-            out, kept, rows, trained.values, trained.index, trained.dim, transposed
+            out, kept, rows, trained.leaf, trained.index, trained.dim, transposed
         )
     return same
 
@@ -328,7 +399,7 @@ class _Weight(torch.autograd.Function):
         kept = x if dim == int(transposed) else x.index_select(-1, index)
         ctx.save_for_backward(kept.to(out.dtype), index)
         ctx.rows, ctx.dim, ctx.transposed = rows, dim, transposed
-        return _same(ctx, out)
+        return with_history(ctx, out)
 
     @staticmethod
     @once_differentiable
@@ -343,7 +414,7 @@ class _Bias(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, values: Tensor, index: Tensor, rows: Any) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = rows
-        return _same(ctx, out)
+        return with_history(ctx, out)
 
     @staticmethod
     @once_differentiable
@@ -353,7 +424,7 @@ class _Bias(torch.autograd.Function):
         return grad, chosen.sum(0, dtype=torch.float32), None, None
 
 
-def _same(ctx: Any, out: Tensor) -> Tensor:
+def with_history(ctx: Any, out: Tensor) -> Tensor:
     """The same values with another history. No view where it can be avoided: models add to outputs in place."""
     if torch.compiler.is_compiling() or is_view(out):
         return out.view_as(out)

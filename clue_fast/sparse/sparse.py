@@ -32,7 +32,16 @@ from clue_fast.sparse.modules import (
     restore,
     sparse_class,
 )
-from clue_fast.sparse.slices import DDP, DTYPES, BatchLayout, TrainableSlice, is_sharded, plan, trainable_slices
+from clue_fast.sparse.shards import norm_of_all, own_part
+from clue_fast.sparse.slices import (
+    DTYPES,
+    SHARD_AFTER,
+    BatchLayout,
+    TrainableSlice,
+    is_sharded,
+    plan,
+    trainable_slices,
+)
 
 
 class Removable(Protocol):
@@ -68,9 +77,10 @@ class Sparse:
         loading = model.register_load_state_dict_post_hook(lambda *_: outputs.clear())  # type: ignore[no-untyped-call]
         self.hooks: list[Removable] = [loading]
         self._restored = False
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        parameters = list(model.parameters())
         inject(model, planned)
-        for parameter, _ in self._flags:
+        for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
         self._watch_passes()
@@ -100,13 +110,17 @@ class Sparse:
 
     def restore(self) -> None:
         """Puts classes and ``requires_grad`` flags back to what they were; trained weights stay."""
+        for shard in (trained.shard for trained in self.slices if trained.shard is not None):
+            shard.unit.reshard()
+            for exchange in shard.hooks:
+                exchange.remove()
         self._restore_layers()
         self._unwatch_passes()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
         for hook in self.hooks:
             hook.remove()
-        self.retired, self._flags, self.hooks, self._restored = [], [], [], True
+        self.retired, self._flags, self.hooks, self._restored = [], {}, [], True
         self.original_outputs.clear()
 
     def reselect(self, selection: Selection) -> None:
@@ -122,6 +136,8 @@ class Sparse:
         before = self.slices
         if any(trained.swapped for trained in before):
             raise SparseError("the model holds its original weights; select anew outside Sparse.original()")
+        if any(trained.shard is not None for trained in before):
+            raise SparseError("the model is sharded by FSDP2, for these units; select anew before it is sharded")
         selection.check(self.model)
         planned = plan(selection)
         _check_dims([*before, *self.retired], planned)
@@ -147,9 +163,25 @@ class Sparse:
     def train_only(self, *categories: str) -> None:
         """Trains the units of these categories, of "forget" and "conflict", and freezes the others."""
         for trained in self.slices:
-            trained.values.requires_grad_(trained.category in categories)
-            if trained.category not in categories:
-                trained.values.grad = None
+            trained.train(trained.category in categories)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scales the gradients of all slices down to a norm, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+        Where FSDP2 shards the model the norm is that over all processes, every one of which has to call this; torch's
+        function would take that of one process's part.
+
+        Args:
+            max_norm: of all gradients together, at most.
+
+        Returns:
+            The norm that they had.
+        """
+        slices = self.slices
+        gradients = [(grad, trained.shard) for trained in slices if (grad := trained.values.grad) is not None]
+        total = norm_of_all(gradients)
+        torch.nn.utils.clip_grads_with_norm_([trained.values for trained in slices], max_norm, total)
+        return total
 
     def set_batch_layout(self, forget: int, records: int, tokens: int) -> None:
         """Says what the next forward pass runs over, so that retain records train conflict units only.
@@ -236,7 +268,7 @@ class Sparse:
             retired.write(retired.original)
 
     def memory_footprint(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-        """Counts the bytes that exist right now, tensor by tensor.
+        """Counts the bytes that exist right now, tensor by tensor; of a sharded model, those of this process.
 
         Returns:
             weights: of the model without the values of slices; values: of slices; original: kept for ``original()``;
@@ -247,10 +279,10 @@ class Sparse:
         parameters = list(self.model.parameters())
         state = [] if optimizer is None else [t for entry in optimizer.state.values() for t in entry.values()]
         return {
-            "weights": sum(p.nbytes for p in parameters if id(p) not in values),
+            "weights": sum(own_part(p).nbytes for p in parameters if id(p) not in values),
             "values": sum(trained.values.nbytes for trained in slices if trained.has_values),
             "original": sum(trained.original.nbytes for trained in [*slices, *self.retired]),
-            "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+            "gradients": sum(own_part(p.grad).nbytes for p in parameters if p.grad is not None),
             "optimizer_state": sum(t.nbytes for t in state if isinstance(t, Tensor)),
         }
 
@@ -265,8 +297,9 @@ class Sparse:
         return {"trainable" if name == "values" else name: size for name, size in found.items()}
 
     def __repr__(self) -> str:
-        trained = sum(p.numel() for p in self.trainable_parameters)
-        total = sum(p.numel() for p in self.model.parameters()) - trained
+        trained = sum(one.leaf.numel() for one in self.slices)
+        values = {id(one.values) for one in self.slices}
+        total = sum(p.numel() for p in self.model.parameters() if id(p) not in values)
         return (
             f"Sparse({len(self.selection)} units in {len({trained.module for trained in self.slices})} modules: "
             f"{trained:,} of {total:,} weights train, {trained / total:.2%})"
@@ -365,7 +398,7 @@ def _check_weight(model: nn.Module, planned: TrainableSlice, shared: dict[int, l
     name = planned.path
     parameter = model.get_parameter(name)
     if is_sharded(parameter):
-        raise SparseError(f"{name} is sharded (FSDP, ZeRO-3 or tensor parallel); load the model whole, {DDP}")
+        raise SparseError(f"{name} is sharded already (FSDP2, ZeRO-3 or tensor parallel); {SHARD_AFTER}")
     if parameter.device.type == "meta":
         raise SparseError(f"{name} is on the meta device; load the weights first")
     if parameter.dtype not in DTYPES:
@@ -389,75 +422,3 @@ def _check_weight(model: nn.Module, planned: TrainableSlice, shared: dict[int, l
         raise SparseError(
             f"{name} is that of a {type(module).__name__}, which does more than multiply by it; merge or dequantize it"
         )
-
-
-# Proof that training changed what it should and nothing else: a model compared with its past, bit by bit.
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def owned_weights(model: nn.Module, selection: Selection) -> int:
-    """Returns how many weights the selected units own, those that train."""
-    owned_by = ((len(selection.units(site)), owned) for site in selection.sites for owned in site.slices)
-    weights = ((units * owned.size, owned, owned.of(model.get_parameter(owned.parameter))) for units, owned in owned_by)
-    return sum(slices * weight.numel() // weight.shape[owned.dim] for slices, owned, weight in weights)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a CPU copy of every weight and buffer, also of those that no checkpoint holds, by name."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model)}
-
-
-def changed_outside(before: dict[str, Tensor], model: nn.Module, selection: Selection) -> int:
-    """Returns how many numbers outside the selection have other bits than in the snapshot. It should be 0.
-
-    Bits, not values: -0.0 is not 0.0 here, and NaN with the same payload is equal to itself.
-
-    Raises:
-        SparseError: the snapshot is of another model.
-    """
-    return _changed(before, model, selection, inside=False)
-
-
-def changed_inside(before: dict[str, Tensor], model: nn.Module, selection: Selection) -> int:
-    """Returns how many selected weights have other bits than in the snapshot. It should be nearly all.
-
-    Raises:
-        SparseError: the snapshot is of another model.
-    """
-    return _changed(before, model, selection, inside=True)
-
-
-def _changed(before: dict[str, Tensor], model: nn.Module, selection: Selection, inside: bool) -> int:
-    now = dict(_tensors(model))
-    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (before, now)]
-    if kinds[0] != kinds[1]:
-        raise SparseError("the snapshot is of another model: names, shapes or dtypes differ")
-    changed = 0
-    for name, tensor in now.items():
-        differs = _bits(before[name]) != _bits(tensor.detach().cpu())
-        selected = _selected(selection, name, differs.shape)
-        changed += int((differs & selected if inside else differs & ~selected).sum())
-    return changed
-
-
-def _selected(selection: Selection, name: str, shape: torch.Size) -> Tensor:
-    """Which numbers of a parameter belong to selected units, bool."""
-    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
-    for site in selection.sites:
-        for owned in site.slices:
-            if owned.parameter == name:
-                owned.of(mask).index_fill_(owned.dim, owned.index(selection.units(site)), True)
-    return mask
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    values = {id(trained.values) for trained in trainable_slices(model)}
-    parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in values]
-    return [*parameters, *model.named_buffers()]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])

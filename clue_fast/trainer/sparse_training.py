@@ -20,7 +20,7 @@ from clue_fast.selection import Selection
 from clue_fast.sites import Survey
 from clue_fast.sparse import LayerRate, Sparse, SparseAdamW, SparseSGD
 from clue_fast.sparse.optimizer import SparseOptimizer, check_precision
-from clue_fast.sparse.slices import DDP, trainable_slices
+from clue_fast.sparse.slices import trainable_slices
 from clue_fast.trainer.checkpoints import WholeCheckpoints
 from clue_fast.trainer.stages import UNITS
 
@@ -194,7 +194,10 @@ def _check_distribution(trainer: Any) -> None:
         )
     else:
         return
-    raise SparseError(f"{system} shards the weights that the optimizer writes selected units into; leave it out, {DDP}")
+    raise SparseError(
+        f"a Trainer with {system} shards the weights that the optimizer writes selected units into; leave it out, and "
+        "train with DistributedDataParallel, or shard the model with clue_fast.sparse.fully_shard in a loop of your own"
+    )
 
 
 def _optimizer_name(args: TrainingArguments) -> str:

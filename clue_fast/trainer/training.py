@@ -15,7 +15,7 @@ from clue_fast.evaluation import evaluate
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate, LinearLayerRate, Sparse
-from clue_fast.sparse.optimizer import layer_scale
+from clue_fast.sparse.layer_rates import layer_scale
 from clue_fast.trainer.stages import Schedule, Stage
 
 if TYPE_CHECKING:

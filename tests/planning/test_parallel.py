@@ -12,6 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.run import get_args_parser
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clue_fast import cli
@@ -109,15 +110,15 @@ def test_launch_lines_are_those_of_accelerate(gpus):
     fsdp2 = launched(line)
     assert (fsdp2.use_fsdp, fsdp2.fsdp_version, fsdp2.mixed_precision) == (True, "2", "bf16")
     assert fsdp2.fsdp_transformer_layer_cls_to_wrap == "LlamaDecoderLayer"
+    words = shlex.split(training_engine("unlearn", gpus, "fsdp2", True, "LlamaDecoderLayer").launch)
+    loop = get_args_parser().parse_args([word.replace("RANK", "0") for word in words[1:]])
+    assert words[0] == "torchrun" and loop.training_script == "loop.py"
+    assert int(loop.nproc_per_node) * int(loop.nnodes.split(":")[-1]) == gpus
     record = launched(localization_engine("localize", gpus, "fsdp2", "difference", True).launch)
     assert record.training_script == "record.py"
 
 
 def test_what_is_refused():
-    """As ``tests/trainer/test_distributed.py`` sees it raise."""
-    refused = training_engine("unlearn", 2, "fsdp2", True, "LlamaDecoderLayer")
-    assert refused.launch == "" and "sparsify raises SparseError" in refused.refused
-    assert not training_engine(None, 2, "fsdp2", False, "LlamaDecoderLayer").refused
     assert (
         "one process alone measures the criterion 'fisher'"
         in localization_engine("", 2, "ddp", "fisher", False).refused

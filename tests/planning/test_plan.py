@@ -39,7 +39,7 @@ def test_the_command(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "llama: LlamaForCausalLM" in text and "computed from shapes, not measured" in text
     assert "5 of 480 units selected (1.04%)" in text
-    assert "selected units: refused today by FSDP2: sparsify raises SparseError" in text
+    assert "selected units (clue_fast.sparse.fully_shard): torchrun --nproc_per_node 4 loop.py" in text
     assert "accelerate launch --use_fsdp --fsdp_version 2" in text
     assert all(len(line) == len(line.rstrip()) for line in text.splitlines())
     found = json.loads(Path("plan.json").read_text())

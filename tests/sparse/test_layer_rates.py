@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clue_fast.sparse import LinearLayerRate, SparseAdamW, sparsify
-from clue_fast.sparse.optimizer import layer_scale
+from clue_fast.sparse.layer_rates import layer_scale
 
 
 @given(ratio=st.floats(1e-3, 1e3), layers=st.integers(2, 100))

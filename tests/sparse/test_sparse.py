@@ -342,7 +342,7 @@ def _shard(model: Any) -> None:
         (_transpose, "not contiguous"),
         (lambda model: model.double(), r"float64; load the model in float32"),
         (_quantize, r"layers\.1\.mlp\.up_proj\.weight is torch\.uint8; load the model in float32"),
-        (_shard, r"layers\.1\.mlp\.up_proj\.weight is sharded .* train with DistributedDataParallel"),
+        (_shard, r"layers\.1\.mlp\.up_proj\.weight is sharded already .*sparse\.fully_shard"),
     ],
 )
 def test_refuses_what_it_cannot_train(spoil, message, make_model, make_selection):

@@ -191,7 +191,10 @@ def test_tied_embeddings_stay_tied(make_model, make_selection, make_trainer, mak
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"fsdp_plugin": object()}, "FSDP shards the weights .* train with DistributedDataParallel"),
+        (
+            {"fsdp_plugin": object()},
+            "a Trainer with FSDP shards the weights .* train with DistributedDataParallel, or .*sparse.fully_shard",
+        ),
         ({"deepspeed_plugin": object()}, "DeepSpeed ZeRO shards the weights .* train with DistributedDataParallel"),
         ({"n_gpu": 2}, "DataParallel copies the model .*torchrun or accelerate launch"),
     ],
