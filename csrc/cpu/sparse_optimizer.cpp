@@ -47,35 +47,46 @@ struct Job {
   float inverse_scale = 1.0f;
 };
 
-// Updates `count` values of the selected part from `offset` on. `rounded` takes what goes into the weight; if there are
-// no master values it holds what is there now.
-template <int n, class T, class Rule>
-CLUE_INLINE void update_values(const Slice<Rule>& slice, float inverse_scale, int64_t offset, int64_t count, T* rounded) {
-  float* value = slice.value ? slice.value + offset : nullptr;
-  for (int64_t i = 0; i < count; i += n) {
-    const int64_t left = count - i;
-    Floats<n> moments[Rule::moments + 1];
-    for (int m = 0; m < Rule::moments; ++m) moments[m] = widen<n>(slice.moments[m] + offset + i, left);
-    const Floats<n> g = widen<n>(slice.grad + offset + i, left) * inverse_scale;
-    const Floats<n> old = value ? widen<n>(value + i, left) : widen<n>(rounded + i, left);
-    const Floats<n> x = slice.rule.template operator()<n>(old, g, moments);
-    for (int m = 0; m < Rule::moments; ++m) narrow<n>(slice.moments[m] + offset + i, moments[m], left);
-    if (value) {
-      narrow<n>(value + i, x, left);
-      narrow<n>(rounded + i, x, left);
-    } else {
-      round_stochastic<n>(rounded + i, x, random_bits<n>(slice.key, offset + i), left);
-    }
+// Updates n values of the selected part from `offset` on, of which `left` are there. `rounded` takes what goes into the
+// weight; if there are no master values it holds what is there now.
+template <int n, bool masters, class T, class Rule>
+CLUE_INLINE void update_vector(const Slice<Rule>& slice, float inverse_scale, int64_t offset, int64_t left, T* rounded) {
+  Floats<n> moments[Rule::moments + 1];
+  for (int m = 0; m < Rule::moments; ++m) moments[m] = widen<n>(slice.moments[m] + offset, left);
+  const Floats<n> g = widen<n>(slice.grad + offset, left) * inverse_scale;
+  const Floats<n> old = masters ? widen<n>(slice.value + offset, left) : widen<n>(rounded, left);
+  const Floats<n> x = slice.rule.template operator()<n>(old, g, moments);
+  for (int m = 0; m < Rule::moments; ++m) narrow<n>(slice.moments[m] + offset, moments[m], left);
+  if (masters) {
+    narrow<n>(slice.value + offset, x, left);
+    narrow<n>(rounded, x, left);
+  } else {
+    round_stochastic<n>(rounded, x, random_bits<n>(slice.key, offset), left);
   }
 }
 
-template <int n, class T, class Rule>
-CLUE_INLINE void update_rows(const Block<Rule>& block, float inverse_scale) {
-  const Slice<Rule>& slice = *block.slice;
-  T* weight = reinterpret_cast<T*>(slice.weight);
-  for (int64_t row = block.begin; row < block.end; ++row)
-    update_values<n>(slice, inverse_scale, row * slice.columns, slice.columns,
-                     weight + slice.index[row] * slice.weight_stride);
+// Updates `count` neighboring values. What is written next, unless that is null, is asked for meanwhile: rows of the
+// weight lie apart, so that no processor guesses where the next one begins.
+template <int n, bool masters, class T, class Rule>
+CLUE_INLINE void update_values(const Slice<Rule>& slice, float inverse_scale, int64_t offset, int64_t count, T* rounded,
+                               const T* next) {
+  int64_t i = 0;
+  for (; i + n <= count; i += n) {
+    if (next) __builtin_prefetch(next + i, 1, 3);
+    update_vector<n, masters>(slice, inverse_scale, offset + i, n, rounded + i);
+  }
+  if (i < count) update_vector<n, masters>(slice, inverse_scale, offset + i, count - i, rounded + i);
+}
+
+template <int n, bool masters, class T, class Rule>
+CLUE_INLINE void update_rows(const Slice<Rule>& slice, const Block<Rule>& block, float inverse_scale) {
+  const auto weight = [&](int64_t row) {
+    return reinterpret_cast<T*>(slice.weight) + slice.index[row] * slice.weight_stride;
+  };
+  for (int64_t row = block.begin; row < block.end; ++row) {
+    const T* next = row + 1 < block.end ? weight(row + 1) : nullptr;
+    update_values<n, masters>(slice, inverse_scale, row * slice.columns, slice.columns, weight(row), next);
+  }
 }
 
 // Calls f(value of the weight, its place in the tile) for the selected columns of some rows of the weight.
@@ -97,27 +108,34 @@ CLUE_INLINE void fetch_columns(const Slice<Rule>& slice, int64_t begin, int64_t 
 }
 
 // Selected columns lie alone in their cache lines, so the time goes into moving those: they are asked for a tile ahead.
-template <int n, class T, class Rule>
-CLUE_INLINE void update_columns(const Block<Rule>& block, float inverse_scale) {
-  const Slice<Rule>& slice = *block.slice;
+template <int n, bool masters, class T, class Rule>
+CLUE_INLINE void update_columns(const Slice<Rule>& slice, const Block<Rule>& block, float inverse_scale) {
   const int64_t rows = std::max<int64_t>(1, column_tile / slice.columns);
   std::vector<T> tile(rows * slice.columns);
   fetch_columns<T>(slice, block.begin, std::min(block.end, block.begin + rows));
   for (int64_t begin = block.begin; begin < block.end; begin += rows) {
     const int64_t end = std::min(block.end, begin + rows);
     fetch_columns<T>(slice, end, std::min(block.end, end + rows));
-    if (!slice.value) for_columns<T>(slice, begin, end, [&](T& at, int64_t place) { tile[place] = at; });
-    update_values<n>(slice, inverse_scale, begin * slice.columns, (end - begin) * slice.columns, tile.data());
+    if (!masters) for_columns<T>(slice, begin, end, [&](T& at, int64_t place) { tile[place] = at; });
+    update_values<n, masters, T>(slice, inverse_scale, begin * slice.columns, (end - begin) * slice.columns, tile.data(),
+                                 nullptr);
     for_columns<T>(slice, begin, end, [&](T& at, int64_t place) {
       at = tile[place];
     });
   }
 }
 
+template <int n, bool masters, class T, class Rule>
+CLUE_INLINE void update_part(const Block<Rule>& block, float inverse_scale) {
+  const Slice<Rule> slice = *block.slice;  // a copy, which no write can change
+  if (slice.by_columns) return update_columns<n, masters, T>(slice, block, inverse_scale);
+  update_rows<n, masters, T>(slice, block, inverse_scale);
+}
+
 template <int n, class T, class Rule>
 CLUE_INLINE void update_block(const Block<Rule>& block, float inverse_scale) {
-  if (block.slice->by_columns) return update_columns<n, T>(block, inverse_scale);
-  update_rows<n, T>(block, inverse_scale);
+  if (block.slice->value) return update_part<n, true, T>(block, inverse_scale);
+  update_part<n, false, T>(block, inverse_scale);
 }
 
 template <int n, class Rule>
