@@ -141,14 +141,24 @@ class Implementation:
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
 
 
-def register(operator: str, backends: tuple[str, ...], reference: Mapping[str, Launch]) -> None:
+Preference = Callable[[str], tuple[str, ...] | None]
+OWN_PREFERENCE: dict[str, Preference] = {}
+
+
+def register(
+    operator: str, backends: tuple[str, ...], reference: Mapping[str, Launch], preference: Preference | None = None
+) -> None:
     """Makes an operator known with its backends; each file of this folder that launches does so once.
 
     Args:
         operator: also the name of its file here, in kernels/ and in csrc/.
         backends: those that implement it.
         reference: its definition, launch functions by name; the other backends have functions of these names.
+        preference: gives the backends for a type of device, the first that can run first, or None where the operator
+            keeps to PREFERENCE.
     """
+    if preference is not None:
+        OWN_PREFERENCE[operator] = preference
     names = tuple(reference)
     for backend in backends:
         IMPLEMENTATIONS[operator, backend] = {
@@ -254,12 +264,13 @@ def choose(op: str, device: torch.device | str, backend: str | None = None) -> C
         if backend is not None:
             raise BackendError(f"{op} has no {forced} backend; choose one of: {', '.join(operators()[op])}")
         skipped.append(f"{forced} does not implement {op}")
-    for name in PREFERENCE.get(kind, ("reference",)):
+    own = OWN_PREFERENCE[op](kind) if op in OWN_PREFERENCE else None
+    for name in own or PREFERENCE.get(kind, ("reference",)):
         if (op, name) not in IMPLEMENTATIONS:
             continue
         reason = BACKENDS[name].unavailable_reason() or _unsupported_reason(name, op, kind)
         if reason is None:
-            return Choice(name, "; ".join(skipped) or f"the fastest for {kind}")
+            return Choice(name, "; ".join(skipped) or f"the {'choice' if own else 'fastest'} for {kind}")
         skipped.append(f"{name}: {reason}")
     raise AssertionError(f"{op} lacks a reference")
 

@@ -28,7 +28,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from clue_fast.kernels import channel_statistics, conflict_score, gated_activation, launch, sparse_optimizer
+from clue_fast.kernels import (
+    channel_statistics,
+    conflict_score,
+    gated_activation,
+    launch,
+    sparse_linear,
+    sparse_optimizer,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -89,6 +96,9 @@ def access_bits(assembly: str, kind: str) -> list[int]:
     nvidia, amd = {"load": ("ld", "load"), "store": ("st", "store")}[kind]
     found = re.findall(rf"\b{nvidia}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b", assembly)
     widths = [int(count or 1) * int(bits) for count, bits in found]
+    if kind == "load":  # into shared memory, past the registers
+        copied = re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", assembly)
+        widths += [8 * int(size, 0) for size in copied]
     for suffix in re.findall(rf"\b(?:global|buffer)_{amd}_(\w+)", assembly):
         widths += [bits for name, bits in AMD_BITS.items() if re.fullmatch(rf"[us]?{name}(_d16\w*)?", suffix)]
     return widths
@@ -176,6 +186,17 @@ def sparse_launches(dtype: torch.dtype) -> Iterator[partial[object]]:
             yield partial(sparse_adamw, dtype, part, masters)
     yield partial(sparse_adamw, dtype, "rows", "stochastic", "captured")
     yield partial(sparse_sgd, dtype, "rows", "masters")
+    for part in ("rows", "gathered rows", "columns"):
+        yield partial(sparse_linear_backward, dtype, part)
+
+
+def sparse_linear_backward(dtype: torch.dtype, part: str) -> None:
+    """Gradient of a weight: of rows by their index, of so many features that they are gathered first, of columns."""
+    features = {"gathered rows": 2048, "columns": 48}.get(part, 512)
+    grad, x = torch.zeros(TOKENS, CHANNELS, dtype=dtype), torch.zeros(TOKENS, features, dtype=dtype)
+    index = torch.arange(0, CHANNELS, 16) if part.endswith("rows") else None
+    out = torch.zeros(CHANNELS if index is None else len(index), features)
+    sparse_linear.sparse_linear_backward(grad, x, index, out)
 
 
 def sparse_adamw(dtype: torch.dtype, part: str, masters: str, numbers: str = "") -> None:

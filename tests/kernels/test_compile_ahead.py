@@ -25,6 +25,9 @@ KERNELS = {
     "channel_statistics_fwd_kernel",
     "channel_statistics_fold_kernel",
     "conflict_score_fwd_kernel",
+    "sparse_linear_gather_kernel",
+    "sparse_linear_bwd_kernel",
+    "sparse_linear_fold_kernel",
     "sparse_optimizer_kernel",
 }
 

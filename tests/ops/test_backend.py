@@ -100,6 +100,37 @@ def test_other_devices_fall_back_to_the_reference() -> None:
     assert ops.choose("gated_activation", "meta").name == "reference"
 
 
+class TestOwnPreference:
+    """sparse_linear has cuBLAS on NVIDIA; elsewhere, and for every other operator, Triton comes before PyTorch."""
+
+    @pytest.fixture(autouse=True)
+    def _interpreted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    @pytest.mark.parametrize(
+        ("hip", "device", "expected"),
+        [(None, "cuda", "reference"), ("6.3", "cuda", "triton"), (None, "xpu", "triton"), ("6.3", "xpu", "triton")],
+    )
+    def test_of_sparse_linear(
+        self, monkeypatch: pytest.MonkeyPatch, hip: str | None, device: str, expected: str
+    ) -> None:
+        monkeypatch.setattr(torch.version, "hip", hip)
+        choice = ops.choose("sparse_linear", device)
+        assert choice.name == expected
+        if expected == "reference":
+            assert choice.reason == "the choice for cuda"
+        assert ops.choose("sparse_linear", device, "triton").name == "triton"
+
+    @pytest.mark.parametrize("device", ["cuda", "xpu"])
+    def test_of_no_other(self, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+        monkeypatch.setitem(
+            backends.BACKENDS, "cuda", replace(backends.BACKENDS["cuda"], unavailable_reason=lambda: "no")
+        )
+        for operator in set(backends.operators()) - {"sparse_linear"}:
+            assert ops.choose(operator, device).name == "triton", operator
+
+
 class TestForcing:
     @pytest.mark.parametrize("by_variable", [True, False])
     def test_forced(self, monkeypatch: pytest.MonkeyPatch, by_variable: bool) -> None:

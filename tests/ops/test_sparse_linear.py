@@ -391,8 +391,8 @@ def test_bad_input() -> None:
         sparse_linear(x, weight, None, values, index, 0, bias_values=torch.zeros(2))
     with pytest.raises(UnknownNameError, match="unknown backend 'fast'"):
         sparse_linear(x, weight, None, values, index, 0, backend="fast").sum().backward()
-    with pytest.raises(BackendError, match="has no triton backend"):
-        sparse_linear(x, weight, None, values, index, 0, backend="triton").sum().backward()
+    with pytest.raises(BackendError, match=r"has no cuda backend|cannot run sparse_linear"):
+        sparse_linear(x, weight, None, values, index, 0, backend="cuda").sum().backward()
 
 
 @pytest.mark.parametrize("wrong", [-1, OUT])
@@ -410,7 +410,7 @@ def test_cpp_refuses_an_index_outside_the_weight(wrong: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_on_a_gpu(tokens: int, dtype: torch.dtype, dim: int) -> None:
-    """Without a kernel of its own, but with the product in float32 of 16-bit operands."""
+    """As it is chosen: the product in float32 of 16-bit operands that the vendor has, or Triton's."""
     x, weight, _, grad = operands(tokens, dtype, torch.device("cuda"))
     index = some(weight.shape[dim], 7, "cuda")
     for transposed in (False, True):
