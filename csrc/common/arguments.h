@@ -104,24 +104,51 @@ void in_parallel(int64_t total, int64_t step, int64_t work, const Function& func
   });
 }
 
-// Records with a job, which is a Recording: threads split the channels, and each brings the partial sums it needs.
-// A thread that has added to the sums of its channels writes their scores, if any are asked for.
+// Records with a job, which is a Recording: threads split runs and channels, and then fold the sums of the runs. With
+// `in_place` the job itself adds to the accumulators, and threads split the channels alone. The thread that has
+// added the last run to the sums of its channels writes their scores, if any are asked for.
 template <class Job>
-void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics, int64_t fields, const char* op,
+void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics, int fields, const char* op,
                         const char* name, const ScoringArguments& arguments,
-                        void (*run)(const Job&, int64_t, int64_t)) {
+                        void (*record)(const Job&, int64_t, int64_t), bool in_place = false) {
   job.sums = accumulators_of(statistics, fields, job.channels, op, name);
   const std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, job.sums.groups);
-  job.runs = &runs;
   const Scoring scoring = scoring_of(arguments, statistics, job.channels, op);
   if (job.tokens == 0) return;
-  in_parallel(job.channels, channel_block, channel_block * job.tokens, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> partial(new float[job.sums.groups * fields * span_length]);
-    Job mine = job;
-    mine.partial = partial.get();
-    run(mine, begin, end);
-    if (scoring.out) score_units(scoring, begin, end);
-  });
+  const int64_t count = runs.size(), row = row_length(job.channels), blocks = row / channel_block;
+  if (in_place) {
+    job.runs = runs.data();
+    job.runs_end = job.runs + count;
+    return in_parallel(job.channels, channel_block, channel_block * job.tokens, [&](int64_t begin, int64_t end) {
+      record(job, begin, end);
+      if (scoring.out) score_units(scoring, begin, end);
+    });
+  }
+  const int64_t size = job.sums.groups * fields * row;  // of the sums of one run
+  const std::unique_ptr<float[]> partial(new float[std::min(count, runs_at_once) * size]);
+  for (int64_t first = 0; first < count; first += runs_at_once) {
+    const int64_t at_once = std::min(runs_at_once, count - first);
+    in_parallel(at_once * blocks, 1, channel_block * run_length, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> scratch(new float[job.sums.groups * fields * span_length]);
+      Job mine = job;
+      mine.scratch = scratch.get();
+      for (int64_t at = begin; at < end;) {
+        const int64_t run = at / blocks, stop = std::min(end, (run + 1) * blocks);
+        mine.runs = runs.data() + first + run;
+        mine.runs_end = mine.runs + 1;
+        mine.partial = partial.get() + run * size;
+        record(mine, (at - run * blocks) * channel_block,
+               std::min(job.channels, (stop - run * blocks) * channel_block));
+        at = stop;
+      }
+    });
+    const Folding folding{runs.data() + first, at_once, row, partial.get(), job.sums, fields, fields == 5 ? 3 : -1};
+    const bool scores = scoring.out && first + at_once == count;
+    in_parallel(job.channels, channel_block, channel_block * fields * at_once, [&](int64_t begin, int64_t end) {
+      fold(folding, begin, end);
+      if (scores) score_units(scoring, begin, end);
+    });
+  }
 }
 
 }  // namespace clue

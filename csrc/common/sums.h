@@ -151,16 +151,4 @@ struct ProductSums {
   static CLUE_INLINE Pair<n> field(int index, const float* rest) { return read_pair<n>(rest + index * 2 * n); }
 };
 
-// Adds one field of `count` channels to the fp64 accumulators, in the order of the channels.
-template <int n, class T, class Sums>
-CLUE_INLINE void fold_field(int index, const float* rest, double* target, int64_t count) {
-  float ordered[2 * n];
-  write_in_order<n, T>(ordered, Sums::field(index, rest));
-  const int64_t stop = count < 2 * n ? count : 2 * n;
-  if (index == Sums::maximum_field)
-    for (int64_t i = 0; i < stop; ++i) target[i] = ordered[i] > target[i] ? ordered[i] : target[i];
-  else
-    for (int64_t i = 0; i < stop; ++i) target[i] += ordered[i];
-}
-
 }  // namespace clue

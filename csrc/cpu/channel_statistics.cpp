@@ -22,6 +22,7 @@ struct Activations {
   TypedRows<const T> x;
   explicit CLUE_INLINE Activations(const Job& job) : x(job.x) {}
 
+  CLUE_INLINE void prepare(const Tile&, int64_t, int64_t, int64_t) const {}
   CLUE_INLINE Stored<n, T> operator()(int64_t token, int64_t c, int64_t left) const {
     return load<n>(x.at(token, c), left);
   }
@@ -33,6 +34,7 @@ struct Products {
   TypedRows<const T> x, grad;
   explicit CLUE_INLINE Products(const Job& job) : x(job.x), grad(job.grad) {}
 
+  CLUE_INLINE void prepare(const Tile&, int64_t, int64_t, int64_t) const {}
   CLUE_INLINE Pair<n> operator()(int64_t token, int64_t c, int64_t left) const {
     const Pair<n> a = load<n>(x.at(token, c), left);
     const Pair<n> d = load<n>(grad.at(token, c), left);
@@ -67,8 +69,8 @@ CLUE_INLINE void add_wide_products(double* sums, int64_t stride, const double* _
 
 CLUE_INLINE void run_wide(const Job& job, int64_t begin, int64_t end) {
   const TypedRows<const double> x(job.x), grad(job.grad);
-  for (const Run& run : *job.runs)
-    for (const Tile& tile : run.tiles)
+  for (const Run* run = job.runs; run != job.runs_end; ++run)
+    for (const Tile& tile : run->tiles)
       for (int64_t token = tile.first; tile.group >= 0 && token < tile.first + tile.count; ++token) {
         double* sums = job.sums.data + tile.group * job.sums.group_stride;
         if (grad.data)
@@ -119,7 +121,8 @@ void channel_statistics(const Tensor& x, const Tensor& group, const Tensor& stat
                         OptionalTensor count, OptionalTensor source, OptionalTensor scores) {
   const char* op = "channel_statistics";
   Job job = job_of(x, op);
-  record_in_parallel(job, group, statistics, 5, op, "statistics", {criterion, count, source, scores}, activations);
+  record_in_parallel(job, group, statistics, 5, op, "statistics", {criterion, count, source, scores}, activations,
+                     job.wide);
 }
 
 void channel_attribution(const Tensor& x, const Tensor& grad, const Tensor& group,
@@ -130,7 +133,7 @@ void channel_attribution(const Tensor& x, const Tensor& grad, const Tensor& grou
   require_like(grad, x, op, "grad", "x");
   job.grad = rows_of(grad);
   record_in_parallel(job, group, gradient_statistics, 3, op, "gradient_statistics",
-                     {criterion, count, source, scores}, products);
+                     {criterion, count, source, scores}, products, job.wide);
 }
 
 }  // namespace

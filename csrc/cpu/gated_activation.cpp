@@ -16,7 +16,7 @@ struct Job : Recording {
   Rows grad, grad_gate, grad_up;  // backward
 };
 
-// One pair of channels of one token, forward; returns h as stored.
+// Forward, whole rows of a tile first, as they lie in memory; what is recorded is then h as stored, from the cache.
 template <int n, class T, class Act>
 struct Forward {
   using Sums = ActivationSums<n, T>;
@@ -24,15 +24,22 @@ struct Forward {
   TypedRows<T> out;
   explicit CLUE_INLINE Forward(const Job& job) : gate(job.gate), up(job.up), out(job.out) {}
 
-  CLUE_INLINE Stored<n, T> operator()(int64_t token, int64_t c, int64_t left) const {
+  CLUE_INLINE void compute(int64_t token, int64_t c, int64_t left) const {
     const Pair<n> g = load<n>(gate.at(token, c), left);
     const Pair<n> u = load<n>(up.at(token, c), left);
     const Pair<n> h = {Act::template value<n, T>(g.first) * u.first, Act::template value<n, T>(g.second) * u.second};
-    return store<n>(out.at(token, c), h, left);
+    store<n>(out.at(token, c), h, left);
+  }
+  CLUE_INLINE void prepare(const Tile& tile, int64_t begin, int64_t end, int64_t left) const {
+    for (int64_t token = tile.first; token < tile.first + tile.count; ++token)
+      for (int64_t c = begin; c < end; c += 2 * n) compute(token, c, left - (c - begin));
+  }
+  CLUE_INLINE Stored<n, T> operator()(int64_t token, int64_t c, int64_t left) const {
+    return load<n>(static_cast<const T*>(out.at(token, c)), left);
   }
 };
 
-// The same backward; returns h * dL/dh, h being recomputed.
+// Backward, a pair of channels of one token at a time; returns h * dL/dh, h being recomputed.
 template <int n, class T, class Act>
 struct Backward {
   using Sums = ProductSums<n>;
@@ -41,6 +48,11 @@ struct Backward {
   explicit CLUE_INLINE Backward(const Job& job)
       : grad(job.grad), gate(job.gate), up(job.up), grad_gate(job.grad_gate), grad_up(job.grad_up) {}
 
+  CLUE_INLINE void compute(int64_t token, int64_t c, int64_t left) const { (*this)(token, c, left); }
+  CLUE_INLINE void prepare(const Tile& tile, int64_t begin, int64_t end, int64_t left) const {
+    for (int64_t token = tile.first; tile.group < 0 && token < tile.first + tile.count; ++token)
+      for (int64_t c = begin; c < end; c += 2 * n) compute(token, c, left - (c - begin));
+  }
   CLUE_INLINE Pair<n> operator()(int64_t token, int64_t c, int64_t left) const {
     const Pair<n> g = load<n>(gate.at(token, c), left);
     const Pair<n> u = load<n>(up.at(token, c), left);
@@ -55,13 +67,13 @@ struct Backward {
   }
 };
 
-// Without recording threads split the tokens; with it, the channels.
+// Without recording, of the tokens [begin, end); with it, of one run and the channels [begin, end).
 template <int n, class T, class Step>
 CLUE_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   const Step step{job};
   if (job.runs) return record<n, T, typename Step::Sums>(job, begin, end, step);
   for (int64_t token = begin; token < end; ++token)
-    for (int64_t c = 0; c < job.channels; c += 2 * n) step(token, c, job.channels - c);
+    for (int64_t c = 0; c < job.channels; c += 2 * n) step.compute(token, c, job.channels - c);
 }
 
 template <int n, template <int, class, class> class Step, class T>
