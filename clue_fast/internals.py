@@ -284,6 +284,11 @@ def output_dir(trainer: Trainer, trial: Any) -> str:
 # Operators.
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after the forward of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def has_no_data(x: Tensor) -> bool:
     """Whether a tensor is a fake one, which no launch function can read."""
     return isinstance(x, FakeTensor)

@@ -42,6 +42,7 @@ TRAINING = (
     "rounds",
     "batch_size",
     "retain_ratio",
+    "lower_layers_gb",
     "forget_target",
     "master_weights",
     "stochastic_rounding",

@@ -24,6 +24,7 @@ from clue_fast.config.schema import (
     integer,
     is_number,
     name_list,
+    not_negative,
     positive,
     positive_integer,
     ratio,
@@ -54,6 +55,7 @@ CRITERION = "attribution"
 
 LAYER_LR = 0.2
 RETAIN_RATIO = 4
+LOWER_LAYERS_GB = 1.0
 BATCH_SIZE = 8
 WIDTH_RATE = 0.4
 EPOCHS = 10.0
@@ -316,6 +318,8 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
             is then also the original that an objective compares with. The epochs are dealt out among the rounds.
         batch_size: forget records per step.
         retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
+        lower_layers_gb: memory, in GB, for what the layers below the lowest selected one put out: they run once for
+            each record, and are skipped in later epochs; 0: all layers run in every step.
         forget_target: share of the forget questions that shall no longer be answered (ROUGE-L recall below 0.5). Once
             trained, the update is then scaled down to the smallest share of itself that reaches the target on a random
             half of the forget questions and on their rewordings (``paraphrased_question``), see
@@ -371,6 +375,13 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
         read=int,
         check=positive_integer,
         metavar="N",
+    )
+    lower_layers_gb: float = setting(
+        LOWER_LAYERS_GB,
+        "memory in GB to skip the layers below the lowest selected one from the second epoch on; 0: run them",
+        read=float,
+        check=not_negative,
+        metavar="GB",
     )
     forget_target: float | None = setting(
         None,

@@ -77,6 +77,12 @@ def positive(name: str, value: Any) -> None:
         raise SettingError(f"{name} {value} is not a number above 0")
 
 
+def not_negative(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is a finite number from 0 on."""
+    if not (is_number(value) and 0.0 <= value < math.inf):
+        raise SettingError(f"{name} {value} is not a number from 0 on")
+
+
 def positive_integer(name: str, value: Any) -> None:
     """Raises SettingError unless a value is a positive integer."""
     if not (is_number(value) and 1 <= value < math.inf and value == int(value)):

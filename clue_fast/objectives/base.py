@@ -93,7 +93,8 @@ class Objective:
         # The original goes first: swapping weights later would break the graph of the pass that trains.
         asked = {name: drop_token_group(used[name]) for name in self.original_batches if name in used}
         original = original_outputs(model, asked, trained, self.reference_outputs, repr(self)) if asked else {}
-        current = predict(model, used, trained.set_batch_layout)
+        around = getattr(getattr(trained, "lower_layers", None), "around", None)
+        current = predict(model, used, trained.set_batch_layout, around)
         loss = self.forget_term(current, original).mean()
         logs = {"forget_loss": loss.detach()}
         if "forget" in current:

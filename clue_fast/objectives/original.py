@@ -25,7 +25,7 @@ class Trained(Protocol):
     """What an objective needs to know of the training: ``Sparse`` is one.
 
     It may have ``original_outputs`` too, a dict for what the original model says of each record, as long as that does
-    not change.
+    not change; and ``lower_layers``, whose ``around`` stands around each pass that trains.
     """
 
     def original(self) -> AbstractContextManager[Any]:

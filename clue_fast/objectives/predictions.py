@@ -10,7 +10,7 @@ in passes of similar length, so that little is padded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -203,7 +203,10 @@ def _runs(states: Tensor, head: Head) -> Iterator[tuple[int, int]]:
 
 
 def predict(
-    model: nn.Module, batches: Mapping[str, Batch], announce: Callable[[int, int, int], None] | None = None
+    model: nn.Module,
+    batches: Mapping[str, Batch],
+    announce: Callable[[int, int, int], None] | None = None,
+    around: Callable[[nn.Module, Batch], AbstractContextManager[None]] | None = None,
 ) -> dict[str, Predictions]:
     """Runs all batches, and returns the predictions for each by its name.
 
@@ -212,6 +215,7 @@ def predict(
         batches: of records; those to be kept are called "retain", and come last.
         announce: called before each forward pass with how many of its records, which come first, are to be forgotten;
             how many there are; and how many tokens each of them has.
+        around: called with the model and the inputs of each forward pass; what it returns is entered around it.
 
     Raises:
         ObjectiveError: the model returns no logits, or not at the positions of the labels.
@@ -225,10 +229,11 @@ def predict(
     found, made = [], Head()
     for records in passes:
         own = joined if records is None else _some(joined, records)
-        if announce is not None:
-            forget = first if records is None else int((records < first).sum())
-            announce(forget, len(own["labels"]), own["input_ids"].shape[1] if "input_ids" in own else 1)
-        states, made = _states(model, own, head)
+        with nullcontext() if around is None else around(model, own):
+            if announce is not None:
+                forget = first if records is None else int((records < first).sum())
+                announce(forget, len(own["labels"]), own["input_ids"].shape[1] if "input_ids" in own else 1)
+            states, made = _states(model, own, head)
         found.append(states)
     counted, shifted = _answers(joined["labels"], head)
     states = found[0] if len(found) == 1 else _in_order(found, passes, counted)

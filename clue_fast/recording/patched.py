@@ -144,6 +144,11 @@ class Patched:
         recorder.check()
         recorder.statistics.check_finite()
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether a recording block is open."""
+        return self._recorder.recording
+
     def forward_layers(self, **batch: Any) -> Any:
         """Runs the model without its language-model head, for recording: the same statistics for less."""
         model = self._entry

@@ -23,6 +23,7 @@ from clue_fast.deprecated import RenamedAttribute
 from clue_fast.errors import NonFiniteError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.sites.projection import is_linear
+from clue_fast.sparse.lower_layers import LowerLayers
 from clue_fast.sparse.modules import (
     SparseModule,
     SparseProjection,
@@ -63,6 +64,8 @@ class Sparse:
             still takes them back.
         hooks: to be removed with ``restore``: on the model, and of trainers.
         original_outputs: what objectives keep of the original model's outputs, until other weights are loaded.
+        lower_layers: what is kept of the outputs of the layers below the lowest one that trains; nothing, unless its
+            ``most_bytes`` is set, as trainers do.
     """
 
     parts = RenamedAttribute("slices")
@@ -73,8 +76,8 @@ class Sparse:
         self.selection = selection
         self.retired: list[TrainableSlice] = []
         self.original_outputs: dict[Hashable, Tensor] = {}
-        outputs = self.original_outputs
-        loading = model.register_load_state_dict_post_hook(lambda *_: outputs.clear())  # type: ignore[no-untyped-call]
+        self.lower_layers = LowerLayers(model, (one.path for one in planned))
+        loading = model.register_load_state_dict_post_hook(self._forget_outputs)  # type: ignore[no-untyped-call]
         self.hooks: list[Removable] = [loading]
         self._restored = False
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -84,6 +87,11 @@ class Sparse:
             parameter.requires_grad_(False)
             parameter.grad = None
         self._watch_passes()
+
+    def _forget_outputs(self, *_: object) -> None:
+        """Drops what the weights before gave."""
+        self.original_outputs.clear()
+        self.lower_layers.clear()
 
     def _watch_passes(self) -> None:
         """Has the model say when a pass begins, where it matters who trains what."""
@@ -121,7 +129,7 @@ class Sparse:
         for hook in self.hooks:
             hook.remove()
         self.retired, self._flags, self.hooks, self._restored = [], {}, [], True
-        self.original_outputs.clear()
+        self._forget_outputs()
 
     def reselect(self, selection: Selection) -> None:
         """Trains other units from now on. What was trained before stays as it is, and trains no more.
@@ -152,6 +160,7 @@ class Sparse:
         finally:
             inject(self.model, planned)
             self.retired = transfer_state([*before, *self.retired], planned)
+            self.lower_layers.choose(self.model, (one.path for one in planned))
             self._unwatch_passes()
             self._watch_passes()
 

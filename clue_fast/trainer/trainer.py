@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from clue_fast.config import LAYER_LR, RETAIN_RATIO
+from clue_fast.config import LAYER_LR, LOWER_LAYERS_GB, RETAIN_RATIO
 from clue_fast.data import Collator, Source, head_of, padding_token
 from clue_fast.data.collator import longest
 from clue_fast.deprecated import precision, renamed_arguments
 from clue_fast.internals import TrainerEvents
 from clue_fast.objectives import Objective, get_objective
-from clue_fast.recording import Patched
+from clue_fast.recording import Patched, patched_of
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate, Sparse, sparsify
 from clue_fast.trainer.checkpoints import detach_quantizer
@@ -65,6 +66,10 @@ class UnlearnTrainer(TrainerEvents, Trainer):
             published schedule and the settings that belong to it, see ``clue_fast.trainer.stages.CLUE``, or a
             sequence of ``Stage``. Their epochs replace ``args.num_train_epochs``; the schedule of the learning rate
             spans them all. A stage of which the selection has no units is skipped.
+        lower_layers_gb: memory, in GB, for what the layers below the lowest one that trains put out, see
+            ``clue_fast.sparse.lower_layers``: they run once for each record, and are skipped in later epochs. Losses
+            agree within rounding, also those of a resumed run; 0: all layers run in every step, and a resumed run goes
+            on bit by bit.
         max_length: longest example in tokens, for records that are not encoded yet; None: as many as the model has
             positions for.
         kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``. A
@@ -103,6 +108,7 @@ class UnlearnTrainer(TrainerEvents, Trainer):
         master_weights: bool = True,
         stochastic_rounding: bool = False,
         stages: str | Sequence[Stage] | None = None,
+        lower_layers_gb: float = LOWER_LAYERS_GB,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -149,6 +155,8 @@ class UnlearnTrainer(TrainerEvents, Trainer):
         except BaseException:
             sparse.restore()
             raise
+        sparse.lower_layers.most_bytes = int(1e9 * lower_layers_gb)
+        sparse.lower_layers.forbidden = partial(_is_recorded, model)
         # The loss is a mean over records: micro-batches are averaged, not summed over their tokens.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Epochs(self))
@@ -261,6 +269,11 @@ def _prepared(args: TrainingArguments | None) -> TrainingArguments:
     args.remove_unused_columns = False  # no forward has arguments called forget and retain
     args.logging_nan_inf_filter = False  # it would log the average of other steps instead of a NaN
     return args
+
+
+def _is_recorded(model: nn.Module) -> bool:
+    patched = patched_of(model)
+    return patched is not None and patched.is_recording
 
 
 def _special_tokens(model: nn.Module) -> list[tuple[Any, str, Any]]:

@@ -85,6 +85,7 @@ def train_selected(
             master_weights=config.master_weights,
             stochastic_rounding=config.stochastic_rounding,
             stages=stages,
+            lower_layers_gb=config.lower_layers_gb,
             max_length=config.max_length,
         )
         # Losses go to results.json and its plot; on the terminal there is one bar.

@@ -1,0 +1,221 @@
+"""What comes out of the layers below the lowest one that trains: computed once for each record, and kept.
+
+Those layers do not change while a model trains, so that what they make of a record stays what it was in the first pass
+over it. Later passes over records that are all known begin above: the layers below hand on what they are given, and the
+last of them gives what was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from clue_fast.data import head_of
+from clue_fast.internals import evaluation_mode, has_forward_hooks, has_no_data, is_compiled, unwrap
+
+Batch: TypeAlias = "Mapping[str, Tensor]"
+Record: TypeAlias = "tuple[int, ...]"
+
+
+class LowerLayers:
+    """The layers of a model that do not train, up to the lowest one that does, and what they gave for each record.
+
+    Nothing is kept, and every layer runs in every pass, where that might change anything: in a model with dropout; of
+    inputs other than text padded on the right; where a layer below has hooks of its own, or is compiled, or sharded;
+    and where a trial with the first record gives other bits than a whole pass, as where upper layers read more of the
+    lower ones than their output.
+
+    What is kept of a record was computed beside the others of its batch, so that a later loss agrees with that of a
+    whole pass within the rounding of one batch and another.
+
+    Args:
+        model: whose layers they are.
+        paths: of what trains in it.
+
+    Attributes:
+        layers: from the first on; empty where the first one trains, or where there is no list of layers.
+        most_bytes: of what is kept; 0, from the start, keeps nothing. What has no room runs through all layers.
+        forbidden: says that all layers must run now, such as while they are recorded; None never does.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+        self.most_bytes = 0
+        self.forbidden: Callable[[], bool] | None = None
+        self._kept: dict[Record, Tensor] = {}
+        self.choose(model, paths)
+
+    def choose(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Turns to the layers below something else that trains."""
+        self.layers = layers_below(model, paths)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything, since weights have changed."""
+        self._kept.clear()
+        self._bytes, self._as_tuple = 0, False
+        self._separate: bool | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is kept."""
+        return self._bytes
+
+    @contextmanager
+    def around(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """Stands around a forward pass, which skips these layers if all of its records are known.
+
+        Args:
+            model: that runs; perhaps wrapped.
+            batch: its inputs, and labels.
+        """
+        if not self._fits(model, batch):
+            yield
+            return
+        records = _records(batch)
+        if all(record in self._kept for record in records):
+            if self._separate is None:
+                self._separate = self._try(unwrap(model), batch)
+            if self._separate:
+                with self._giving(self._padded(records, batch)):
+                    yield
+                return
+        with self._watching() as outputs:
+            yield
+        self._keep(records, outputs)
+
+    # Whether it changes nothing.
+
+    def _fits(self, model: nn.Module, batch: Batch) -> bool:
+        if not self.layers or not self.most_bytes or self._separate is False:
+            return False
+        if set(batch) != {"input_ids", "attention_mask", "labels"} or has_no_data(batch["labels"]):
+            return False
+        if head_of(model, batch["labels"]) != "causal" or not _is_padded_right(batch["attention_mask"]):
+            return False
+        if (self.forbidden is not None and self.forbidden()) or is_compiled(model):
+            return False
+        below = [module for layer in self.layers for module in layer.modules()]
+        if any(map(has_forward_hooks, below)):
+            return False
+        if any(hasattr(p, "placements") for layer in self.layers for p in layer.parameters()):
+            return False
+        return not (model.training and _drops_out(unwrap(model)))
+
+    @torch.no_grad()
+    def _try(self, model: nn.Module, batch: Batch) -> bool:
+        """Whether a pass over the first record without these layers gives the bits that one with them does."""
+        length = int(batch["attention_mask"][0].sum())
+        inputs = {name: batch[name][:1, :length] for name in ("input_ids", "attention_mask")}
+        with evaluation_mode(model):
+            with self._watching() as outputs:
+                whole = model(**inputs, use_cache=False).logits
+            if len(outputs) != 1:
+                return False
+            try:
+                with self._giving(outputs[0]):
+                    part = model(**inputs, use_cache=False).logits
+            except Exception:  # whatever a layer above misses
+                return False
+        return torch.equal(whole, part)
+
+    # What is kept.
+
+    def _keep(self, records: list[Record], outputs: list[Tensor]) -> None:
+        states = outputs[-1] if outputs else None
+        if states is None or states.dim() != 3 or states.requires_grad or len(states) != len(records):
+            self._separate = False  # the layer does not run, or gives something else
+            return
+        for record, of_record in zip(records, states, strict=True):
+            own = of_record[: len(record)]
+            if record not in self._kept and self._bytes + own.nbytes <= self.most_bytes:
+                self._kept[record] = own.clone()
+                self._bytes += own.nbytes
+
+    def _padded(self, records: list[Record], batch: Batch) -> Tensor:
+        """What is kept of some records, [records, tokens, width], zeros behind the end of each."""
+        own = [self._kept[record] for record in records]
+        padded = own[0].new_zeros(*batch["input_ids"].shape, own[0].shape[-1])
+        for row, states in zip(padded, own, strict=True):
+            row[: len(states)] = states
+        return padded
+
+    # What the layers do in a pass.
+
+    @contextmanager
+    def _watching(self) -> Iterator[list[Tensor]]:
+        """The outputs of the last of these layers, for as long as the context lasts."""
+        outputs: list[Tensor] = []
+
+        def watch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            self._as_tuple = isinstance(output, tuple)
+            outputs.append(output[0] if self._as_tuple else output)
+
+        handle = self.layers[-1].register_forward_hook(watch)
+        try:
+            yield outputs
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _giving(self, states: Tensor) -> Iterator[None]:
+        """Has the last of these layers give some states, and the others what they are given."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            return (given,) if self._as_tuple else given
+
+        def last(*_: Any, **__: Any) -> Any:
+            return (states,) if self._as_tuple else states
+
+        before = [vars(layer).get("forward") for layer in self.layers]
+        for layer in self.layers:
+            layer.forward = last if layer is self.layers[-1] else forward
+        try:
+            yield
+        finally:
+            for layer, own in zip(self.layers, before, strict=True):
+                if own is None:
+                    del layer.forward
+                else:
+                    layer.forward = own
+
+
+def layers_below(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """The layers of a model below the lowest one that has any of these parameters or modules, from the first on.
+
+    Layers are those of the outermost list that has them all.
+    """
+    paths = list(paths)
+    for path, layers in model.named_modules():
+        if isinstance(layers, nn.ModuleList) and paths and all(own.startswith(f"{path}.") for own in paths):
+            lowest = min(int(own.removeprefix(f"{path}.").partition(".")[0]) for own in paths)
+            return list(layers)[:lowest]
+    return []
+
+
+def _records(batch: Batch) -> list[Record]:
+    """The tokens of each record, without padding."""
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    return [tuple(row[:length]) for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+
+
+def _is_padded_right(mask: Tensor) -> bool:
+    if mask.dim() != 2:
+        return False
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return bool((mask == (places < mask.sum(-1, keepdim=True))).all())
+
+
+def _drops_out(model: nn.Module) -> bool:
+    """Whether anything in a model is set to zero at random while it trains: rates of modules, and their own."""
+    for module in model.modules():
+        if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:
+            return True
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, int | float) and value > 0:
+                return True
+    return False
