@@ -14,7 +14,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
-    """Backward of the same layer three ways: rows of [units, features], columns of [features, units]."""
+    """Backward of the same layer three ways: rows of [units, features], columns of [features, units].
+
+    On a GPU once more in Triton, which is not what NVIDIA's run by themselves.
+    """
     dim = ("rows", "columns").index(part)
     rows, columns = (UNITS, FEATURES) if part == "rows" else (FEATURES, UNITS)
     shapes = (rows, columns), (TOKENS, columns), (TOKENS, rows)
@@ -22,7 +25,11 @@ def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
     index = torch.randperm(UNITS, device=machine.device())[: round(UNITS * FRACTION)].sort().values
     values = weight.index_select(dim, index).float().requires_grad_()
     dense = weight.clone().requires_grad_()
-    ours = ops.sparse_linear(x, weight, None, values, index, dim)
+    backends = {"selected": None} | ({"selected, Triton": "triton"} if machine.on_gpu() else {})
+    ours = {
+        name: ops.sparse_linear(x, weight, None, values, index, dim, backend=backend)
+        for name, backend in backends.items()
+    }
     stock = torch.nn.functional.linear(x, dense)
 
     def gathered() -> torch.Tensor:
@@ -30,8 +37,10 @@ def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
             return (grad.index_select(1, index).t() @ x).float()
         return (grad.t() @ x.index_select(1, index)).float()
 
-    return {
-        "selected": lambda: torch.autograd.grad(ours, values, grad, retain_graph=True),
+    def selected(name: str) -> Case:
+        return lambda: torch.autograd.grad(ours[name], values, grad, retain_graph=True)
+
+    return {name: selected(name) for name in ours} | {
         "gathered": gathered,
         "dense": lambda: torch.autograd.grad(stock, dense, grad, retain_graph=True),
     }

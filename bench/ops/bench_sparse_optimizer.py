@@ -58,7 +58,7 @@ def whole_with_masters(weights: list[Tensor]) -> Case:
     return case
 
 
-def selected(weights: list[Tensor], dim: int, masters: bool) -> Case:
+def selected(weights: list[Tensor], dim: int, masters: bool, backend: str | None = None) -> Case:
     """The selected part, in the 20th step; without masters 16-bit weights are rounded stochastically."""
     size, count = weights[0].shape[dim], len(weights)
     indices = [torch.randperm(size, device=weight.device)[: round(size * FRACTION)].sort().values for weight in weights]
@@ -69,7 +69,7 @@ def selected(weights: list[Tensor], dim: int, masters: bool) -> Case:
     numbers.append(torch.full((count,), 20))
     seed = torch.arange(count) if not masters and weights[0].dtype != torch.float32 else None
     lists = (values if masters else None, grads, *moments, weights, indices, [dim] * count)
-    return lambda: ops.sparse_adamw_(*lists, *numbers, BETAS, EPS, seed=seed)
+    return lambda: ops.sparse_adamw_(*lists, *numbers, BETAS, EPS, seed=seed, backend=backend)
 
 
 def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
@@ -83,6 +83,8 @@ def cases(part: str, dtype: torch.dtype) -> dict[str, Case]:
         "selected": selected(weights, dim, masters=True),
         "without masters": selected(weights, dim, masters=False),
     }
+    if machine.on_gpu():
+        made["selected, Triton"] = selected(weights, dim, masters=True, backend="triton")
     if dtype == torch.float32:
         del made["whole with masters"]
     return made
@@ -98,6 +100,6 @@ def bench_sparse_adamw(compare, part: str, dtype: torch.dtype) -> None:
     """Rows and columns in every dtype, with their targets."""
     made = cases(part, dtype)
     whole_cases = [name for name in made if name.startswith("whole")]
-    ours = [name for name in made if name not in whole_cases]
+    ours = [name for name in made if name in ("selected", "without masters")]
     targets = [Target(case, against, TARGETS[part]) for case in ours for against in whole_cases]
     compare(Comparison(title(part, dtype), made, targets))

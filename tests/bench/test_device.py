@@ -18,6 +18,7 @@ from bench.ops import (
     bench_conflict_score,
     bench_gated_activation,
     bench_scoring,
+    bench_sparse_linear,
     bench_sparse_optimizer,
 )
 from clue_fast.ops import backend as backends
@@ -70,6 +71,18 @@ def test_tensors_are_on_the_device(launches: Launches) -> None:
 def test_numbers_of_the_optimizer_stay_on_the_cpu(launches: Launches, part: str) -> None:
     run(bench_sparse_optimizer.cases(part, torch.bfloat16), "whole", "whole with masters")  # torch's own refuses "meta"
     assert launches == {"sparse_adamw": {"meta", "cpu"}}
+
+
+@pytest.mark.parametrize("part", ["rows", "columns"])
+def test_triton_is_measured_beside_what_is_chosen(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # it knows no "meta"
+    cases = bench_sparse_linear.cases(part, torch.bfloat16)
+    assert {"selected", "selected, Triton"} < set(cases)
+    assert "selected, Triton" in bench_sparse_optimizer.cases(part, torch.float32)
+    run(cases)
+    assert launches["sparse_linear_backward"] == {"meta"}
 
 
 def test_a_copy_and_liger_take_part(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
