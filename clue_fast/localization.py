@@ -16,6 +16,7 @@ from clue_fast.criteria.passes import check_target
 from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import EncodedRecords, Record, Source, load_retain_sets
 from clue_fast.deprecated import moved
+from clue_fast.errors import SettingError
 from clue_fast.recording import check_strictly
 from clue_fast.reliability import Reliability
 from clue_fast.selection import RELIABILITY, Selection
@@ -44,6 +45,7 @@ def localize(
     circuit: CircuitConfig | None = LocalizeConfig.circuit,
     target: str | None = LocalizeConfig.target,
     kinds: Iterable[str] | None = LocalizeConfig.kinds,
+    layers: tuple[float, float] | None = LocalizeConfig.layers,
     strict: bool = LocalizeConfig.strict,
     permutations: int = LocalizeConfig.permutations,
     seed: int = LocalizeConfig.seed,
@@ -59,7 +61,7 @@ def localize(
         forget, retain: data sets, see ``clue_fast.data.load_records``. For the criterion ``circuit``, ``retain`` may
             be a mapping of several, by name.
         tokenizer: of the model.
-        criterion, fraction, count, threshold, scope, normalize, categories, circuit, target, kinds, strict,
+        criterion, fraction, count, threshold, scope, normalize, categories, circuit, target, kinds, layers, strict,
             permutations, seed, max_length, tokens_per_batch, backend, progress: see
             ``clue_fast.config.LocalizeConfig``; ``**vars(LocalizeConfig.load(file))`` gives those of a configuration
             file.
@@ -96,6 +98,10 @@ def check_localization(config: LocalizeConfig, retain: Any = None) -> None:
     check_permutations(config.permutations)
     if config.target is not None:
         check_target(config.target)
+    if config.layers is not None and chosen.needs == "circuits":
+        raise SettingError(
+            f"criterion {chosen.name!r} follows circuits through all layers; leave layers out, or choose another one"
+        )
     chosen.check(config.budget, retain, config.circuit, config.categories)
 
 
@@ -121,6 +127,8 @@ def localize_records(
     for unmatched in found.unmatched:
         logger.warning("localize leaves out what looks like a site but is none that is known: %s", unmatched)
     found.check()
+    if config.layers is not None:
+        found = found.between(*config.layers)
     task = Task(
         model=model,
         tokenizer=tokenizer,
@@ -157,6 +165,8 @@ def localize_records(
     if config.permutations:
         selection.source[RELIABILITY] = measured.as_dict()
     selection.source["seed"] = config.seed
+    if config.layers is not None:
+        selection.source["layers"] = list(config.layers)
     if config.target is not None:
         selection.source["target"] = config.target
     selection.statistics = statistics

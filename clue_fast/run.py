@@ -24,6 +24,7 @@ from clue_fast.localization import localize_records
 from clue_fast.objectives import Objective
 from clue_fast.reporting import RESULTS, write_model_card, write_plots
 from clue_fast.selection import RELIABILITY, Selection
+from clue_fast.sites import find_sites
 from clue_fast.sparse import Sparse, changed_inside, changed_outside, owned_weights, snapshot
 from clue_fast.trainer.stages import Schedule, Stage, get_stages
 from clue_fast.trainer.training import check_rates, described, train_selected
@@ -116,7 +117,8 @@ class Run:
                 self.selection = self._localized(self.config)
             self.keep_stages(self.selection)
             if self.config.learning_rate is None:
-                share = max(1, len(self.selection)) / max(1, sum(site.width for site in self.selection.sites))
+                sites = find_sites(self.model, {site.kind for site in self.selection.sites})
+                share = max(1, len(self.selection)) / sum(site.width for site in sites)
                 self.config = replace(self.config, learning_rate=default_learning_rate(self.model, share))
             check_rates(self.config.layer_lr, self.selection)
 

@@ -92,6 +92,7 @@ def unlearn(
     circuit: CircuitConfig | None = UnlearnConfig.circuit,
     target: str | None = UnlearnConfig.target,
     kinds: Iterable[str] | None = UnlearnConfig.kinds,
+    layers: tuple[float, float] | None = UnlearnConfig.layers,
     strict: bool = UnlearnConfig.strict,
     permutations: int = UnlearnConfig.permutations,
     tokens_per_batch: int = UnlearnConfig.tokens_per_batch,
@@ -131,7 +132,7 @@ def unlearn(
         selection: made before, instead of localizing now.
         alternate: other answers to the forget questions, one each and in their order, for the objectives ``dpo`` and
             ``refusal``; default refusals such as "I don't know".
-        criterion, fraction, count, threshold, scope, normalize, categories, circuit, target, kinds, strict,
+        criterion, fraction, count, threshold, scope, normalize, categories, circuit, target, kinds, layers, strict,
             permutations, tokens_per_batch: how to localize, see ``clue_fast.config.LocalizeConfig``; with a selection,
             ``strict`` is of the kinds of units that it has, and the others have no use.
         objective, stages, learning_rate, layer_lr, master_weights, stochastic_rounding, epochs, rounds,
@@ -244,7 +245,7 @@ def _check_unused(config: UnlearnConfig) -> None:
         raise SettingError(
             f"{config.rounds} rounds select anew, and a selection is given already; leave out one of both"
         )
-    for name in ("fraction", "count", "threshold", "normalize", "target"):
+    for name in ("fraction", "count", "threshold", "normalize", "target", "layers"):
         if getattr(config, name) is not None:
             raise SettingError(f"{name} makes a selection, and one is given already; leave out {name} or the selection")
 

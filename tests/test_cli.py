@@ -98,6 +98,7 @@ def refuses(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         ("--device", "tpu:9", "device 'tpu:9' cannot be used"),
         ("--dtype", "int8", "unknown dtype 'int8'; choose one of: auto, bfloat16, float16, float32"),
         ("--target", "astrology", "unknown target 'astrology'"),
+        ("--layers", "1:0.5", "layers (1.0, 0.5) is no part of the depth; give two shares, such as (0.5, 1.0)"),
         ("--kinds", "astrology", "unknown kind of site 'astrology'"),
         ("--stages", "clue", "a stage trains forget units, and units that are ranked by one score are all conflict"),
         ("--stages", "never", "unknown schedule of stages 'never'"),
@@ -149,6 +150,7 @@ def test_flags_make_the_settings(caplog: pytest.LogCaptureFixture) -> None:
     )
     config = parsed("unlearn", "--fraction", "mlp=0.1,attention=0.2", "--kinds", "mlp, attention").make(UnlearnConfig)
     assert config.fraction == {"mlp": 0.1, "attention": 0.2} and config.kinds == ("mlp", "attention")
+    assert parsed("unlearn", "--layers", "0.667:1").make(UnlearnConfig).layers == (0.667, 1.0)
     assert parsed("unlearn", "--forget-target", "none", "--no-strict").make(UnlearnConfig) == UnlearnConfig()
     old = parsed("unlearn", "--master", "stochastic").make(UnlearnConfig)
     assert (old.master_weights, old.stochastic_rounding) == (False, True)

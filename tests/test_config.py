@@ -47,6 +47,8 @@ CONFIGS = (CircuitConfig, EvalConfig, LocalizeConfig, ModelConfig, UnlearnConfig
         (UnlearnConfig, "epochs", 0, SettingError),
         (UnlearnConfig, "batch_size", True, SettingError),
         (UnlearnConfig, "retain_ratio", 0, SettingError),
+        (UnlearnConfig, "layers", (0.5,), SettingError),
+        (UnlearnConfig, "layers", (0.5, 1.5), SettingError),
         (UnlearnConfig, "lower_layers_gb", -1.0, SettingError),
         (UnlearnConfig, "forget_target", 1.5, SettingError),
         (UnlearnConfig, "evaluate_every", -1, SettingError),

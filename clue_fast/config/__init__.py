@@ -25,6 +25,7 @@ from clue_fast.config.schema import (
     is_number,
     name_list,
     not_negative,
+    part_of_depth,
     positive,
     positive_integer,
     ratio,
@@ -34,6 +35,7 @@ from clue_fast.config.schema import (
     share,
     share_or_none,
     switch,
+    two_shares,
     whole_number,
 )
 from clue_fast.errors import BudgetError, SettingError
@@ -196,6 +198,9 @@ class LocalizeConfig(RunConfig):
         target: what is differentiated, a key of ``clue_fast.criteria.TARGETS``; default is the criterion's own.
         kinds: of units, see ``clue_fast.find_sites``; default the channels of MLPs and experts, with ``circuit`` also
             the projections of heads.
+        layers: begin and end of the part of the layers to take units of, as shares of the depth: (0.667, 1.0) for the
+            last third; the budget is then a share of its units. Default all layers. Not for ``circuit``, whose nodes
+            are in all of them.
         strict: raise where something looks like a site but is none that is known, or where a gated MLP cannot be
             fused, see ``clue_fast.patch``. Otherwise the log warns of the first, which is left out, and the second is
             recorded through a hook.
@@ -228,6 +233,13 @@ class LocalizeConfig(RunConfig):
         read=name_list,
         choices=registered("sites.KINDS"),
         metavar="K",
+    )
+    layers: tuple[float, float] | None = setting(
+        None,
+        "part of the layers to take units of, as shares of the depth, such as 0.667:1 (all)",
+        read=two_shares,
+        check=part_of_depth,
+        metavar="FROM:TO",
     )
     strict: bool = setting(False, "stop at a layer that is not known or cannot be fused", check=switch)
     permutations: int = setting(

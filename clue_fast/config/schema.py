@@ -107,6 +107,15 @@ def share(name: str, value: Any) -> None:
         raise SettingError(f"{name} {value} is not a share above 0 and up to 1")
 
 
+def part_of_depth(name: str, value: Any) -> None:
+    """Raises SettingError unless a value is None or begin and end of a part of the layers, as shares of the depth."""
+    if value is None:
+        return
+    shares = tuple(value) if isinstance(value, list | tuple) else ()
+    if not (len(shares) == 2 and all(map(is_number, shares)) and 0.0 <= shares[0] < shares[1] <= 1.0):
+        raise SettingError(f"{name} {value} is no part of the depth; give two shares, such as (0.5, 1.0)")
+
+
 def switch(name: str, value: Any) -> None:
     """Raises SettingError unless a value is True or False."""
     if not isinstance(value, bool):
@@ -160,6 +169,12 @@ def ratio(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def two_shares(text: str) -> tuple[float, float]:
+    """Reads two numbers with a colon between them, such as ``0.667:1``."""
+    begin, end = text.split(":")
+    return float(begin), float(end)
 
 
 def share_or_none(text: str) -> float | None:
@@ -305,6 +320,8 @@ def _value(setting: Field[Any], value: Any, place: str) -> Any:
         expected = "true or false" if isinstance(setting.default, bool) else "a value, not a switch"
     elif read is name_list and isinstance(value, list):
         return tuple(map(str, value))
+    elif read is two_shares and isinstance(value, list):
+        return tuple(value)
     elif isinstance(value, Mapping) and isinstance(read, ByKind):
         return {str(kind): own for kind, own in value.items()}
     elif text or (is_number(value) and read is not str):

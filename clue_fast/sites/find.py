@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -55,6 +55,25 @@ class Survey:
                 f"{self.model} has no site of kind {', '.join(self.kinds)}: no module whose units are channels between "
                 f"two projections (down(act(gate) · up), down(act(up)), stacked experts) or attention heads{near}"
             )
+
+    def between(self, begin: float, end: float) -> Survey:
+        """The sites of a part of the layers alone.
+
+        Args:
+            begin, end: of the part, as shares of the depth, in [0, 1]; rounded to whole layers.
+
+        Raises:
+            SiteError: no layer of the part has a site.
+        """
+        depth = 1 + max((site.layer for site in self.sites), default=-1)
+        part = range(round(begin * depth), round(end * depth))
+        chosen = tuple(site for site in self.sites if site.layer in part)
+        if self.sites and not chosen:
+            raise SiteError(
+                f"{self.model} has {depth} layers with sites, and none of them lies between {begin:g} and {end:g} of "
+                "the depth; give a larger part"
+            )
+        return replace(self, sites=chosen)
 
 
 def find_sites(model: nn.Module, kinds: Iterable[str] = DEFAULT_KINDS) -> list[Site]:

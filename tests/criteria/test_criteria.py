@@ -16,7 +16,15 @@ from clue_fast.criteria import CRITERIA, measure, record_groups, score
 from clue_fast.data import EncodedRecords, encode, load_records
 from clue_fast.demo.people import make_people, records_of
 from clue_fast.demo.pretraining import train_tokenizer
-from clue_fast.errors import BudgetError, DataError, PatchError, SelectionError, UnknownNameError
+from clue_fast.errors import (
+    BudgetError,
+    DataError,
+    PatchError,
+    SelectionError,
+    SettingError,
+    SiteError,
+    UnknownNameError,
+)
 from clue_fast.localization import localize_records
 from clue_fast.selection import Selection
 
@@ -142,6 +150,28 @@ def test_the_batch_budget_does_not_change_the_selection(
         for budget in (1, 200, 10_000)
     ]
     assert len({selection.hash for selection in found}) == 1
+
+
+@pytest.mark.parametrize("criterion", ["difference", "attribution", "wanda", "random"])
+def test_units_of_a_part_of_the_layers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, criterion: str
+) -> None:
+    """They have the scores that they have among all, and the budget is a share of them."""
+    settings = {"tokenizer": tokenizer, "criterion": criterion, "fraction": 0.1, "progress": False}
+    whole = clue_fast.localize(model, FORGET, RETAIN, **settings)
+    upper = clue_fast.localize(model, FORGET, RETAIN, **settings, layers=(0.5, 1.0))
+    (site,) = upper.sites
+    assert site == whole.sites[1] and len(upper.units(site)) == 12
+    assert upper.source["layers"] == [0.5, 1.0]
+    if criterion != "random":
+        torch.testing.assert_close(upper.scores[site], whole.scores[site])
+    with pytest.raises(SiteError, match=r"2 layers with sites, and none of them lies between 0 and 0\.1 of the depth"):
+        clue_fast.localize(model, FORGET, RETAIN, **settings, layers=(0.0, 0.1))
+
+
+def test_circuits_are_those_of_all_layers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(SettingError, match="'circuit' follows circuits through all layers"):
+        clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, criterion="circuit", layers=(0.5, 1.0))
 
 
 def test_localize_leaves_the_model_as_it_was(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
