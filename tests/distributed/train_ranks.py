@@ -5,6 +5,7 @@ python train_ranks.py FOLDER RANKS
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -40,6 +41,14 @@ from tests.models import families
 from tests.models.small_llama import examples, llama, random_selection
 
 STEPS = 3
+LATER = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+)
+"""What every rank would import for itself as soon as it needs it, in more time than all the rest takes."""
+
 UNEVEN = {
     "hidden_size": 30,
     "intermediate_size": 50,
@@ -352,6 +361,8 @@ def train(rank: int, ranks: int, folder: Path) -> None:
 
 def main(folder: Path, ranks: int) -> int:
     """Runs all ranks, which share what has been imported; ends them all where one fails."""
+    for name in LATER:
+        importlib.import_module(name)
     running = set()
     for rank in range(ranks):
         child = os.fork()
