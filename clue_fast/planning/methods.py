@@ -114,7 +114,8 @@ class SelectedUnits:
             yield Prepared(shadow, [self._trained(one) for one in planned], kept)
 
     def _trained(self, one: TrainableSlice) -> Trained:
-        values = FLOAT32 if self.master_weights else 0
+        # A weight in float32 is its own master.
+        values = FLOAT32 if self.master_weights and one.original.dtype != torch.float32 else 0
         return Trained(one.path, one.values.numel(), values, one.original.element_size(), FLOAT32, 2 * FLOAT32)
 
 

@@ -37,10 +37,10 @@ class SparseModule(ModuleEvents):
 
     def around_move(self, move: Callable[[], Any]) -> None:
         """Has the values follow the weights, in their own precision."""
-        values = [trained.values.detach() for trained in self.trainable_slices]
+        before = [(trained.values.detach(), trained.own_master()) for trained in self.trainable_slices]
         move()
-        for trained, before in zip(self.trainable_slices, values, strict=True):
-            trained.follow_weight(before)
+        for trained, (values, own_master) in zip(self.trainable_slices, before, strict=True):
+            trained.follow_weight(values, own_master)
 
     def after_save(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Leaves the values out."""

@@ -43,8 +43,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         master_weights: keeps updates below the resolution of a 16-bit weight in a float32 copy of the selected
             weights, which the weights take over rounded to nearest even.
         stochastic_rounding: keeps no copy, and rounds a 16-bit weight up with the probability of the part that is cut
-            off; that saves 4 bytes for every selected weight. Goes with ``master_weights=False``; weights in float32
-            need neither.
+            off; that saves 4 bytes for every selected weight. Goes with ``master_weights=False``. Weights in float32
+            need neither, and have neither: they are their own masters.
 
     Raises:
         SparseError: the model is not sparse.
@@ -134,7 +134,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             for trained, group in updates:
                 self._advance(trained, group)
                 if trained.values.numel():
-                    launches[self._settings(group), trained.values.device].append((trained, group))
+                    alike = self._settings(group), trained.values.device, trained.has_values
+                    launches[alike].append((trained, group))
             for entries in launches.values():
                 self._launch(entries)
             mark_changed([trained for trained, _ in updates])
@@ -201,7 +202,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _values(self, slices: list[TrainableSlice]) -> tuple[list[Tensor] | None, Tensor | None]:
         """Values, or the seeds of stochastic rounding in their place, or neither."""
-        if self.master_weights:
+        if slices[0].has_values:
             return as_2d(trained.values.detach() for trained in slices), None
         if not self.stochastic_rounding:
             return None, None
@@ -222,7 +223,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         state: dict[int, dict[str, Any]] = {}
         for number, trained in enumerate(self._slices()):
             own = saved["state"].get(number, {})
-            master = trained.values.detach() if self.master_weights else trained.read()
+            master = trained.values.detach() if trained.has_values else trained.read()
             state[number] = {name: trained.gather(own[name]) if name in self.moments else own[name] for name in own}
             state[number] |= {"master": trained.gather(master), "index": trained.index}
         return {**saved, "state": state, "skipped_steps": self.skipped_steps, "seed": self.seed}

@@ -98,6 +98,7 @@ class TrainableSlice:
             where FSDP2 shards the parameter (``clue_fast.sparse.fully_shard``); None where all of them.
         forward_pass: shared by all slices of a model; says which records train units of the category "forget".
         has_values: whether ``values`` hold anything, or have a shape and no storage, see ``keep_values``.
+        keeps_masters: whether an optimizer asked for values where the weights cannot hold small updates themselves.
         swapped: whether the parameter holds the original values at the moment.
         rounding_seed: of stochastic rounding, where there are no values.
     """
@@ -114,6 +115,7 @@ class TrainableSlice:
     forward_pass: ForwardPass = field(init=False, repr=False)
     shard: Shard | None = field(init=False, default=None)
     has_values: bool = field(init=False, default=True)
+    keeps_masters: bool = field(init=False, default=False)
     swapped: bool = field(init=False, default=False)
     rounding_seed: int = field(init=False, default=0)
     selected = RenamedAttribute("values")
@@ -235,14 +237,24 @@ class TrainableSlice:
             if not trains:
                 leaf.grad = None
 
-    def follow_weight(self, values: Tensor) -> None:
+    def own_master(self) -> Tensor | None:
+        """Returns a copy of the slices where the weight, in float32, is the master of its values; else None."""
+        own = self.keeps_masters and not self.has_values and self.weight.dtype == torch.float32
+        return self.read() if own else None
+
+    def follow_weight(self, values: Tensor, own_master: Tensor | None = None) -> None:
         """Goes where the weight is now.
 
         Args:
             values: as they were before it went. ``.to(bfloat16)`` casts every parameter; the values exist to keep what
                 bfloat16 would drop.
+            own_master: likewise; becomes the values of a weight that is no longer in float32.
         """
-        if self.values.dtype != torch.float32 or not self.has_values:
+        if own_master is not None and self.weight.dtype != torch.float32:
+            self.has_values = True
+            self.values.data = own_master.to(self.weight.device)
+            self.values.grad = None
+        elif self.values.dtype != torch.float32 or not self.has_values:
             self.values.data = values.to(self.weight.device)
             self.values.grad = None
         self._move_index()
@@ -257,8 +269,11 @@ class TrainableSlice:
     def keep_values(self, keep: bool) -> None:
         """Keeps values, made from the parameter, or none: then they have a shape and no storage.
 
+        A weight in float32 is the master of its own values, so that a copy of them would say nothing more.
         DistributedDataParallel cannot do without the storage, so there it stays, unused.
         """
+        self.keeps_masters = keep
+        keep = keep and self.weight.dtype != torch.float32
         if keep == self.has_values:
             return
         self.has_values = keep
@@ -266,6 +281,10 @@ class TrainableSlice:
             self.values.data = self.read().float()
         elif self.shard is not None or not distributed.is_initialized():
             self.values.data = without_storage(self.values.shape, self.values.device)
+
+    def master(self) -> Tensor:
+        """Returns what the optimizer updates, float32: the values, or where there are none a copy of the slices."""
+        return self.values.detach() if self.has_values else self.read().float()
 
     @torch.no_grad()
     def read(self) -> Tensor:

@@ -2,8 +2,10 @@
 
 The slices of the selected units (rows of gate and up, columns of down) get a float32 copy, their values: the only
 parameters that train. The forward reads the full weights, as ever; the backward fills the gradient of the values
-alone; the optimizer writes them back into the weights. When the model turns to another selection, slices that stay
-keep their values, and what no longer trains keeps its weights (``transfer_state``).
+alone; the optimizer writes them back into the weights. Weights in float32 hold their values themselves: there the
+optimizer gives up the copy, and the parameter that trains has a shape and a gradient, and no storage. When the model
+turns to another selection, slices that stay keep their values, and what no longer trains keeps its weights
+(``transfer_state``).
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ class Sparse:
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The values of all slices, float32."""
+        """The values of all slices, float32; read what they are at with ``TrainableSlice.master``."""
         return [trained.values for trained in self.slices]
 
     def restore(self) -> None:
@@ -262,8 +264,7 @@ class Sparse:
         before = [trained.read() for trained in slices]
         try:
             for trained, offset in pairs:
-                where = trained.values.detach() if trained.has_values else trained.read().float()
-                trained.write(where + offset)
+                trained.write(trained.master() + offset)
             yield self.model
         finally:
             for trained, weights in zip(slices, before, strict=True):

@@ -109,9 +109,10 @@ def _estimate(
     values = {id(trained.values) for trained in slices}
     tensors = [*(p for p in shadow.parameters() if id(p) not in values), *shadow.buffers()]
     selected = sum(trained.values.numel() for trained in slices)
+    copied = sum(trained.values.numel() for trained in slices if trained.original.dtype != torch.float32)
     constant = {
         "weights": sum(size for _, size in {(storage_of(t), t.untyped_storage().nbytes()) for t in tensors}),
-        "values": 4 * selected if master_weights else 4 * len(slices),
+        "values": 4 * copied if master_weights else 0,
         "original": sum(trained.original.nbytes for trained in slices),
         "optimizer_state": 8 * selected,
     }

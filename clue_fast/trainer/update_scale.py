@@ -45,7 +45,7 @@ def scale_update(sparse: Sparse, predicate: Callable[[], bool], steps: int = 5) 
         return 1.0
     slices = sparse.slices
     originals = [one.original.float() for one in slices]
-    trained = [one.values.detach().clone() if one.has_values else one.read().float() for one in slices]
+    trained = [one.master().clone() for one in slices]
 
     def apply(scale: float) -> None:
         for one, before, after in zip(slices, originals, trained, strict=True):

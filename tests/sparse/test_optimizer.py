@@ -13,6 +13,7 @@ from torch import Tensor
 from clue_fast.errors import SettingError, SparseError
 from clue_fast.selection import Selection
 from clue_fast.sparse import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
+from clue_fast.sparse.slices import trainable_slices
 
 DTYPES = [torch.float32, torch.bfloat16]
 STOCHASTIC = {"master_weights": False, "stochastic_rounding": True}
@@ -30,7 +31,7 @@ def steps(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 
 
 def masters(model: Any) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([part.master().flatten() for part in trainable_slices(model)])
 
 
 def plant_delicate_bits(model: Any, selection: Selection, batch: dict[str, Tensor]) -> None:
@@ -146,6 +147,29 @@ def test_sgd_equals_torch_sgd_through_a_model(momentum, make_model, make_selecti
     for one, other in ((optimizer, adamw), (adamw, optimizer)):
         with pytest.raises(SparseError, match="does not fit"):
             one.load_state_dict(other.state_dict())
+
+
+def test_float32_weights_are_their_own_masters(make_model, make_selection, make_batch):
+    """Beside 16-bit weights too, whose values exist; and a cast to 16 bits leaves the values that the weights had."""
+    model, batch = make_model(), make_batch()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.to(torch.bfloat16)
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: args[0].bfloat16())
+        layer.mlp.down_proj.register_forward_hook(lambda _, args, out: out.float())
+    sparse = sparsify(model, make_selection(model))
+    optimizer = SparseAdamW(model, lr=1e-3)
+    copied = [part for part in sparse.slices if part.name == "weight" and part.dim == 1]
+    assert copied == [part for part in sparse.slices if part.has_values]
+    assert sparse.memory_footprint()["values"] == 4 * sum(part.values.numel() for part in copied)
+    steps(model, optimizer, batch, 3)
+    own = [part for part in sparse.slices if part not in copied]
+    assert all(not torch.equal(part.master(), part.original.float()) for part in sparse.slices)
+    assert {part.values.untyped_storage().nbytes() for part in own} == {4}
+    before = [part.read() for part in own]
+    model.to(torch.bfloat16)
+    assert all(torch.equal(part.values, now) for part, now in zip(own, before, strict=True))
+    saved = optimizer.state_dict()["state"].values()
+    assert all(torch.equal(one["master"], part.values) for one, part in zip(saved, sparse.slices, strict=True))
 
 
 def test_bf16_loses_no_update(make_model, make_selection, make_batch):
@@ -293,12 +317,12 @@ def test_a_large_finite_gradient_is_no_reason_to_skip(make_model, make_selection
     sparse = sparsify(model, make_selection(model))
     optimizer = SparseAdamW(model, lr=1e-3)
     model(**make_batch()).loss.backward()
-    parameter = sparse.trainable_parameters[0]
-    parameter.grad[1] = 3e38
-    before = parameter.detach().clone()
+    part = sparse.slices[0]
+    part.values.grad[1] = 3e38
+    before = part.read()
     optimizer.step()
     assert optimizer.skipped_steps == 0
-    assert not torch.equal(parameter[0], before[0])
+    assert not torch.equal(part.read()[0], before[0])
 
 
 def test_tensors_without_gradient_are_skipped(make_model, make_selection, make_batch):
@@ -308,9 +332,9 @@ def test_tensors_without_gradient_are_skipped(make_model, make_selection, make_b
     backward(model, batch)
     frozen = sparse.trainable_parameters[0]
     frozen.grad = None
-    before = frozen.detach().clone()
+    before = sparse.slices[0].read()
     optimizer.step()
-    assert torch.equal(frozen, before)
+    assert torch.equal(sparse.slices[0].read(), before)
     assert frozen not in optimizer.state and len(optimizer.state) == 8
     fresh = SparseAdamW(model)
     fresh.load_state_dict(optimizer.state_dict())  # also with state for some tensors only

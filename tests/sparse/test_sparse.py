@@ -206,7 +206,7 @@ def test_moved_is_a_model_with_other_weights(dtype, make_model, make_selection, 
     for one, offset in zip(sparse.slices, offsets, strict=True):
         weight = other.get_parameter(one.path).data
         for place, unit in enumerate(one.index.tolist()):
-            weight.select(one.dim, unit).copy_((one.values.detach() + offset).select(one.dim, place))
+            weight.select(one.dim, unit).copy_((one.master() + offset).select(one.dim, place))
     values = [parameter.detach().clone() for parameter in sparse.trainable_parameters]
     before = {name: bits(tensor) for name, tensor in snapshot(model).items()}
     with sparse.moved(offsets) as moved:
@@ -257,13 +257,14 @@ def test_casting_keeps_the_masters(make_model, make_selection, make_batch):
     model, batch = make_model(), make_batch()
     sparse = sparsify(model, make_selection(model))
     optimizer = train(model, batch, 2)
-    masters = [p.clone() for p in sparse.trainable_parameters]
+    masters = [part.master() for part in sparse.slices]
     model.to(torch.bfloat16)
     for part, master in zip(sparse.slices, masters, strict=True):
         assert part.weight.dtype == part.original.dtype == torch.bfloat16
         assert torch.equal(part.values, master)
     model(**batch).loss.backward()
     optimizer.step()
+    assert not any(torch.equal(part.values, master) for part, master in zip(sparse.slices, masters, strict=True))
 
 
 @pytest.mark.parametrize("limited", [True, False])

@@ -68,7 +68,7 @@ def train(folder: Path, result: Path, resume: str | None) -> None:
     """Trains in a fork, and leaves the weights and masters in a file."""
     trainer = make_trainer(folder)
     trainer.train(resume_from_checkpoint=resume)
-    masters = {f"{part.path}.master": part.values.detach() for part in trainer.sparse.slices}
+    masters = {f"{part.path}.master": part.master() for part in trainer.sparse.slices}
     torch.save({**trainer.model.state_dict(), **masters}, result)
 
 

@@ -113,7 +113,7 @@ def test_is_a_function_of_the_seed(make_model, make_trainer):
         trainer = make_trainer(make_model(), settings={"seed": seed, "num_train_epochs": 2})
         torch.rand(seed + 1)
         trainer.train()
-        return torch.cat([p.detach().flatten() for p in trainer.sparse.trainable_parameters])
+        return torch.cat([part.master().flatten() for part in trainer.sparse.slices])
 
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
@@ -223,7 +223,8 @@ def test_memory_is_counted_at_the_first_step(make_trainer):
     trainer = make_trainer()
     trainer.train()
     trained = sum(p.nbytes for p in trainer.sparse.trainable_parameters)
-    assert trainer.memory["gradients"] == trainer.memory["values"] == trained
+    assert trainer.memory["gradients"] == trained
+    assert trainer.memory["values"] == 0  # the weights, in float32, hold them
     assert trainer.memory["optimizer_state"] == 2 * trained
     assert trained < 0.1 * trainer.memory["weights"]
 
