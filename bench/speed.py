@@ -29,6 +29,7 @@ ROWS: list[tuple[Any, ...]] = [
     ("gated_activation", "statistics", ["plain"], "eager"),
     ("scoring", "with scores", ["recording"], "two launches"),
     ("sparse_optimizer", "selected", ["whole", "whole with masters"]),
+    ("columns_as_rows", "transposed", ["as stored"]),
     ("sparse_linear", "selected", ["dense"]),
     ("channel_statistics", "statistics", ["copy"], "eager"),
     ("conflict_score", "conflict_score", ["eager"]),
