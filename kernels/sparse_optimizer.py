@@ -1,21 +1,26 @@
-"""One optimizer step on selected rows or columns of many weights, a launch per weight, whatever the rule.
+"""One optimizer step on selected rows or columns of many weights in a few launches, whatever the rule.
 
 The selected part is contiguous in the master values, gradients and moments and walked as one line of values, so that
 all of them are read and written 16 bytes at a time, whatever is selected. Rows of the weight are written four values at
 a time, columns one by one. The arithmetic is that of csrc/cuda, with every product rounded before it is added, as
 PyTorch rounds: what is left out adds up over the steps.
 
-Not one launch for all weights, as in csrc/cuda: Triton compiles a kernel anew for what its arguments divide by, each of
-a table by value too, and a table in memory is a copy in every step, which a captured graph would not keep.
+What a launch must know of its weights is a table in memory, copied once a step: a launch for each dtype, direction,
+alignment and size to a power of two. Where lr, step and the like are on the device a graph may be captured, which would
+not keep the table: then a launch takes one weight by its arguments. A table as an argument, as csrc/cuda has it, would
+make Triton compile anew for whatever each of its numbers divides by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +32,8 @@ BLOCK = 32768 if INTERPRETED else 1024  # the time of the interpreter is the num
 THREADS = 256
 VECTOR = 4
 LARGEST = 2**30  # values of a launch: positions are counted in 32 bits
-MASK32, MASK64 = 2**32 - 1, 2**64 - 1
+MASK64 = 2**64 - 1
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 # Stochastic rounding. clue_fast/ops/sparse_optimizer.py holds the definition.
@@ -35,12 +41,11 @@ MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 
 @triton.jit
 def key_of(seed, step):
-    """Two keys of 32 bits of one weight in one step (splitmix64: Steele, Lea & Flood 2014)."""
+    """Two keys of 32 bits of one weight in one step, in one number (splitmix64: Steele, Lea & Flood 2014)."""
     z = seed.to(tl.uint64) + step.to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
-    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
+    return z ^ (z >> 31)
 
 
 @triton.jit
@@ -114,68 +119,114 @@ def place_of(offset, index, columns, weight_stride, mask, BY_COLUMNS: tl.constex
         return tl.max_contiguous(tl.multiple_of(place, VECTOR), VECTOR)
 
 
-@triton.jit(
-    do_not_specialize=["first_position", "first_key", "second_key"],
-    do_not_specialize_on_alignment=["lr", "weight_decay", "step", "seed", "grad_scale", "found_inf"],
-)
-def sparse_optimizer_kernel(
-    value, grad, first_moment, second_moment, weight, index, size, columns, weight_stride,
-    lr, weight_decay, step, seed, grad_scale, found_inf,
-    factor, other_factor, last_factor, first_key, second_key, first_position,
-    STOCHASTIC: tl.constexpr, BY_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    ADAMW: tl.constexpr, SETTINGS: tl.constexpr, LOG_BETAS: tl.constexpr,
+@triton.jit
+def update(
+    value, grad, first_moment, second_moment, weight, index, size, columns, weight_stride, first_position,
+    factors, keys, grad_scale,
+    MASTERS: tl.constexpr, MOMENTS: tl.constexpr, STOCHASTIC: tl.constexpr, BY_COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, SETTINGS: tl.constexpr,
 ):  # fmt: skip
-    """value, grad, moments: fp32 [size]; value is None where the weight holds the values, as are moments not kept.
+    """A block of the selected part of one weight. value, grad, moments: fp32 [size].
 
-    lr, weight_decay, step, seed: one number each on the device; without lr the factors and keys are given.
+    AdamW has two moments, SGD with momentum one. Without MASTERS the weight holds the values.
     """
-    if found_inf is not None:  # noqa: SIM102, known when compiled, the next condition is not
-        if tl.load(found_inf) != 0:
-            return
-    if lr is not None:
-        rate = tl.load(lr)
-        decay = tl.load(weight_decay)
-        if ADAMW:
-            factor, other_factor, last_factor = adamw_factors(
-                rate, decay, tl.load(step), LOG_BETAS[0], LOG_BETAS[1]
-            )  # fmt: skip
-        else:
-            factor = rate.to(tl.float32)
-            other_factor = decay.to(tl.float32)
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < size
     place = place_of(offset, index, columns, weight_stride, mask, BY_COLUMNS, VECTOR)
     g = tl.load(grad + offset, mask=mask, other=0.0)
     if grad_scale is not None:
         g = g * tl.div_rn(1.0, tl.load(grad_scale))
-    if value is None:
-        x = widened(tl.load(weight + place, mask=mask, other=0.0))
-    else:
+    if MASTERS:
         x = tl.load(value + offset, mask=mask, other=0.0)
+    else:
+        x = widened(tl.load(weight + place, mask=mask, other=0.0))
     m = g
-    if first_moment is not None:
+    if MOMENTS > 0:
         m = tl.load(first_moment + offset, mask=mask, other=0.0)
-    if ADAMW:
+    if MOMENTS == 2:
         v = tl.load(second_moment + offset, mask=mask, other=0.0)
-        x, m, v = adamw(x, g, m, v, factor, other_factor, last_factor, SETTINGS[0], SETTINGS[1], SETTINGS[2])
+        x, m, v = adamw(x, g, m, v, factors[0], factors[1], factors[2], SETTINGS[0], SETTINGS[1], SETTINGS[2])
         tl.store(second_moment + offset, v, mask=mask)
     else:
-        x, m = sgd(x, g, m, factor, other_factor, SETTINGS[0])
-    if first_moment is not None:
+        x, m = sgd(x, g, m, factors[0], factors[1], SETTINGS[0])
+    if MOMENTS > 0:
         tl.store(first_moment + offset, m, mask=mask)
-    if value is not None:
+    if MASTERS:
         tl.store(value + offset, x, mask=mask)
     dtype: tl.constexpr = weight.dtype.element_ty
     if STOCHASTIC and dtype != tl.float32:
-        if lr is None:
-            first = first_key.to(tl.uint32, bitcast=True)
-            second = second_key.to(tl.uint32, bitcast=True)
-        else:
-            first, second = key_of(tl.load(seed), tl.load(step))
-        random = random_bits(first, second, offset + first_position)
+        random = random_bits(keys[0], keys[1], offset + first_position)
         tl.store(weight + place, round_stochastic(x, random, dtype), mask=mask)
     else:
         tl.store(weight + place, rounded(x, dtype), mask=mask)
+
+
+@triton.jit
+def pointer(row, FIELD: tl.constexpr, dtype: tl.constexpr, BYTES: tl.constexpr):
+    """The address in a field of a table, a multiple of some bytes."""
+    return tl.multiple_of(tl.load(row + FIELD).to(tl.pointer_type(dtype)), BYTES)
+
+
+@triton.jit
+def factor(row, FIELD: tl.constexpr):
+    """The fp32 number in the lower half of a field of a table."""
+    return tl.load(row + FIELD).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sparse_optimizer_kernel(
+    table, grad_scale, found_inf, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    MASTERS: tl.constexpr, MOMENTS: tl.constexpr, STOCHASTIC: tl.constexpr, BY_COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, SETTINGS: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """table: int64 [parts, FIELDS], a row of `Part.row` for each; ALIGNED: all are to 16 bytes, of whole vectors."""
+    if found_inf is not None:  # noqa: SIM102, known when compiled, the next condition is not
+        if tl.load(found_inf) != 0:
+            return
+    row = table + tl.program_id(1) * FIELDS
+    BYTES: tl.constexpr = 16 if ALIGNED else 4
+    size = tl.multiple_of(tl.load(row + 6).to(tl.int32), BYTES // 4)
+    if tl.program_id(0) * BLOCK >= size:
+        return
+    key = tl.load(row + 10).to(tl.uint64)
+    update(
+        pointer(row, 0, tl.float32, BYTES), pointer(row, 1, tl.float32, BYTES), pointer(row, 2, tl.float32, BYTES),
+        pointer(row, 3, tl.float32, BYTES), pointer(row, 4, DTYPE, VECTOR * DTYPE.primitive_bitwidth // 8),
+        pointer(row, 5, tl.int64, 8), size, tl.load(row + 7).to(tl.int32), tl.load(row + 8), tl.load(row + 9),
+        (factor(row, 11), factor(row, 12), factor(row, 13)), (key.to(tl.uint32), (key >> 32).to(tl.uint32)),
+        grad_scale, MASTERS, MOMENTS, STOCHASTIC, BY_COLUMNS, VECTOR, BLOCK, SETTINGS,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["first_position"],
+    do_not_specialize_on_alignment=["lr", "weight_decay", "step", "seed", "grad_scale", "found_inf"],
+)
+def sparse_optimizer_captured_kernel(
+    value, grad, first_moment, second_moment, weight, index, size, columns, weight_stride, first_position,
+    lr, weight_decay, step, seed, grad_scale, found_inf,
+    MASTERS: tl.constexpr, MOMENTS: tl.constexpr, STOCHASTIC: tl.constexpr, BY_COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, SETTINGS: tl.constexpr, LOG_BETAS: tl.constexpr,
+):  # fmt: skip
+    """The same for one weight. lr, weight_decay, step, seed: one number each, on the device."""
+    if found_inf is not None:  # noqa: SIM102, known when compiled, the next condition is not
+        if tl.load(found_inf) != 0:
+            return
+    rate = tl.load(lr)
+    decay = tl.load(weight_decay)
+    t = tl.load(step)
+    if MOMENTS == 2:
+        factors = adamw_factors(rate, decay, t, LOG_BETAS[0], LOG_BETAS[1])
+    else:
+        factors = (rate.to(tl.float32), decay.to(tl.float32))
+    key = t.to(tl.uint64)
+    if STOCHASTIC:
+        key = key_of(tl.load(seed), t)
+    update(
+        value, grad, first_moment, second_moment, weight, index, size, columns, weight_stride, first_position,
+        factors, (key.to(tl.uint32), (key >> 32).to(tl.uint32)), grad_scale,
+        MASTERS, MOMENTS, STOCHASTIC, BY_COLUMNS, VECTOR, BLOCK, SETTINGS,
+    )  # fmt: skip
 
 
 # Launch functions
@@ -198,6 +249,13 @@ class Numbers(NamedTuple):
                 f"not on {' and '.join(sorted(places))}"
             )
 
+    def of(self, i: int) -> Numbers:
+        """Those of one weight, where they are."""
+        own = slice(i, i + 1)
+        return Numbers(
+            self.lr[own], self.weight_decay[own], self.step[own], None if self.seed is None else self.seed[own]
+        )
+
 
 def on_host(numbers: Numbers) -> bool:
     """Whether they can be read without waiting for the device."""
@@ -214,14 +272,13 @@ def host_factors(
     return 1 - lr * weight_decay, lr / correction1, 1 / math.sqrt(correction2)
 
 
-def host_keys(seed: int, step: int) -> tuple[int, int]:
-    """As `key_of`, in signed numbers of 32 bits."""
+def host_key(seed: int, step: int) -> int:
+    """As `key_of`, in a signed number of 64 bits."""
     z = (seed + step * 0x9E3779B97F4A7C15) & MASK64
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & MASK64
     z ^= z >> 31
-    first, second = ((half ^ 2**31) - 2**31 for half in (z & MASK32, z >> 32))
-    return first, second
+    return (z ^ 2**63) - 2**63
 
 
 @dataclass(frozen=True)
@@ -235,19 +292,39 @@ class Part:
     by_columns: bool
     first_position: int
 
-    def launch(self, *arguments: Any) -> None:
-        """One launch; the arguments are those of the kernel from `lr` on, without what is known here."""
-        *scalars, stochastic, adamw, settings, log_betas = arguments
-        rows, columns = self.selected[1].shape  # type: ignore[union-attr]
-        stride = self.weight.shape[1]
-        row_bytes = (self.weight.data_ptr(), stride * self.weight.element_size())
-        whole = columns % VECTOR == 0 and all(x % (VECTOR * self.weight.element_size()) == 0 for x in row_bytes)
-        vector = VECTOR if whole and not self.by_columns else 1
-        sparse_optimizer_kernel[(triton.cdiv(rows * columns, BLOCK),)](
-            *self.selected, self.weight, self.index, rows * columns, columns, stride, *scalars, self.first_position,
-            stochastic, self.by_columns, vector, BLOCK, adamw, settings, log_betas,
-            **options(THREADS) | {"enable_fp_fusion": False},
-        )  # fmt: skip
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Of the selected tensors, or 0; of the weight and the index."""
+        return [0 if tensor is None else tensor.data_ptr() for tensor in (*self.selected, self.weight, self.index)]
+
+    @cached_property
+    def geometry(self) -> tuple[int, int, int, int]:
+        """Size, columns, stride of the weight, first position."""
+        grad = self.selected[1]
+        assert grad is not None
+        return grad.numel(), grad.shape[1], self.weight.shape[1], self.first_position
+
+    @property
+    def blocks(self) -> int:
+        """Programs that it takes."""
+        return -(-self.geometry[0] // BLOCK)
+
+    @property
+    def vector(self) -> int:
+        """Neighbors that lie side by side in the weight too, from a multiple of their size on."""
+        _, columns, stride, _ = self.geometry
+        if self.by_columns or columns % VECTOR or stride % VECTOR:
+            return 1
+        return 1 if self.addresses[4] % (VECTOR * self.weight.element_size()) else VECTOR
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every four values of the selected part are 16 bytes at a multiple of 16."""
+        return self.geometry[0] % 4 == 0 and not any(address % 16 for address in self.addresses[:4])
+
+    def row(self, key: int, factors: tuple[float, ...]) -> list[int]:
+        """Of a table: addresses, geometry, key and factors, the latter by their bits."""
+        return [*self.addresses, *self.geometry, key, *struct.unpack("<3i", struct.pack("<3f", *factors))]
 
 
 def parts_of(selected: list[Tensor | None], weight: Tensor, index: Tensor, by_columns: bool) -> Iterator[Part]:
@@ -268,8 +345,54 @@ def parts_of(selected: list[Tensor | None], weight: Tensor, index: Tensor, by_co
         yield Part(own, *where, by_columns, position)
 
 
+class Step(NamedTuple):
+    """What is the same for all weights, as the kernels take it."""
+
+    masters: bool
+    moments: int
+    stochastic: bool
+    settings: tuple[float, ...]
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler: products are rounded before they are added."""
+        return options(THREADS) | {"enable_fp_fusion": False}
+
+    def launch_all(self, parts: Iterable[tuple[int, Part]], numbers: Numbers, device: torch.device) -> None:
+        """All parts, with numbers on the host, which come with the numbers of their weights."""
+        lr, decay, step = numbers.lr.tolist(), numbers.weight_decay.tolist(), numbers.step.tolist()
+        keys = [0] * len(step) if numbers.seed is None else [*map(host_key, numbers.seed.tolist(), step)]
+        groups: dict[tuple[Any, ...], list[tuple[int, list[int]]]] = {}
+        for i, part in parts:
+            factors = host_factors(self.moments == 2, self.settings, lr[i], decay[i], step[i])
+            kind = part.weight.dtype, part.aligned, part.by_columns, part.vector, (part.blocks - 1).bit_length()
+            groups.setdefault(kind, []).append((part.blocks, part.row(keys[i], factors)))
+        if not groups:
+            return
+        table = torch.tensor([row for group in groups.values() for _, row in group])
+        if device.type != "cpu":  # from pinned memory the copy waits for nothing
+            table = table.pin_memory().to(device, non_blocking=True)
+        for (dtype, aligned, by_columns, vector, _), group in groups.items():
+            sparse_optimizer_kernel[(max(blocks for blocks, _ in group), len(group))](
+                table, self.grad_scale, self.found_inf, DTYPES[dtype], aligned,
+                self.masters, self.moments, self.stochastic, by_columns, vector, BLOCK, self.settings, table.shape[1],
+                **self.options,
+            )  # fmt: skip
+            table = table[len(group) :]
+
+    def launch_one(self, part: Part, numbers: Numbers) -> None:
+        """One part, with the numbers of its weight on the device."""
+        log_betas = tuple(math.log(beta) if beta else -math.inf for beta in self.settings[:2])
+        sparse_optimizer_captured_kernel[(part.blocks,)](
+            *part.selected, part.weight, part.index, *part.geometry, *numbers, self.grad_scale, self.found_inf,
+            self.masters, self.moments, self.stochastic, part.by_columns, part.vector, BLOCK, self.settings, log_betas,
+            **self.options,
+        )  # fmt: skip
+
+
 def _step(
-    adamw: bool,
     settings: tuple[float, ...],
     selected: Sequence[Sequence[Tensor]],
     weights: Sequence[Tensor],
@@ -284,22 +407,22 @@ def _step(
 ) -> None:
     numbers = Numbers(lr, weight_decay, step, seed)
     numbers.check()
-    host = [[] if number is None else number.tolist() for number in numbers] if on_host(numbers) else []
-    log_betas = tuple(math.log(beta) if beta else -math.inf for beta in settings[:2]) if adamw else None
+    masters, moments = bool(selected[0]), sum(map(bool, selected[2:]))
+    common = Step(masters, moments, seed is not None, settings, grad_scale, found_inf)
+    indices = [index.contiguous() for index in indices]  # kept here until the launch: a table does not
+
+    def parts() -> Iterator[tuple[int, Part]]:
+        for i, (weight, index, dim) in enumerate(zip(weights, indices, dims, strict=True)):
+            own = [tensors[i] if tensors else None for tensors in selected]
+            for part in parts_of(own, weight, index, dim == 1):
+                yield i, part
+
     with on_device(weights[0]):
-        for i, (weight, index) in enumerate(zip(weights, indices, strict=True)):
-            if not host:
-                own = [None if number is None else number[i : i + 1] for number in numbers]
-                factors, keys = (0.0, 0.0, 0.0), (0, 0)
-            else:
-                own = [None] * 4
-                factors = host_factors(adamw, settings, *(number[i] for number in host[:3]))
-                keys = (0, 0) if seed is None else host_keys(host[3][i], host[2][i])
-            given = [tensors[i] if tensors else None for tensors in selected]
-            for part in parts_of(given, weight, index.contiguous(), dims[i] == 1):
-                part.launch(
-                    *own, grad_scale, found_inf, *factors, *keys, seed is not None, adamw, settings, log_betas
-                )  # fmt: skip
+        if on_host(numbers):
+            common.launch_all(parts(), numbers, weights[0].device)
+            return
+        for i, part in parts():
+            common.launch_one(part, numbers.of(i))
 
 
 def sparse_adamw(
@@ -324,7 +447,7 @@ def sparse_adamw(
     """
     *numbers, beta1, beta2, eps = others
     selected = values, grads, exp_avgs, exp_avg_sqs
-    _step(True, (beta1, beta2, eps), selected, weights, indices, dims, *numbers)
+    _step((beta1, beta2, eps), selected, weights, indices, dims, *numbers)
 
 
 def sparse_sgd(
@@ -338,4 +461,4 @@ def sparse_sgd(
 ) -> None:
     """One step of stochastic gradient descent; as sparse_adamw, with momenta (or an empty list) and a momentum."""
     *numbers, momentum = others
-    _step(False, (momentum,), (values, grads, momenta, []), weights, indices, dims, *numbers)
+    _step((momentum,), (values, grads, momenta if momentum else [], []), weights, indices, dims, *numbers)

@@ -29,6 +29,7 @@ KERNELS = {
     "sparse_linear_bwd_kernel",
     "sparse_linear_fold_kernel",
     "sparse_optimizer_kernel",
+    "sparse_optimizer_captured_kernel",
 }
 
 

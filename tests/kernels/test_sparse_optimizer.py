@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -42,20 +43,20 @@ def seed() -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of values of every launch."""
-    seen: list[int] = []
-    original = kernels.sparse_optimizer_kernel
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The grid of every launch: programs of a part, and parts where it takes several."""
+    seen: list[tuple[int, ...]] = []
 
     class Counted:
-        def __getitem__(self, grid: tuple[int]):
-            def launch(*given: object, **options: object) -> None:
-                seen.append(given[6])
-                original[grid](*given, **options)
+        def __init__(self, name: str) -> None:
+            self.kernel = getattr(kernels, name)
 
-            return launch
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            seen.append(grid)
+            return self.kernel[grid]
 
-    monkeypatch.setattr(kernels, "sparse_optimizer_kernel", Counted())
+    for name in ("sparse_optimizer_kernel", "sparse_optimizer_captured_kernel"):
+        monkeypatch.setattr(kernels, name, Counted(name))
     return seen
 
 
@@ -114,25 +115,62 @@ def test_numbers_in_two_places_are_refused() -> None:
 
 
 @MASTERS
-def test_one_launch_a_weight(launches: list[int], masters: bool) -> None:
-    """And none for a part that is empty."""
-    mine = [*made(), layer((5, 7), 1, 0, torch.bfloat16)]
+def test_one_launch_for_all_weights_of_a_kind(launches: list[tuple[int, ...]], masters: bool) -> None:
+    """Layers of a model: all rows in one, all columns in another, and none for a part that is empty."""
+    rows = [layer((9, 64), 0, 3, torch.bfloat16) for _ in range(7)]
+    columns = [layer((32, 9), 1, 5, torch.bfloat16) for _ in range(3)]
+    mine = [*rows[:4], *columns, layer((5, 7), 1, 0, torch.bfloat16), *rows[4:]]
+    apart = copy.deepcopy(mine)
     update(mine, masters, 0)
-    assert launches == [one.value.numel() for one in mine[:-1]]
+    assert launches == [(1, 7), (1, 3)]
+    grads = gradients(apart, 0)
+    for i, (one, grad) in enumerate(zip(apart, grads, strict=True)):
+        if masters:
+            step([one], "triton", grads=[grad])
+        else:
+            stochastic_step([one], "triton", [grad], seed=i - 7)
+    assert_same(mine, apart)
 
 
 @MASTERS
+def test_parts_of_very_different_sizes_do_not_wait_in_one_launch(
+    monkeypatch: pytest.MonkeyPatch, launches: list[tuple[int, ...]], masters: bool
+) -> None:
+    """Programs are as many as the largest part of a launch takes, at most twice those of the smallest."""
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    mine = [layer((3 * rows, 64), 0, rows, torch.bfloat16) for rows in (1, 2, 3, 4, 9, 16)]
+    whole = copy.deepcopy(mine)
+    update(mine, masters, 0)
+    assert launches == [(1, 1), (2, 1), (4, 2), (16, 2)]
+    monkeypatch.setattr(kernels, "BLOCK", 2048)
+    update(whole, masters, 0)
+    assert_same(mine, whole)
+
+
+@MASTERS
+def test_one_launch_a_weight_with_numbers_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, launches: list[tuple[int, ...]], masters: bool
+) -> None:
+    monkeypatch.setattr(kernels, "on_host", lambda numbers: False)
+    mine = [*made(), layer((5, 7), 1, 0, torch.bfloat16)]
+    update(mine, masters, 0)
+    assert launches == [(1,)] * (len(mine) - 1)
+
+
+@MASTERS
+@pytest.mark.parametrize("on_host", [True, False])
 def test_parts_that_are_larger_than_a_launch(
-    monkeypatch: pytest.MonkeyPatch, launches: list[int], masters: bool
+    monkeypatch: pytest.MonkeyPatch, launches: list[tuple[int, ...]], masters: bool, on_host: bool
 ) -> None:
     """In pieces of rows, with the same bits: random numbers are counted from the first value of the whole part."""
+    monkeypatch.setattr(kernels, "on_host", lambda numbers: on_host)
     whole = made()
     pieces = copy.deepcopy(whole)
     update(whole, masters, 0)
     del launches[:]
     monkeypatch.setattr(kernels, "LARGEST", 10)
     update(pieces, masters, 0)
-    assert len(launches) > 2 * len(pieces) and sum(launches) == sum(one.value.numel() for one in pieces)
+    assert sum(grid[1] if on_host else 1 for grid in launches) > 2 * len(pieces)
     assert_same(whole, pieces)
 
 
@@ -156,9 +194,8 @@ def test_keys_of_the_host_are_splitmix64(seed: int) -> None:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
         z ^= z >> 31
-        first, second = kernels.host_keys(seed, t)
-        assert (first % 2**32, second % 2**32) == (z % 2**32, z // 2**32)
-        assert all(-(2**31) <= key < 2**31 for key in (first, second))
+        key = kernels.host_key(seed, t)
+        assert key % 2**64 == z and -(2**63) <= key < 2**63
 
 
 @pytest.mark.parametrize("on_host", [True, False])
