@@ -272,13 +272,18 @@ def host_factors(
     return 1 - lr * weight_decay, lr / correction1, 1 / math.sqrt(correction2)
 
 
+def signed(number: int) -> int:
+    """64 bits as int64 has them: keys, and addresses on Intel's GPUs, may have the highest one."""
+    return (number ^ 2**63) - 2**63
+
+
 def host_key(seed: int, step: int) -> int:
     """As `key_of`, in a signed number of 64 bits."""
     z = (seed + step * 0x9E3779B97F4A7C15) & MASK64
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & MASK64
     z ^= z >> 31
-    return (z ^ 2**63) - 2**63
+    return signed(z)
 
 
 @dataclass(frozen=True)
@@ -324,7 +329,7 @@ class Part:
 
     def row(self, key: int, factors: tuple[float, ...]) -> list[int]:
         """Of a table: addresses, geometry, key and factors, the latter by their bits."""
-        return [*self.addresses, *self.geometry, key, *struct.unpack("<3i", struct.pack("<3f", *factors))]
+        return [*map(signed, self.addresses), *self.geometry, key, *struct.unpack("<3i", struct.pack("<3f", *factors))]
 
 
 def parts_of(selected: list[Tensor | None], weight: Tensor, index: Tensor, by_columns: bool) -> Iterator[Part]:

@@ -198,6 +198,13 @@ def test_keys_of_the_host_are_splitmix64(seed: int) -> None:
         assert key % 2**64 == z and -(2**63) <= key < 2**63
 
 
+def test_an_address_with_the_highest_bit_fits_the_table() -> None:
+    """As those of Intel's GPUs have it."""
+    row = [kernels.signed(address) for address in (0, 2**63 - 1, 2**63, 0xFF00_0000_1234_5670)]
+    table = torch.tensor(row)
+    assert [number % 2**64 for number in table.tolist()] == [0, 2**63 - 1, 2**63, 0xFF00_0000_1234_5670]
+
+
 @pytest.mark.parametrize("on_host", [True, False])
 def test_betas_of_zero(monkeypatch: pytest.MonkeyPatch, on_host: bool) -> None:
     """No moment is kept: each step moves by the sign of the gradient, as RPROP does (eps is small here)."""
