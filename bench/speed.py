@@ -27,6 +27,7 @@ ROWS: list[tuple[Any, ...]] = [
     ("forward", "with scores", ["stock", "recording"]),
     ("localize", "localize", ["plain loop"], "loop with hooks"),
     ("gated_activation", "statistics", ["plain"], "eager"),
+    ("gated_activation", "moments", ["plain"]),
     ("scoring", "with scores", ["recording"], "two launches"),
     ("sparse_optimizer", "selected", ["whole", "whole with masters"]),
     ("columns_as_rows", "transposed", ["as stored"]),

@@ -263,7 +263,7 @@ def write_plots(
 ) -> list[Path]:
     """Draws the plots of a run and returns their files.
 
-    Selected units by layer; mean magnitude on forget against retain data, a point a unit (where statistics were
+    Selected units by layer; how a unit acts on forget against retain data, a point a unit (where statistics were
     recorded); losses and recall over the training steps.
     """
     plots = {"selection.png": _figure(_draw_layers, selection), "training.png": _training_figure(history)}
@@ -291,12 +291,15 @@ def _draw_layers(axes: Axes, selection: Selection) -> None:
     )
 
 
+_DRAWN = {"abs_mean": "mean |activation|", "mean": "mean activation", "abs_attribution": "mean |a · slope|"}
+
+
 def _draw_scores(axes: Axes, selection: Selection, statistics: Statistics) -> None:
     forget, retain, chosen = [], [], []
+    drawn = next(n for n in _DRAWN if not any(n in statistics.left_out(group) for group in DEFAULT_GROUPS))
     for site in selection.sites:
-        on_forget, on_retain = (statistics.of(site, group) for group in DEFAULT_GROUPS)
-        forget += on_forget.abs_mean.tolist()
-        retain += on_retain.abs_mean.tolist()
+        on_forget, on_retain = (getattr(statistics.of(site, group), drawn).tolist() for group in DEFAULT_GROUPS)
+        forget, retain = forget + on_forget, retain + on_retain
         chosen += (selection.categories[site] != 0).tolist()
     for label, wanted, color, size in (
         ("other", False, "#b8c4cc", 4),
@@ -306,9 +309,9 @@ def _draw_scores(axes: Axes, selection: Selection, statistics: Statistics) -> No
         if points:
             x, y = zip(*points, strict=True)
             axes.scatter(x, y, s=size, color=color, label=f"{label} ({len(points)})", linewidths=0)
-    high = max([*forget, *retain, 1e-6])
-    axes.plot([0, high], [0, high], color="#55606a", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="mean |activation| on retain", ylabel="mean |activation| on forget", title="Units")
+    ends = min([*forget, *retain, 0.0]), max([*forget, *retain, 1e-6])
+    axes.plot(ends, ends, color="#55606a", linewidth=0.8, linestyle="--")
+    axes.set(xlabel=f"{_DRAWN[drawn]} on retain", ylabel=f"{_DRAWN[drawn]} on forget", title="Units")
     axes.legend(frameon=False)
 
 

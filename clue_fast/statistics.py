@@ -6,7 +6,7 @@ All sites share one tensor, so that scoring a whole model is one call, and mergi
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clue_fast.errors import FileFormatError, NonFiniteError, PatchError, SelectionError
 from clue_fast.files import load_tensors, save_tensors
-from clue_fast.ops import CLOSED_FORMS, FIELDS, GRADIENT_FIELDS, conflict_score
+from clue_fast.ops import CLOSED_FORMS, FIELDS, GRADIENT_FIELDS, STATISTICS, conflict_score
 from clue_fast.sites import Site
 
 DEFAULT_GROUPS = ("forget", "retain")
@@ -28,6 +28,8 @@ _MAXIMUM = FIELDS.index("magnitude_max")
 class UnitStatistics:
     """What the units of one site did on the tokens of one group.
 
+    Reading what was left out of the recording raises PatchError, which names it.
+
     Attributes:
         count: number of tokens.
         mean, variance: of the activation, [width] float64; the variance is that of the population.
@@ -35,6 +37,7 @@ class UnitStatistics:
         active_fraction: share of the tokens where it is above zero, [width] float64.
         attribution, abs_attribution, square_attribution: means of a·∂L/∂a, of its magnitude and of its square,
             [width] float64, or None where no gradients were recorded.
+        left_out: names of those that were not recorded of all tokens, see ``Patched.record``.
     """
 
     count: int
@@ -46,6 +49,23 @@ class UnitStatistics:
     attribution: Tensor | None = None
     abs_attribution: Tensor | None = None
     square_attribution: Tensor | None = None
+    left_out: frozenset[str] = frozenset()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in STATISTICS and name in object.__getattribute__(self, "left_out"):
+            raise PatchError(_not_recorded(name))
+        return object.__getattribute__(self, name)
+
+    def __repr__(self) -> str:
+        recorded = [name for name in STATISTICS if name not in self.left_out and getattr(self, name) is not None]
+        return f"UnitStatistics(count={self.count}, {', '.join(recorded)})"
+
+
+def _not_recorded(*names: str) -> str:
+    return (
+        f"a recording left out {', '.join(names)}; reset the statistics and record with statistics={names}, or without "
+        "statistics= and score="
+    )
 
 
 @dataclass
@@ -107,6 +127,10 @@ class Statistics:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.live: LiveScores | None = None
         self._numbers = {site: number for number, site in enumerate(self.sites)}
+        # Of each group, the sums that do not have all of its tokens; and those that are left out since the tokens were
+        # counted as the second says.
+        self._incomplete: dict[str, frozenset[str]] = {}
+        self._leaving_out: tuple[frozenset[str], Tensor] = frozenset(), self.count
 
     def group_index(self, name: str) -> int:
         """Returns the int8 that marks tokens of a group (1 for the first), adding the group if it is new."""
@@ -121,6 +145,37 @@ class Statistics:
             if self.gradient_values is not None:
                 self.gradient_values = _with_row(self.gradient_values)
         return self.groups.index(name) + 1
+
+    def leave_out(self, fields: frozenset[str] = frozenset()) -> None:
+        """Remembers that from now on some sums are not added to, with those that were until now.
+
+        Args:
+            fields: of ``ops.FIELDS`` and ``ops.GRADIENT_FIELDS``.
+        """
+        self._incomplete = {name: self.incomplete(name) for name in self.groups}
+        self._leaving_out = fields, self.count.clone() if fields else self.count
+
+    def incomplete(self, group: str) -> frozenset[str]:
+        """Returns the sums of a group that lack some of its tokens."""
+        fields, before = self._leaving_out
+        found = self._incomplete.get(group, frozenset())
+        if not fields:
+            return found
+        row = self.groups.index(group)
+        counted = self.count[row] if row >= len(before) else self.count[row] != before[row]
+        return found | fields if bool(counted.any()) else found
+
+    def left_out(self, group: str) -> frozenset[str]:
+        """Returns the names of the statistics of a group that lack some of its tokens."""
+        incomplete = self.incomplete(group)
+        return frozenset(name for name, fields in STATISTICS.items() if incomplete.intersection(fields))
+
+    def require(self, group: str, fields: Iterable[str]) -> None:
+        """Raises PatchError, naming what is missing, unless sums of a group have all of its tokens."""
+        lacking = self.incomplete(group).intersection(fields)
+        if lacking:
+            names = (name for name, made_of in STATISTICS.items() if lacking.intersection(made_of))
+            raise PatchError(f"of group {group!r}, {_not_recorded(*names)}")
 
     def allocate_gradients(self) -> None:
         """Makes room for the statistics of a·∂L/∂a."""
@@ -183,6 +238,8 @@ class Statistics:
         return live.values.clone()
 
     def _score(self, criterion: str, backend: str | None) -> Tensor:
+        for name in self.groups[:2]:
+            self.require(name, CLOSED_FORMS[criterion].fields)
         gradients = self.gradient_values if CLOSED_FORMS[criterion].gradients else None
         offsets = self.offsets.to(self.values.device)
         return conflict_score(
@@ -247,6 +304,7 @@ class Statistics:
             abs_mean=magnitude / count,
             max_abs=maximum.clone(),
             active_fraction=active / count,
+            left_out=self.left_out(group),
             **gradients,
         )
 
@@ -280,6 +338,8 @@ class Statistics:
         self.mark_stale()
         for tensor in (*self.tensors(), self.skipped):
             tensor.zero_()
+        fields, _ = self._leaving_out
+        self._incomplete, self._leaving_out = {}, (fields, self.count.clone() if fields else self.count)
 
     def empty(self, device: torch.device | None = None) -> Statistics:
         """Returns statistics of the same sites and groups in which nothing is recorded, here or on another device."""
@@ -308,6 +368,11 @@ class Statistics:
         found.record_sums = {name: put_together(sums) for name, sums in self.record_sums.items()}
         if self.gradient_values is not None:
             found.gradient_values = put_together(self.gradient_values)
+        incomplete = [self.incomplete(name) for name in self.groups]
+        found._incomplete = {
+            name: frozenset().union(*(incomplete[int(row)] for row in own))
+            for name, own in zip(found.groups, rows, strict=True)
+        }
         return found
 
     def merge(self, other: Statistics) -> Statistics:
@@ -341,6 +406,8 @@ class Statistics:
             maximum = torch.maximum(self.values[row, _MAXIMUM], values[_MAXIMUM])
             self.values[row] += values
             self.values[row, _MAXIMUM] = maximum
+        for name in other.groups:
+            self._incomplete[name] = self._incomplete.get(name, frozenset()) | other.incomplete(name)
         self.count[rows] += other.count.to(self.count)
         self.nonfinite[rows] += other.nonfinite.to(self.count)
         self.skipped += other.skipped.to(self.count)
@@ -363,12 +430,15 @@ class Statistics:
         """
         mine = {"fingerprint": self.fingerprint, "groups": self.groups, "sites": len(self.sites)}
         mine |= {"gradients": self.gradient_values is not None, "record_sums": sorted(self.record_sums)}
+        mine |= {"incomplete": {name: self.incomplete(name) for name in self.groups}}
         ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(ranks, mine, group=group)
+        incomplete = [theirs.pop("incomplete") for theirs in ranks]
         for rank, theirs in enumerate(ranks):
             if theirs != ranks[0]:
                 raise SelectionError(f"rank 0 holds statistics of {ranks[0]}, rank {rank} of {theirs}; record the same")
         self.mark_stale()
+        self._incomplete = {name: frozenset().union(*(theirs[name] for theirs in incomplete)) for name in self.groups}
         for tensor in (*self.tensors(), self.skipped):
             # Row by row, so that no rank needs room for all the others at once.
             for row in tensor if tensor.dim() else [tensor]:
@@ -388,6 +458,7 @@ class Statistics:
             "sites": [site.as_dict() for site in self.sites],
             "groups": self.groups,
             "fingerprint": self.fingerprint,
+            "incomplete": {name: sorted(self.incomplete(name)) for name in self.groups},
         }
         save_tensors(path, "statistics", tensors, header)
 
@@ -409,6 +480,8 @@ class Statistics:
                 if tensors[name].shape != getattr(statistics, name).shape:
                     raise FileFormatError(f"{path} has {name} of another shape than its header says; make it again")
                 setattr(statistics, name, tensors[name])
+            incomplete = header.get("incomplete", {})
+            statistics._incomplete = {name: frozenset(fields) for name, fields in incomplete.items()}
             prefix = "record_sums."
             statistics.record_sums = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         except (KeyError, TypeError) as error:

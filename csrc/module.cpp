@@ -10,7 +10,7 @@ namespace py = pybind11;
 
 static py::dict build_info() {
   py::dict info;
-  info["interface"] = 2;  // what INTERFACE of clue_fast/ops/backend.py asks for: raise both when arguments change
+  info["interface"] = 3;  // what INTERFACE of clue_fast/ops/backend.py asks for: raise both when arguments change
   info["torch"] = CLUE_FAST_TORCH;
   info["compiler"] = __VERSION__;
 #ifdef CLUE_FAST_CUDA

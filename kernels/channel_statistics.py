@@ -27,6 +27,14 @@ from .launch import INTERPRETED, on_device, options
 FIELDS = 5  # sum, square_sum, magnitude_sum, magnitude_max, active_count
 GRADIENT_FIELDS = 3  # product_sum, product_magnitude_sum, product_square_sum
 MAXIMUM = 3  # the one field that is a maximum
+SUMMED = {
+    (FIELDS, "all"): slice(0, 5),
+    (FIELDS, "moments"): slice(0, 2),
+    (FIELDS, "magnitude"): slice(2, 3),
+    (GRADIENT_FIELDS, "all"): slice(0, 3),
+    (GRADIENT_FIELDS, "magnitude"): slice(1, 2),
+}
+"""Which fields a set of sums is, by the number of all."""
 _MAXIMUM: tl.constexpr = tl.constexpr(MAXIMUM)
 
 CHANNELS = 128  # a program's channels: 16-byte loads for 16 lanes in half precision, for 32 lanes in fp32
@@ -45,7 +53,11 @@ FOLD_CHANNELS = 128 if INTERPRETED else 32
 def no_sums(FIELDS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, dtype: tl.constexpr = tl.float32):
     """Sums of no token: a tuple of FIELDS zeros [ROWS, CHANNELS], fp32, or fp64 of fp64 values."""
     zero = tl.zeros((ROWS, CHANNELS), dtype)
-    if FIELDS == 3:
+    if FIELDS == 1:  # noqa: SIM116, the kernel knows no dictionaries
+        return (zero,)
+    elif FIELDS == 2:
+        return zero, zero
+    elif FIELDS == 3:
         return zero, zero, zero
     else:
         return zero, zero, zero, zero, zero
@@ -67,6 +79,19 @@ def add_activations(sums, a, member):
         tl.maximum(sums[3], tl.max(magnitude, 0)),
         sums[4] + tl.sum((a > 0).to(tl.float32), 0),
     )
+
+
+@triton.jit
+def add_moments(sums, a, member):
+    """The same of the sum and the sum of squares alone."""
+    a = tl.where(member, a, 0.0)
+    return sums[0] + tl.sum(a, 0), sums[1] + tl.sum(a * a, 0)
+
+
+@triton.jit
+def add_magnitudes(sums, a, member):
+    """The same of the sum of magnitudes alone."""
+    return (sums[0] + tl.sum(tl.abs(tl.where(member, a, 0.0)), 0),)
 
 
 @triton.jit
@@ -207,7 +232,11 @@ def add_partial(
     mask = ((low <= group) & (group <= high))[:, None] & (channel < channels)[None, :]
     row = partial + ((run.to(tl.int64) * GROUPS + group - 1) * FIELDS * channels)[:, None] + channel[None, :]
     sum0 = totals[0] + tl.sum(tl.load(row, mask=mask, other=0.0).to(tl.float64), 0)
+    if FIELDS == 1:
+        return (sum0,)
     sum1 = totals[1] + tl.sum(tl.load(row + channels, mask=mask, other=0.0).to(tl.float64), 0)
+    if FIELDS == 2:
+        return sum0, sum1
     sum2 = totals[2] + tl.sum(tl.load(row + 2 * channels, mask=mask, other=0.0).to(tl.float64), 0)
     if FIELDS == 3:
         return sum0, sum1, sum2
@@ -232,7 +261,14 @@ def channel_statistics_fold_kernel(
     row = statistics + channel
     for group in range(1, GROUPS + 1):
         zero = tl.zeros((CHANNELS,), tl.float64)
-        totals = (zero, zero, zero) if FIELDS == 3 else (zero, zero, zero, zero, zero)
+        if FIELDS == 1:
+            totals = (zero,)
+        elif FIELDS == 2:
+            totals = (zero, zero)
+        elif FIELDS == 3:
+            totals = (zero, zero, zero)
+        else:
+            totals = (zero, zero, zero, zero, zero)
         for start in range(0, runs, RUNS):
             totals = add_partial(
                 totals, partial, bounds, group, start, runs, channel, channels, GROUPS, FIELDS, RUNS
@@ -283,6 +319,7 @@ class Reduction:
     Args:
         group: int8 [tokens].
         statistics: float64 [groups, fields, channels], last stride 1, updated by `fold`.
+        sums: "all", or fields of them that are summed alone, "moments" or "magnitude"; the others stay as they are.
         criterion: "", or one of conflict_score, of which `fold` then writes the scores.
         count: int64 [groups, 1], tokens counted.
         source: accumulators that the criterion reads, if others than statistics.
@@ -299,14 +336,15 @@ class Reduction:
         source: torch.Tensor | None = None,
         scores: torch.Tensor | None = None,
         *,
+        sums: str = "all",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.statistics, self.criterion = statistics, criterion
+        self.statistics, self.criterion = statistics[:, SUMMED[statistics.shape[1], sums]], criterion
         read = statistics if source is None else source
         first = read[0, READS[criterion][0]] if criterion else None
         stride = 0 if count is None else count.stride(0)
         self.scoring = count, stride, first, read.stride(0), read.stride(1), scores
-        self.groups, self.fields, self.channels = statistics.shape
+        self.groups, self.fields, self.channels = self.statistics.shape
         self.run_length = run_length(group.shape[0], self.channels)
         self.runs = triton.cdiv(group.shape[0], self.run_length)
         shape = (self.runs, self.groups, self.fields, self.channels)

@@ -20,6 +20,8 @@ from .channel_statistics import (
     THREADS,
     Reduction,
     add_activations,
+    add_magnitudes,
+    add_moments,
     add_products,
     group_bounds,
     load_tile,
@@ -108,15 +110,26 @@ def gated_activation_fwd_kernel(
 
 
 @triton.jit
+def add_fields(sums, a, member, FIELDS: tl.constexpr):
+    """Adds the tokens of one group to the sums of all 5 fields, of the 2 moments or of the magnitude."""
+    if FIELDS == 5:
+        return add_activations(sums, a, member)
+    elif FIELDS == 2:
+        return add_moments(sums, a, member)
+    else:
+        return add_magnitudes(sums, a, member)
+
+
+@triton.jit
 def gated_activation_fwd_pass(
     gate, up, out, gate_stride, up_stride, out_stride, group, partial,
     run, first, low, start, stop, channel, channels,
-    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, SETS: tl.constexpr,
+    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, FIELDS: tl.constexpr, SETS: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One walk over the tokens of a run: sums the groups first .. first + SETS - 1, writes h if first == low."""
-    one = no_sums(5, ROWS, CHANNELS)
-    two = no_sums(5, ROWS, CHANNELS)
+    one = no_sums(FIELDS, ROWS, CHANNELS)
+    two = no_sums(FIELDS, ROWS, CHANNELS)
     written = tl.where(first == low, stop, start)
     for at in range(start, stop, DEPTH * ROWS):
         token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
@@ -126,18 +139,18 @@ def gated_activation_fwd_pass(
         h = rounded(activate(g, ACTIVATION) * u, out.dtype.element_ty)
         store_tile(out, out_stride, token, column, mask & (token < written), h)
         a = widened(h)
-        one = add_activations(one, a, member == first)
+        one = add_fields(one, a, member == first, FIELDS)
         if SETS == 2:
-            two = add_activations(two, a, member == first + 1)
-    store_sums(one, partial, run, first, channel, channels, GROUPS, 5)
+            two = add_fields(two, a, member == first + 1, FIELDS)
+    store_sums(one, partial, run, first, channel, channels, GROUPS, FIELDS)
     if SETS == 2:
-        store_sums(two, partial, run, first + 1, channel, channels, GROUPS, 5)
+        store_sums(two, partial, run, first + 1, channel, channels, GROUPS, FIELDS)
 
 
 @triton.jit
 def gated_activation_record_fwd_kernel(
     gate, up, out, gate_stride, up_stride, out_stride, group, partial, bounds, tokens, channels,
-    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr,
+    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUN: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, LANE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Values of h for a run of RUN tokens and CHANNELS channels, and the first stage of its statistics."""
@@ -153,19 +166,19 @@ def gated_activation_record_fwd_kernel(
             gated_activation_fwd_pass(
                 gate, up, out, gate_stride, up_stride, out_stride, group, partial,
                 run, first, low, start, stop, channel, channels,
-                ACTIVATION, GROUPS, 1, DEPTH, ROWS, CHANNELS,
+                ACTIVATION, GROUPS, FIELDS, 1, DEPTH, ROWS, CHANNELS,
             )  # fmt: skip
         elif first >= high:
             gated_activation_fwd_pass(
                 gate, up, out, gate_stride, up_stride, out_stride, group, partial,
                 run, first, low, start, stop, channel, channels,
-                ACTIVATION, GROUPS, 1, DEPTH, ROWS, CHANNELS,
+                ACTIVATION, GROUPS, FIELDS, 1, DEPTH, ROWS, CHANNELS,
             )  # fmt: skip
         else:
             gated_activation_fwd_pass(
                 gate, up, out, gate_stride, up_stride, out_stride, group, partial,
                 run, first, low, start, stop, channel, channels,
-                ACTIVATION, GROUPS, 2, DEPTH, ROWS, CHANNELS,
+                ACTIVATION, GROUPS, FIELDS, 2, DEPTH, ROWS, CHANNELS,
             )  # fmt: skip
 
 
@@ -194,15 +207,24 @@ def gated_activation_bwd_kernel(
 
 
 @triton.jit
+def add_gradient_fields(sums, p, member, FIELDS: tl.constexpr):
+    """The same of products, of all 3 fields or of the magnitude."""
+    if FIELDS == 3:
+        return add_products(sums, p, member)
+    else:
+        return add_magnitudes(sums, p, member)
+
+
+@triton.jit
 def gated_activation_bwd_pass(
     grad, gate, up, grad_gate, grad_up, grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
     group, partial, run, first, low, start, stop, channel, channels,
-    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, SETS: tl.constexpr,
+    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, FIELDS: tl.constexpr, SETS: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One walk over the tokens of a run: sums h * grad of SETS groups, writes both gradients if first == low."""
-    one = no_sums(3, ROWS, CHANNELS)
-    two = no_sums(3, ROWS, CHANNELS)
+    one = no_sums(FIELDS, ROWS, CHANNELS)
+    two = no_sums(FIELDS, ROWS, CHANNELS)
     written = tl.where(first == low, stop, start)
     for at in range(start, stop, DEPTH * ROWS):
         token, column, mask = tile_index(at, stop, channel, channels, DEPTH, ROWS)
@@ -216,19 +238,19 @@ def gated_activation_bwd_pass(
         store_tile(grad_gate, grad_gate_stride, token, column, mask & (token < written), d_gate)
         store_tile(grad_up, grad_up_stride, token, column, mask & (token < written), d_up)
         p = widened(rounded(activation * u, gate.dtype.element_ty)) * d
-        one = add_products(one, p, member == first)
+        one = add_gradient_fields(one, p, member == first, FIELDS)
         if SETS == 2:
-            two = add_products(two, p, member == first + 1)
-    store_sums(one, partial, run, first, channel, channels, GROUPS, 3)
+            two = add_gradient_fields(two, p, member == first + 1, FIELDS)
+    store_sums(one, partial, run, first, channel, channels, GROUPS, FIELDS)
     if SETS == 2:
-        store_sums(two, partial, run, first + 1, channel, channels, GROUPS, 3)
+        store_sums(two, partial, run, first + 1, channel, channels, GROUPS, FIELDS)
 
 
 @triton.jit
 def gated_activation_record_bwd_kernel(
     grad, gate, up, grad_gate, grad_up, grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
     group, partial, bounds, tokens, channels,
-    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr,
+    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, FIELDS: tl.constexpr, RUN: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, LANE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a run of RUN tokens and CHANNELS channels, and the first stage of the sums of h * grad."""
@@ -245,21 +267,21 @@ def gated_activation_record_bwd_kernel(
                 grad, gate, up, grad_gate, grad_up,
                 grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
                 group, partial, run, first, low, start, stop, channel, channels,
-                ACTIVATION, GROUPS, 1, DEPTH, ROWS, CHANNELS,
+                ACTIVATION, GROUPS, FIELDS, 1, DEPTH, ROWS, CHANNELS,
             )  # fmt: skip
         elif first >= high:
             gated_activation_bwd_pass(
                 grad, gate, up, grad_gate, grad_up,
                 grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
                 group, partial, run, first, low, start, stop, channel, channels,
-                ACTIVATION, GROUPS, 1, DEPTH, ROWS, CHANNELS,
+                ACTIVATION, GROUPS, FIELDS, 1, DEPTH, ROWS, CHANNELS,
             )  # fmt: skip
         else:
             gated_activation_bwd_pass(
                 grad, gate, up, grad_gate, grad_up,
                 grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
                 group, partial, run, first, low, start, stop, channel, channels,
-                ACTIVATION, GROUPS, 2, DEPTH, ROWS, CHANNELS,
+                ACTIVATION, GROUPS, FIELDS, 2, DEPTH, ROWS, CHANNELS,
             )  # fmt: skip
 
 
@@ -295,6 +317,7 @@ def gated_activation_record(
     activation: str,
     group: torch.Tensor,
     statistics: torch.Tensor,
+    sums: str = "all",
     *scoring: Any,
 ) -> None:
     """Writes h = act(gate) * up and adds it to the statistics of each token's group.
@@ -303,15 +326,17 @@ def gated_activation_record(
         gate, up, out, activation: as in gated_activation; out must not share memory with gate or up.
         group: int8 [tokens]; 0 is not counted, g counts into row g - 1, numbers above G are ignored.
         statistics: float64 [G, 5, channels], last stride 1, updated in place; see channel_statistics.
+        sums: which of its fields, see Reduction.
         scoring: as in channel_statistics.
     """
     if out.numel() == 0:
         return
     with on_device(gate):
-        reduction = Reduction(group, statistics, *scoring)
+        reduction = Reduction(group, statistics, *scoring, sums=sums)
         gated_activation_record_fwd_kernel[reduction.grid](
             gate, up, out, gate.stride(0), up.stride(0), out.stride(0),
-            group, reduction.partial, reduction.bounds, *gate.shape, activation, reduction.groups, reduction.run_length,
+            group, reduction.partial, reduction.bounds, *gate.shape,
+            activation, reduction.groups, reduction.fields, reduction.run_length,
             *tile(gate.dtype, 2, reduction.groups), CHANNELS, **options(THREADS),
         )  # fmt: skip
         reduction.fold()
@@ -352,6 +377,7 @@ def gated_activation_backward_record(
     activation: str,
     group: torch.Tensor,
     gradient_statistics: torch.Tensor,
+    sums: str = "all",
     *scoring: Any,
 ) -> None:
     """gated_activation_backward, with p = h * grad added to the gradient statistics of each token's group.
@@ -362,17 +388,18 @@ def gated_activation_backward_record(
         group: int8 [tokens], as in gated_activation_record.
         gradient_statistics: float64 [G, 3, channels], last stride 1, updated in place; see
             channel_attribution.
+        sums: which of its fields, see Reduction.
         scoring: as in channel_statistics.
     """
     if grad.numel() == 0:
         return
     with on_device(gate):
-        reduction = Reduction(group, gradient_statistics, *scoring)
+        reduction = Reduction(group, gradient_statistics, *scoring, sums=sums)
         gated_activation_record_bwd_kernel[reduction.grid](
             grad, gate, up, grad_gate, grad_up,
             grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0),
             group, reduction.partial, reduction.bounds, *gate.shape,
-            activation, reduction.groups, reduction.run_length,
+            activation, reduction.groups, reduction.fields, reduction.run_length,
             *tile(gate.dtype, 3, reduction.groups), CHANNELS, **options(THREADS),
         )  # fmt: skip
         reduction.fold()

@@ -25,7 +25,7 @@ def _closed_form(measured: Measured, name: str) -> Tensor:
     return measured.statistics.scores(name, measured.backend)
 
 
-@criterion(needs="activations")
+@criterion(needs="activations", reads=("mean", "variance"))
 def difference(measured: Measured) -> Tensor:
     """|E_forget[a] - E_retain[a]| / sqrt((Var_forget[a] + Var_retain[a]) / 2)
 
@@ -36,7 +36,7 @@ def difference(measured: Measured) -> Tensor:
     return _closed_form(measured, "difference")
 
 
-@criterion(needs="activations")
+@criterion(needs="activations", reads=("mean", "variance"))
 def signed_difference(measured: Measured) -> Tensor:
     """(E_forget[a] - E_retain[a]) / sqrt((Var_forget[a] + Var_retain[a]) / 2)
 
@@ -47,7 +47,7 @@ def signed_difference(measured: Measured) -> Tensor:
     return _closed_form(measured, "signed_difference")
 
 
-@criterion(needs="activations")
+@criterion(needs="activations", reads=("mean", "variance"))
 def welch(measured: Measured) -> Tensor:
     """|E_forget[a] - E_retain[a]| / sqrt(Var_forget[a] / n_forget + Var_retain[a] / n_retain)
 
@@ -58,7 +58,7 @@ def welch(measured: Measured) -> Tensor:
     return _closed_form(measured, "welch")
 
 
-@criterion(needs="activations", importance=lambda units: units.abs_mean)
+@criterion(needs="activations", importance=lambda units: units.abs_mean, reads=("abs_mean",))
 def ratio(measured: Measured) -> Tensor:
     """E_forget|a| / (E_retain|a| + 0.01)
 
@@ -69,7 +69,12 @@ def ratio(measured: Measured) -> Tensor:
     return _closed_form(measured, "ratio")
 
 
-@criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)
+@criterion(
+    needs="gradients",
+    target="log_odds",
+    importance=lambda units: units.abs_attribution,
+    reads=("abs_attribution",),
+)
 def attribution(measured: Measured) -> Tensor:
     """E_forget|p| - E_retain|p|
 
@@ -82,7 +87,12 @@ def attribution(measured: Measured) -> Tensor:
     return _closed_form(measured, "attribution")
 
 
-@criterion(needs="gradients", target="log_odds", importance=lambda units: units.abs_attribution)
+@criterion(
+    needs="gradients",
+    target="log_odds",
+    importance=lambda units: units.abs_attribution,
+    reads=("abs_attribution",),
+)
 def forget_attribution(measured: Measured) -> Tensor:
     """E_forget|p|
 

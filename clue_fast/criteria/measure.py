@@ -80,7 +80,9 @@ class Task:
         """Measures what the criterion needs of encoded records, by group."""
         pad = padding_token(self.tokenizer, self.model) if data else 0
         batches = Batches(data, pad, self.tokens_per_batch, self.progress, groups)
-        return _record(self.criterion, Job(self.model, self.found, batches, self.differentiated, self.backend))
+        criterion = self.criterion
+        job = Job(self.model, self.found, batches, self.differentiated, self.backend, criterion.reads)
+        return _record(criterion, job)
 
 
 def load_task(model: PreTrainedModel, forget: Any, retain: Any, **settings: Any) -> Task:
@@ -176,7 +178,7 @@ def measure_batches(
     """
     chosen = get_criterion(criterion)
     differentiated = check_target(target or chosen.target or DEFAULT_TARGET)
-    return _record(chosen, Job(model, _found(model, kinds), batches, differentiated, backend)).statistics
+    return _record(chosen, Job(model, _found(model, kinds), batches, differentiated, backend, chosen.reads)).statistics
 
 
 def record_groups(

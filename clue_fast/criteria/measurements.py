@@ -41,6 +41,7 @@ class Job:
         batches: the records, by group.
         target: what is differentiated where gradients are measured, a key of ``TARGETS``.
         backend: forces a backend of the operators, or None.
+        reads: names of the statistics that are taken of units, or None for all, see ``Patched.record``.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Job:
     batches: Batches
     target: str
     backend: str | None = None
+    reads: tuple[str, ...] | None = None
 
     def statistics(self) -> Statistics:
         """Empty statistics of the groups of the batches, on the device of the model."""
@@ -91,14 +93,16 @@ def _record_patched(job: Job, target: str | None) -> Recorded:
     with patch(job.model, found=job.found, strict=False, backend=job.backend) as patched:
         for name in job.batches.groups:
             patched.statistics.group_index(name)
-        return Recorded(run_patched(patched, job.batches, target))
+        return Recorded(run_patched(patched, job.batches, target, job.reads))
 
 
-def run_patched(patched: Patched, batches: Batches, target: str | None) -> Statistics:
+def run_patched(
+    patched: Patched, batches: Batches, target: str | None, reads: tuple[str, ...] | None = None
+) -> Statistics:
     """Runs a patched model over batches; without a target only its layers, not the language-model head."""
     model = patched.model
     head = head_of(model)
-    with inference(model), patched.record(DEFAULT_GROUPS[0], gradients=target is not None):
+    with inference(model), patched.record(DEFAULT_GROUPS[0], gradients=target is not None, statistics=reads):
         for batch, groups in batches.on(device_of(model)):
             batch["token_group"] = token_groups(batch, groups, head)
             if target is None:

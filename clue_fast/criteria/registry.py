@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from clue_fast.criteria.measurements import MEASUREMENTS, Measurement
 from clue_fast.errors import PatchError, SelectionError, SettingError, UnknownNameError
-from clue_fast.ops import FIELDS, GRADIENT_FIELDS
+from clue_fast.ops import FIELDS, GRADIENT_FIELDS, fields_of
 from clue_fast.selection import Scores, Selection, categorize, check_budget, pools, select
 from clue_fast.sites import DEFAULT_KINDS, Site
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
@@ -80,7 +80,7 @@ class Units:
     @property
     def max_abs(self) -> Tensor:
         """Greatest |a|."""
-        return self.statistics.values[self._row, FIELDS.index("magnitude_max")]
+        return self._sum("magnitude_max")
 
     @property
     def active_fraction(self) -> Tensor:
@@ -111,11 +111,16 @@ class Units:
         return sums[self._row] / self.statistics.records[self._row].clamp_min(1)
 
     def _mean(self, field: str) -> Tensor:
-        return self.statistics.values[self._row, FIELDS.index(field)] / self.tokens
+        return self._sum(field) / self.tokens
+
+    def _sum(self, field: str) -> Tensor:
+        self.statistics.require(self.group, (field,))
+        return self.statistics.values[self._row, FIELDS.index(field)]
 
     def _gradient_mean(self, field: str) -> Tensor:
         if self.statistics.gradient_values is None:
             raise PatchError("no gradients were recorded; record with gradients=True and run backward")
+        self.statistics.require(self.group, (field,))
         return self.statistics.gradient_values[self._row, GRADIENT_FIELDS.index(field)] / self.tokens
 
 
@@ -165,6 +170,8 @@ class Criterion:
         settings: class of the settings that ``localize`` takes for it, or None.
         many_retain_sets: whether it tells several retain sets apart.
         always_categorizes: whether it gives categories without being asked to.
+        reads: the statistics that it and its importance are made of, of ``clue_fast.ops.STATISTICS``, which then
+            are measured alone; None for all.
     """
 
     name: str
@@ -176,6 +183,7 @@ class Criterion:
     settings: type | None = None
     many_retain_sets: bool = False
     always_categorizes: bool = False
+    reads: tuple[str, ...] | None = None
 
     @property
     def formula(self) -> str:
@@ -246,7 +254,12 @@ CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(
-    *, needs: str, target: str | None = None, importance: Importance | None = None, kind: type[Criterion] = Criterion
+    *,
+    needs: str,
+    target: str | None = None,
+    importance: Importance | None = None,
+    kind: type[Criterion] = Criterion,
+    reads: tuple[str, ...] | None = None,
 ) -> Callable[[Formula], Formula]:
     """Registers a function as the criterion of its name; see the module for an example.
 
@@ -255,18 +268,20 @@ def criterion(
         target: what is differentiated, if anything is, a key of ``TARGETS``.
         importance: see ``Criterion``.
         kind: class of the criterion, which may select in another way than by ranking scores.
+        reads: see ``Criterion``.
 
     Raises:
-        UnknownNameError: needs is no key of ``MEASUREMENTS``.
+        UnknownNameError: needs is no key of ``MEASUREMENTS``, or reads names no statistics.
         ValueError: the docstring lacks a formula or a line "Source:".
     """
     if needs not in MEASUREMENTS:
         raise UnknownNameError("measurement", needs, MEASUREMENTS)
+    fields_of(reads or ())
 
     def register(function: Formula) -> Formula:
         if "Source:" not in (inspect.getdoc(function) or ""):
             raise ValueError(f"criterion {function.__name__}: its docstring needs the formula and a line 'Source: ...'")
-        CRITERIA[function.__name__] = kind(function.__name__, function, needs, target, importance)
+        CRITERIA[function.__name__] = kind(function.__name__, function, needs, target, importance, reads=reads)
         return function
 
     return register

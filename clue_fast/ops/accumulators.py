@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
+from clue_fast.errors import UnknownNameError
+
 FIELDS = ("sum", "square_sum", "magnitude_sum", "magnitude_max", "active_count")
 GRADIENT_FIELDS = ("product_sum", "product_magnitude_sum", "product_square_sum")
+
+SUMS: dict[str, tuple[str, ...]] = {
+    "all": FIELDS,
+    "moments": ("sum", "square_sum"),
+    "magnitude": ("magnitude_sum",),
+}
+"""Sets of FIELDS that recording can take alone, for less: the other fields of the accumulators stay as they are."""
+GRADIENT_SUMS: dict[str, tuple[str, ...]] = {"all": GRADIENT_FIELDS, "magnitude": ("product_magnitude_sum",)}
+"""The same of GRADIENT_FIELDS."""
+
+
+STATISTICS: dict[str, tuple[str, ...]] = {
+    "mean": ("sum",),
+    "variance": ("sum", "square_sum"),
+    "abs_mean": ("magnitude_sum",),
+    "max_abs": ("magnitude_max",),
+    "active_fraction": ("active_count",),
+    "attribution": ("product_sum",),
+    "abs_attribution": ("product_magnitude_sum",),
+    "square_attribution": ("product_square_sum",),
+}
+"""What statistics have of units, and the sums of FIELDS and GRADIENT_FIELDS that it is made of."""
+
+
+def fields_of(statistics: Iterable[str]) -> frozenset[str]:
+    """Returns the sums that statistics are made of. Raises UnknownNameError if there is none of such a name."""
+    fields: set[str] = set()
+    for name in statistics:
+        if name not in STATISTICS:
+            raise UnknownNameError("statistic", name, STATISTICS)
+        fields.update(STATISTICS[name])
+    return frozenset(fields)
+
+
+def sums_with(fields: Iterable[str], sets: Mapping[str, tuple[str, ...]]) -> str:
+    """Returns the smallest of SUMS or GRADIENT_SUMS that holds some fields."""
+    asked = set(fields)
+    return min((name for name in sets if asked <= set(sets[name])), key=lambda name: len(sets[name]))
+
+
+def check_sums(sums: str, gradient_sums: str) -> None:
+    """Raise UnknownNameError unless these are of SUMS and of GRADIENT_SUMS."""
+    if sums not in SUMS:
+        raise UnknownNameError("set of sums", sums, SUMS)
+    if gradient_sums not in GRADIENT_SUMS:
+        raise UnknownNameError("set of gradient sums", gradient_sums, GRADIENT_SUMS)
 
 
 def rows(x: Tensor) -> Tensor:

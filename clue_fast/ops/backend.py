@@ -33,7 +33,7 @@ Launch = Callable[..., None]
 
 # The backends: whether each can run in this process, and on which devices.
 
-INTERFACE = 2
+INTERFACE = 3
 """Of the arguments that the extension takes; one that was built before they changed is passed over."""
 
 

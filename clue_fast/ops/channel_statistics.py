@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clue_fast.ops import backend as backends
-from clue_fast.ops.accumulators import check_group, check_statistics, rows
+from clue_fast.ops.accumulators import (
+    FIELDS,
+    GRADIENT_FIELDS,
+    GRADIENT_SUMS,
+    SUMS,
+    check_group,
+    check_statistics,
+    rows,
+)
 from clue_fast.ops.backend import define
 from clue_fast.ops.conflict_score import SCORING, Scoring, checked, reference_scores
 
 # The definition: launch functions in plain PyTorch, float64 throughout. They may be given the fields of a `Scoring`.
 
 
-def reference_statistics(x: Tensor, group: Tensor, statistics: Tensor, *scoring: Any) -> None:
-    """Adds FIELDS of x to the row of each token's group."""
+_TERMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda a: a,
+    "square_sum": torch.square,
+    "magnitude_sum": torch.abs,
+    "active_count": lambda a: a > 0,
+}
+
+
+def reference_statistics(x: Tensor, group: Tensor, statistics: Tensor, *scoring: Any, sums: str = "all") -> None:
+    """Adds FIELDS of x, or those of a set of SUMS, to the row of each token's group."""
     if x.shape[0] == 0:
         return
     for index, row in enumerate(statistics.unbind(0), start=1):
         a = torch.where((group == index)[:, None], x, 0.0).double()  # no look at how many, which would wait for a GPU
-        magnitude = a.abs()
-        row[0] += a.sum(0)
-        row[1] += a.square().sum(0)
-        row[2] += magnitude.sum(0)
-        row[3].copy_(torch.maximum(row[3], magnitude.amax(0)))
-        row[4] += (a > 0).sum(0)
+        for field in SUMS[sums]:
+            total = row[FIELDS.index(field)]
+            if field == "magnitude_max":
+                total.copy_(torch.maximum(total, a.abs().amax(0)))
+            else:
+                total += _TERMS[field](a).sum(0)
     reference_scores(statistics, *scoring)
 
 
-def reference_attribution(x: Tensor, grad: Tensor, group: Tensor, gradient_statistics: Tensor, *scoring: Any) -> None:
-    """Adds GRADIENT_FIELDS of x * grad to the row of each token's group."""
+def reference_attribution(
+    x: Tensor, grad: Tensor, group: Tensor, gradient_statistics: Tensor, *scoring: Any, sums: str = "all"
+) -> None:
+    """Adds GRADIENT_FIELDS of x * grad, or those of a set of GRADIENT_SUMS, to the row of each token's group."""
     if x.shape[0] == 0:
         return
     for index, row in enumerate(gradient_statistics.unbind(0), start=1):
         product = torch.where((group == index)[:, None], x.double() * grad.double(), 0.0)
-        row[0] += product.sum(0)
-        row[1] += product.abs().sum(0)
-        row[2] += product.square().sum(0)
+        terms = product, product.abs(), product.square()
+        for field in GRADIENT_SUMS[sums]:
+            place = GRADIENT_FIELDS.index(field)
+            row[place] += terms[place].sum(0)
     reference_scores(gradient_statistics, *scoring)
 
 

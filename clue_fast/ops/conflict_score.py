@@ -64,20 +64,24 @@ class ClosedForm:
 
     Attributes:
         function: its definition.
+        fields: those that it reads.
         gradients: whether it reads the sums of GRADIENT_FIELDS and not those of FIELDS.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
+    fields: tuple[str, ...]
     gradients: bool = False
 
 
+_MOMENTS = ("sum", "square_sum")
+_EFFECT = ("product_magnitude_sum",)
 CLOSED_FORMS = {
-    "difference": ClosedForm(lambda sums, tokens: _signed_difference(sums, tokens).abs()),
-    "signed_difference": ClosedForm(_signed_difference),
-    "welch": ClosedForm(_welch),
-    "ratio": ClosedForm(_ratio),
-    "attribution": ClosedForm(_attribution, gradients=True),
-    "forget_attribution": ClosedForm(_forget_attribution, gradients=True),
+    "difference": ClosedForm(lambda sums, tokens: _signed_difference(sums, tokens).abs(), _MOMENTS),
+    "signed_difference": ClosedForm(_signed_difference, _MOMENTS),
+    "welch": ClosedForm(_welch, _MOMENTS),
+    "ratio": ClosedForm(_ratio, ("magnitude_sum",)),
+    "attribution": ClosedForm(_attribution, _EFFECT, gradients=True),
+    "forget_attribution": ClosedForm(_forget_attribution, _EFFECT, gradients=True),
 }
 CRITERIA_OPS = tuple(CLOSED_FORMS)
 

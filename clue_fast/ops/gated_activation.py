@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 from clue_fast.errors import UnknownNameError
 from clue_fast.internals import below_autograd, has_no_data
 from clue_fast.ops import backend as backends
-from clue_fast.ops.accumulators import check_group, check_statistics, rows, wide
+from clue_fast.ops.accumulators import GRADIENT_SUMS, SUMS, check_group, check_statistics, check_sums, rows, wide
 from clue_fast.ops.backend import define, define_autograd
 from clue_fast.ops.channel_statistics import reference_attribution, reference_statistics
-from clue_fast.ops.conflict_score import SCORING, Scoring, checked, packed
+from clue_fast.ops.conflict_score import CLOSED_FORMS, SCORING, Scoring, checked, packed
 
 SQRT_HALF = 0.5**0.5
 SQRT_2_OVER_PI = 0.7978845608028654
@@ -77,11 +77,18 @@ def reference(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
 
 
 def reference_record(
-    gate: Tensor, up: Tensor, out: Tensor, activation: str, group: Tensor, statistics: Tensor, *scoring: Any
+    gate: Tensor,
+    up: Tensor,
+    out: Tensor,
+    activation: str,
+    group: Tensor,
+    statistics: Tensor,
+    sums: str = "all",
+    *scoring: Any,
 ) -> None:
     """The same, and adds out to the statistics."""
     reference(gate, up, out, activation)
-    reference_statistics(out, group, statistics, *scoring)
+    reference_statistics(out, group, statistics, *scoring, sums=sums)
 
 
 def reference_backward(
@@ -102,13 +109,14 @@ def reference_backward_record(
     activation: str,
     group: Tensor,
     gradient_statistics: Tensor,
+    sums: str = "all",
     *scoring: Any,
 ) -> None:
     """The same, and adds h * grad to the gradient statistics."""
     reference_backward(grad, gate, up, grad_gate, grad_up, activation)
     h = torch.empty_like(grad)
     reference(gate, up, h, activation)
-    reference_attribution(h, grad, group, gradient_statistics, *scoring)
+    reference_attribution(h, grad, group, gradient_statistics, *scoring, sums=sums)
 
 
 backends.register(
@@ -138,6 +146,8 @@ def _forward(
     statistics: Tensor | None,
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
+    sums: str = "all",
+    gradient_sums: str = "all",
     *scoring: Any,
 ) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -145,7 +155,7 @@ def _forward(
         _launch("gated_activation", gate, backend)(rows(gate), rows(up), rows(out), activation)
     else:
         launch = _launch("gated_activation_record", gate, backend)
-        launch(rows(gate), rows(up), rows(out), activation, group.reshape(-1), statistics, *scoring)
+        launch(rows(gate), rows(up), rows(out), activation, group.reshape(-1), statistics, sums, *scoring)
     return out
 
 
@@ -157,6 +167,7 @@ def _backward(
     group: Tensor | None,
     gradient_statistics: Tensor | None,
     backend: str | None = None,
+    sums: str = "all",
     *scoring: Any,
 ) -> tuple[Tensor, Tensor]:
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -166,7 +177,7 @@ def _backward(
         _launch("gated_activation_backward", gate, backend)(*tensors, activation)
     else:
         launch = _launch("gated_activation_backward_record", gate, backend)
-        launch(*tensors, activation, group.reshape(-1), gradient_statistics, *scoring)
+        launch(*tensors, activation, group.reshape(-1), gradient_statistics, sums, *scoring)
     return grad_gate, grad_up
 
 
@@ -181,6 +192,7 @@ def _op(
     group: Tensor | None = None,
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
+    gradient_sums: str = "all",
 ) -> Tensor:
     return _forward(gate, up, activation, group, None, gradient_statistics, backend)
 
@@ -201,7 +213,7 @@ def _fake_backward(grad: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]
 
 define(
     "gated_activation(Tensor gate, Tensor up, str activation, Tensor? group=None, "
-    "Tensor? gradient_statistics=None, str? backend=None) -> Tensor",
+    'Tensor? gradient_statistics=None, str? backend=None, str gradient_sums="all") -> Tensor',
     _op,
     _fake,
 )
@@ -209,7 +221,8 @@ define(
 
 define(
     "gated_activation_record(Tensor gate, Tensor up, str activation, Tensor group, Tensor(a!) statistics, "
-    f"Tensor? gradient_statistics=None, str? backend=None, {SCORING}) -> Tensor",
+    'Tensor? gradient_statistics=None, str? backend=None, str sums="all", str gradient_sums="all", '
+    f"{SCORING}) -> Tensor",
     _forward,
     _fake,
 )
@@ -225,7 +238,7 @@ define(
 
 define(
     "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, str activation, Tensor group, "
-    "Tensor(a!) gradient_statistics, str? backend=None) -> (Tensor, Tensor)",
+    'Tensor(a!) gradient_statistics, str? backend=None, str sums="all") -> (Tensor, Tensor)',
     _backward,
     _fake_backward,
 )
@@ -239,14 +252,18 @@ def _dispatch(
     statistics: Tensor | None,
     gradient_statistics: Tensor | None,
     backend: str | None,
+    sums: str,
+    gradient_sums: str,
     *scoring: Any,
 ) -> Tensor:
     out: Tensor
     if statistics is None:
-        out = torch.ops.clue_fast.gated_activation(gate, up, activation, group, gradient_statistics, backend)
+        out = torch.ops.clue_fast.gated_activation(
+            gate, up, activation, group, gradient_statistics, backend, gradient_sums
+        )
     else:
         out = torch.ops.clue_fast.gated_activation_record(
-            gate, up, activation, group, statistics, gradient_statistics, backend, *scoring
+            gate, up, activation, group, statistics, gradient_statistics, backend, sums, gradient_sums, *scoring
         )
     return out
 
@@ -259,13 +276,14 @@ def _dispatch_backward(
     group: Tensor | None,
     gradient_statistics: Tensor | None,
     backend: str | None,
+    sums: str,
 ) -> tuple[Tensor, Tensor]:
     grads: tuple[Tensor, Tensor]
     if gradient_statistics is None:
         grads = torch.ops.clue_fast.gated_activation_backward(grad, gate, up, activation, backend)
     else:
         grads = torch.ops.clue_fast.gated_activation_backward_record(
-            grad, gate, up, activation, group, gradient_statistics, backend
+            grad, gate, up, activation, group, gradient_statistics, backend, sums
         )
     return grads
 
@@ -281,6 +299,8 @@ class _GatedActivation(torch.autograd.Function):
         statistics: Tensor | None,
         gradient_statistics: Tensor | None,
         backend: str | None,
+        sums: str,
+        gradient_sums: str,
         scoring: Scoring | None,
         traced: bool,
     ) -> Tensor:
@@ -289,8 +309,9 @@ class _GatedActivation(torch.autograd.Function):
         ctx.save_for_backward(gate, up, None if gradient_statistics is None else group)
         ctx.gradient_statistics = gradient_statistics
         ctx.scoring = None if scoring is None or gradient_statistics is None else scoring.in_backward()
-        ctx.activation, ctx.backend, ctx.traced = activation, backend, traced
-        arguments = gate, up, activation, group, statistics, gradient_statistics, backend, *(scoring or ())
+        ctx.activation, ctx.backend, ctx.sums, ctx.traced = activation, backend, gradient_sums, traced
+        recording = group, statistics, gradient_statistics, backend, sums, gradient_sums, *(scoring or ())
+        arguments = gate, up, activation, *recording
         if not traced:
             return _forward(*arguments)
         with below_autograd():
@@ -300,9 +321,9 @@ class _GatedActivation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, group = ctx.saved_tensors
-        arguments = grad, gate, up, ctx.activation, group, ctx.gradient_statistics, ctx.backend
+        arguments = grad, gate, up, ctx.activation, group, ctx.gradient_statistics, ctx.backend, ctx.sums
         grads = _dispatch_backward(*arguments) if ctx.traced else _backward(*arguments, *(ctx.scoring or ()))
-        return *grads, None, None, None, None, None, None, None
+        return *grads, *[None] * 9
 
 
 def _apply(traced: bool, *arguments: Any) -> Tensor:
@@ -317,8 +338,9 @@ def _op_autograd(
     group: Tensor | None = None,
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
+    gradient_sums: str = "all",
 ) -> Tensor:
-    return _apply(True, gate, up, activation, group, None, gradient_statistics, backend, None)
+    return _apply(True, gate, up, activation, group, None, gradient_statistics, backend, "all", gradient_sums, None)
 
 
 def _op_record_autograd(
@@ -329,9 +351,12 @@ def _op_record_autograd(
     statistics: Tensor,
     gradient_statistics: Tensor | None = None,
     backend: str | None = None,
+    sums: str = "all",
+    gradient_sums: str = "all",
     *scoring: Any,
 ) -> Tensor:
-    return _apply(True, gate, up, activation, group, statistics, gradient_statistics, backend, packed(scoring))
+    recording = group, statistics, gradient_statistics, backend, sums, gradient_sums, packed(scoring)
+    return _apply(True, gate, up, activation, *recording)
 
 
 define_autograd("gated_activation", _op_autograd)
@@ -348,6 +373,8 @@ def gated_activation(
     group: Tensor | None = None,
     statistics: Tensor | None = None,
     gradient_statistics: Tensor | None = None,
+    sums: str = "all",
+    gradient_sums: str = "all",
     scoring: Scoring | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -365,6 +392,8 @@ def gated_activation(
         group: int8, one for each token; g counts into row g - 1; 0, and g beyond the rows, are not counted.
         statistics: float64 [groups, len(FIELDS), channels]; forward adds h.
         gradient_statistics: float64 [groups, len(GRADIENT_FIELDS), channels]; backward adds h * dL/dh.
+        sums: which of them, one of SUMS; the other fields stay as they are.
+        gradient_sums: the same of gradient_statistics, one of GRADIENT_SUMS.
         scoring: forward also writes the scores of the channels, as `conflict_score` gives them afterwards, in the same
             launch; and so does backward for a criterion that reads gradient statistics, which are then its source.
             Without tokens nothing is written.
@@ -375,7 +404,7 @@ def gated_activation(
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        UnknownNameError: no such activation, criterion or backend.
+        UnknownNameError: no such activation, sums, criterion or backend.
         BackendError: the backend cannot run here.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
@@ -385,11 +414,14 @@ def gated_activation(
     if statistics is not None or gradient_statistics is not None:
         check_group(group, gate)
         check_statistics(gate, statistics, gradient_statistics)
+        check_sums(sums, gradient_sums)
     added_to = statistics
     if statistics is None and scoring is not None:  # recomputed: only backward adds
         added_to, scoring = gradient_statistics, scoring.in_backward()
     fields = () if added_to is None else checked(scoring, added_to)
-    arguments = gate, up, activation, group, statistics, gradient_statistics, backend
+    if fields and not {*SUMS[sums], *GRADIENT_SUMS[gradient_sums]}.issuperset(CLOSED_FORMS[fields[0]].fields):
+        raise ValueError(f"criterion {fields[0]!r} reads more than the sums {sums!r} and {gradient_sums!r}")
+    arguments = gate, up, activation, group, statistics, gradient_statistics, backend, sums, gradient_sums
     if torch.compiler.is_compiling() or has_no_data(gate):
         return _dispatch(*arguments, *fields)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clue_fast.data import has_head, head_of
 from clue_fast.errors import PatchError, SettingError, SiteError, UnknownNameError
 from clue_fast.internals import is_replica
-from clue_fast.ops import CLOSED_FORMS
+from clue_fast.ops import CLOSED_FORMS, FIELDS, GRADIENT_FIELDS, fields_of
 from clue_fast.ops import backend as backends
 from clue_fast.recording.recorder import ON_NONFINITE, Recorder
 from clue_fast.recording.replacement import Hook, Installation, Override, install
@@ -88,6 +88,7 @@ class Patched:
         *,
         tokens: str | None = None,
         gradients: bool = False,
+        statistics: Collection[str] | None = None,
         score: str | None = None,
         on_nonfinite: str = "raise",
     ) -> Iterator[Statistics]:
@@ -105,6 +106,9 @@ class Patched:
                 position before the token with that label, see ``clue_fast.data.collator``; "attended" all but padding.
                 Default is answers where a batch has a label for every token, and attended where it has not.
             gradients: also record a·∂L/∂a in backward passes.
+            statistics: names of those to take, such as ("mean", "variance"), see ``ops.STATISTICS``:
+                fewer cost less. Default is those that the score is made of, or, without one, all. Reading others
+                afterwards raises PatchError.
             score: a criterion that is a closed form of the statistics, one of ``ops.CRITERIA_OPS``: every pass also
                 writes the scores of the units, in the launches that add to their statistics, and ``scores`` only looks
                 at them. With one that reads a·∂L/∂a, run backward inside the block.
@@ -114,9 +118,10 @@ class Patched:
 
         Raises:
             PatchError: inside another recording, or after ``unpatch``; of a forward pass, if its tokens are not clear;
-                a score that reads gradients where this block, or an earlier one, records none.
+                a score, or statistics, that read gradients where this block, or an earlier one, records none, or
+                statistics that an earlier one left out.
             SettingError: the score is no closed form.
-            UnknownNameError: no such choice of tokens or on_nonfinite.
+            UnknownNameError: no such choice of tokens, statistics or on_nonfinite.
             NonFiniteError: at the end, if an activation or gradient was NaN or infinite, naming the site.
         """
         recorder = self._recorder
@@ -130,11 +135,13 @@ class Patched:
             raise UnknownNameError("treatment of what is not finite", on_nonfinite, ON_NONFINITE)
         if score is not None:
             self._check_score(score, gradients)
+        fields = _fields_to_take(statistics, score, gradients)
         recorder.default_group = recorder.statistics.group_index(group)
         if gradients:
             recorder.statistics.allocate_gradients()
         recorder.statistics.keep_scores(score, recorder.backend)
         recorder.recording, recorder.gradients = True, gradients
+        recorder.take(fields)
         recorder.tokens, recorder.score, recorder.on_nonfinite = tokens, score, on_nonfinite
         recorder.commit()
         try:
@@ -314,6 +321,24 @@ class Patched:
         seen = recorder.generating.get(tower, 0)
         recorder.generating[tower] = 0 if tokens is None else tokens.shape[1]
         return seen
+
+
+def _fields_to_take(statistics: Collection[str] | None, score: str | None, gradients: bool) -> frozenset[str] | None:
+    """The sums that a recording adds to, or None for all."""
+    if statistics is None and score is None:
+        return None
+    fields = fields_of(statistics or ())
+    of_gradients = fields.intersection(GRADIENT_FIELDS)
+    if of_gradients and not gradients:
+        raise PatchError(f"statistics {sorted(statistics or ())} read a·∂L/∂a; add gradients=True")
+    if score is not None:
+        form = CLOSED_FORMS[score]
+        fields |= set(form.fields)
+        if form.gradients and not fields.intersection(FIELDS):
+            fields |= {"magnitude_sum"}  # the forward writes scores too, since it changes the number of tokens
+    if statistics is None and gradients and not fields.intersection(GRADIENT_FIELDS):
+        fields |= set(GRADIENT_FIELDS)
+    return fields
 
 
 class _AssignTower:

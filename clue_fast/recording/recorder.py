@@ -61,6 +61,8 @@ class Recorder:
         recomputed: whether gradient checkpointing has run one of them again.
         invalid_tokens: tokens in groups that there are not, seen by compiled code.
         per_device: accumulators on other devices than that of ``statistics``.
+        sums, gradient_sums: which are added to, of ``ops.SUMS`` and ``ops.GRADIENT_SUMS``; sums may be None, for none.
+        left_out: the statistics that they leave out, see ``Statistics.leave_out``.
         snapshots: the accumulators before the batch in flight, to take it back.
     """
 
@@ -79,9 +81,22 @@ class Recorder:
     recomputed: bool = False
     invalid_tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"))
     per_device: dict[torch.device, Statistics] = field(default_factory=dict)
+    sums: str | None = "all"
+    gradient_sums: str = "all"
+    left_out: frozenset[str] = frozenset()
     snapshots: list[Tensor] = field(default_factory=list)
 
     # Recording.
+
+    def take(self, fields: frozenset[str] | None) -> None:
+        """Has these sums taken from now on, of ``ops.FIELDS`` and ``ops.GRADIENT_FIELDS``; None for all there are."""
+        every = frozenset(ops.FIELDS) | frozenset(ops.GRADIENT_FIELDS if self.gradients else ())
+        asked = every if fields is None else fields
+        self.sums = ops.sums_with(asked.intersection(ops.FIELDS), ops.SUMS) if asked & set(ops.FIELDS) else None
+        self.gradient_sums = ops.sums_with(asked.intersection(ops.GRADIENT_FIELDS), ops.GRADIENT_SUMS)
+        taken = {*ops.SUMS.get(self.sums or "", ()), *ops.GRADIENT_SUMS[self.gradient_sums]}
+        self.left_out = every - taken
+        self.statistics.leave_out(self.left_out)
 
     def gated_activation(self, point: Point, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """Returns act(gate) · up, [..., channels], recorded on the way if the recorder records."""
@@ -102,8 +117,10 @@ class Recorder:
             up,
             activation,
             group=found.group,
-            statistics=None if recomputing else statistics.values[:, :, point.units],
+            statistics=None if recomputing or self.sums is None else statistics.values[:, :, point.units],
             gradient_statistics=None if gradient_values is None else gradient_values[:, :, point.units],
+            sums=self.sums or "all",
+            gradient_sums=self.gradient_sums,
             scoring=_scoring(point, statistics),
             backend=self.backend,
         )
@@ -121,7 +138,8 @@ class Recorder:
             found = self._finite_only(point, statistics, a, found)
             self._count(point, statistics, found.counts[:, None])
             values, scoring = statistics.values[:, :, point.units], _scoring(point, statistics)
-            add_statistics(a, found.group, values, backend=self.backend, scoring=scoring)
+            if self.sums is not None:
+                add_statistics(a, found.group, values, backend=self.backend, scoring=scoring)
         return self._watch(h, found.group, statistics, point)
 
     def observe_experts(self, point: Point, h: Tensor, group: Tensor, expert: Tensor, bounds: Tensor) -> Tensor:
@@ -144,7 +162,8 @@ class Recorder:
                 group = torch.where(finite, group, 0)
             self._count(point, statistics, _tally(group, expert, groups, experts))
             values, scoring = statistics.values[:, :, point.units], _scoring(point, statistics)
-            add_statistics(h.detach(), group, values, bounds, self.backend, scoring)
+            if self.sums is not None:
+                add_statistics(h.detach(), group, values, bounds, self.backend, scoring)
         return self._watch(h, group, statistics, point, bounds)
 
     def is_recomputing(self) -> bool:
@@ -231,6 +250,7 @@ class Recorder:
         for other in self.per_device.values():
             self.statistics.add(other)
         self.per_device, self.snapshots, self.pending = {}, [], []
+        self.take(None)
         self.recording, self.gradients, self.recomputed, self.in_flight = False, False, False, False
         self.batch = None
 
@@ -273,6 +293,7 @@ class Recorder:
             return self.statistics
         if device not in self.per_device:
             other = self.statistics.empty(device)
+            other.leave_out(self.left_out)
             if self.gradients:
                 other.allocate_gradients()
             self.per_device[device] = other

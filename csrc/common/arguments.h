@@ -104,6 +104,19 @@ void in_parallel(int64_t total, int64_t step, int64_t work, const Function& func
   });
 }
 
+// The fields of a set of sums, of the 5 of activations or the 3 of products; see SUMS in clue_fast/ops/accumulators.py.
+inline std::vector<int> fields_of(SumSet set, int fields) {
+  if (set == SumSet::moments) return {0, 1};
+  if (set == SumSet::magnitude) return {fields == 5 ? 2 : 1};
+  return fields == 5 ? std::vector<int>{0, 1, 2, 3, 4} : std::vector<int>{0, 1, 2};
+}
+inline SumSet sum_set_of(const std::string& name, int fields, const char* op) {
+  if (name == "all") return SumSet::all;
+  if (name == "moments" && fields == 5) return SumSet::moments;
+  if (name == "magnitude") return SumSet::magnitude;
+  fail(op, "unknown sums '", name, "'; choose one of: all, magnitude", fields == 5 ? ", moments" : "");
+}
+
 // Records with a job, which is a Recording: threads split runs and channels, and then fold the sums of the runs. With
 // `in_place` the job itself adds to the accumulators, and threads split the channels alone. The thread that has
 // added the last run to the sums of its channels writes their scores, if any are asked for.
@@ -124,12 +137,13 @@ void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics,
       if (scoring.out) score_units(scoring, begin, end);
     });
   }
-  const int64_t size = job.sums.groups * fields * row;  // of the sums of one run
+  const std::vector<int> summed = fields_of(job.set, fields);
+  const int64_t asked = summed.size(), size = job.sums.groups * asked * row;  // of the sums of one run
   const std::unique_ptr<float[]> partial(new float[std::min(count, runs_at_once) * size]);
   for (int64_t first = 0; first < count; first += runs_at_once) {
     const int64_t at_once = std::min(runs_at_once, count - first);
     in_parallel(at_once * blocks, 1, channel_block * run_length, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> scratch(new float[job.sums.groups * fields * span_length]);
+      const std::unique_ptr<float[]> scratch(new float[job.sums.groups * asked * span_length]);
       Job mine = job;
       mine.scratch = scratch.get();
       for (int64_t at = begin; at < end;) {
@@ -142,9 +156,9 @@ void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics,
         at = stop;
       }
     });
-    const Folding folding{runs.data() + first, at_once, row, partial.get(), job.sums, fields, fields == 5 ? 3 : -1};
+    const Folding folding{runs.data() + first, at_once, row, partial.get(), job.sums, summed, fields == 5 ? 3 : -1};
     const bool scores = scoring.out && first + at_once == count;
-    in_parallel(job.channels, channel_block, channel_block * fields * at_once, [&](int64_t begin, int64_t end) {
+    in_parallel(job.channels, channel_block, channel_block * asked * at_once, [&](int64_t begin, int64_t end) {
       fold(folding, begin, end);
       if (scores) score_units(scoring, begin, end);
     });

@@ -33,11 +33,15 @@ struct Accumulators {
   int64_t groups, group_stride, field_stride;
 };
 
+// Which sums are added to the accumulators, whose other fields stay as they are.
+enum class SumSet { all, moments, magnitude };
+
 // What a job that records knows beside its own tensors; `runs` is null where nothing is recorded.
 struct Recording {
   int64_t tokens, channels;
   const Run *runs, *runs_end;
   Accumulators sums;
+  SumSet set;
   float* scratch;  // of this thread: groups x fields x span_length
   float* partial;  // of the first run: groups x fields x row_length, in the order of the channels
 };
@@ -50,7 +54,8 @@ struct Folding {
   int64_t run_count, row_length;
   const float* partial;  // runs x groups x fields x row_length
   Accumulators sums;
-  int fields, maximum_field;  // -1 where all are added
+  std::vector<int> fields;  // of the accumulators
+  int maximum_field;        // -1 where all are added
 };
 void fold(const Folding& folding, int64_t begin, int64_t end);
 

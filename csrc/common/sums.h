@@ -54,7 +54,6 @@ struct Moments {
 template <int n, class T>
 struct ActivationSums {
   static constexpr int fields = 5;
-  static constexpr int maximum_field = 3;
   Moments<n> moments;
   Pair<n> largest;
   Ints<n> first_active, second_active;
@@ -94,7 +93,6 @@ struct ActivationSums {
 template <int n, class T>
 struct PackedActivationSums {
   static constexpr int fields = 5;
-  static constexpr int maximum_field = 3;
   Moments<n> moments;
   Packed<n> largest, active;
 
@@ -134,7 +132,6 @@ struct ActivationSums<n, Half> : PackedActivationSums<n, Half> {};
 template <int n>
 struct ProductSums {
   static constexpr int fields = 3;
-  static constexpr int maximum_field = -1;
   Moments<n> moments;
 
   CLUE_INLINE void load(const float* rest) {
@@ -149,6 +146,37 @@ struct ProductSums {
   }
   CLUE_INLINE void add(const Pair<n>& p) { moments.add(p); }
   static CLUE_INLINE Pair<n> field(int index, const float* rest) { return read_pair<n>(rest + index * 2 * n); }
+};
+
+// Parts of these, where no more is asked for: sum and sum of squares, or the sum of magnitudes.
+template <int n>
+struct MomentSums {
+  static constexpr int fields = 2;
+  Pair<n> sum, square;
+
+  CLUE_INLINE void load(const float* rest) {
+    sum = read_pair<n>(rest);
+    square = read_pair<n>(rest + 2 * n);
+  }
+  CLUE_INLINE void store(float* rest) const {
+    write_pair<n>(rest, sum);
+    write_pair<n>(rest + 2 * n, square);
+  }
+  CLUE_INLINE void add(const Pair<n>& a) {
+    add_pair<n>(sum, a);
+    add_squares<n>(square, a);
+  }
+  static CLUE_INLINE Pair<n> field(int index, const float* rest) { return read_pair<n>(rest + index * 2 * n); }
+};
+template <int n>
+struct MagnitudeSums {
+  static constexpr int fields = 1;
+  Pair<n> magnitude;
+
+  CLUE_INLINE void load(const float* rest) { magnitude = read_pair<n>(rest); }
+  CLUE_INLINE void store(float* rest) const { write_pair<n>(rest, magnitude); }
+  CLUE_INLINE void add(const Pair<n>& a) { add_pair<n>(magnitude, magnitudes<n>(a)); }
+  static CLUE_INLINE Pair<n> field(int, const float* rest) { return read_pair<n>(rest); }
 };
 
 }  // namespace clue

@@ -20,6 +20,7 @@ struct Job : Recording {
 template <int n, class T, class Act>
 struct Forward {
   using Sums = ActivationSums<n, T>;
+  static constexpr bool has_moments = true;
   TypedRows<const T> gate, up;
   TypedRows<T> out;
   explicit CLUE_INLINE Forward(const Job& job) : gate(job.gate), up(job.up), out(job.out) {}
@@ -43,6 +44,7 @@ struct Forward {
 template <int n, class T, class Act>
 struct Backward {
   using Sums = ProductSums<n>;
+  static constexpr bool has_moments = false;
   TypedRows<const T> grad, gate, up;
   TypedRows<T> grad_gate, grad_up;
   explicit CLUE_INLINE Backward(const Job& job)
@@ -71,7 +73,12 @@ struct Backward {
 template <int n, class T, class Step>
 CLUE_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   const Step step{job};
-  if (job.runs) return record<n, T, typename Step::Sums>(job, begin, end, step);
+  if (job.runs) {
+    if constexpr (Step::has_moments)
+      if (job.set == SumSet::moments) return record<n, T, MomentSums<n>>(job, begin, end, step);
+    if (job.set == SumSet::magnitude) return record<n, T, MagnitudeSums<n>>(job, begin, end, step);
+    return record<n, T, typename Step::Sums>(job, begin, end, step);
+  }
   for (int64_t token = begin; token < end; ++token)
     for (int64_t c = 0; c < job.channels; c += 2 * n) step.compute(token, c, job.channels - c);
 }
@@ -151,10 +158,12 @@ void gated_activation(const Tensor& gate, const Tensor& up, const Tensor& out, s
 }
 
 void gated_activation_record(const Tensor& gate, const Tensor& up, const Tensor& out, std::string activation,
-                             const Tensor& group, const Tensor& statistics, std::string criterion,
-                             OptionalTensor count, OptionalTensor source, OptionalTensor scores) {
+                             const Tensor& group, const Tensor& statistics, std::string sums,
+                             std::string criterion, OptionalTensor count, OptionalTensor source,
+                             OptionalTensor scores) {
   const char* op = "gated_activation_record";
   Job job = forward_job(gate, up, out, activation, op);
+  job.set = sum_set_of(sums, 5, op);
   record_in_parallel(job, group, statistics, 5, op, "statistics", {criterion, count, source, scores}, forward);
 }
 
@@ -165,10 +174,12 @@ void gated_activation_backward(const Tensor& grad, const Tensor& gate, const Ten
 
 void gated_activation_backward_record(const Tensor& grad, const Tensor& gate, const Tensor& up,
                                       const Tensor& grad_gate, const Tensor& grad_up, std::string activation,
-                                      const Tensor& group, const Tensor& gradient_statistics, std::string criterion,
-                                      OptionalTensor count, OptionalTensor source, OptionalTensor scores) {
+                                      const Tensor& group, const Tensor& gradient_statistics, std::string sums,
+                                      std::string criterion, OptionalTensor count, OptionalTensor source,
+                                      OptionalTensor scores) {
   const char* op = "gated_activation_backward_record";
   Job job = backward_job(grad, gate, up, grad_gate, grad_up, activation, op);
+  job.set = sum_set_of(sums, 3, op);
   record_in_parallel(job, group, gradient_statistics, 3, op, "gradient_statistics",
                      {criterion, count, source, scores}, backward);
 }
@@ -179,13 +190,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clue_fast_cpp, m) {
   m.def("gated_activation(Tensor gate, Tensor up, Tensor(a!) out, str activation) -> ()");
   m.def(
       "gated_activation_record(Tensor gate, Tensor up, Tensor(a!) out, str activation, Tensor group, "
-      "Tensor(b!) statistics, " CLUE_SCORING ") -> ()");
+      "Tensor(b!) statistics, str sums=\"all\", " CLUE_SCORING ") -> ()");
   m.def(
       "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, Tensor(b!) grad_up, "
       "str activation) -> ()");
   m.def(
       "gated_activation_backward_record(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, "
-      "Tensor(b!) grad_up, str activation, Tensor group, Tensor(c!) gradient_statistics, " CLUE_SCORING ") -> ()");
+      "Tensor(b!) grad_up, str activation, Tensor group, Tensor(c!) gradient_statistics, "
+      "str sums=\"all\", " CLUE_SCORING ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clue_fast_cpp, CPU, m) {

@@ -14,13 +14,15 @@ CLUE_INLINE void folded(const Folding& folding, int64_t begin, int64_t end) {
     for (int64_t g = 0; g < folding.sums.groups; ++g) {
       const std::vector<int>& groups = folding.runs[run].groups;
       const bool occurs = std::find(groups.begin(), groups.end(), g) != groups.end();
-      for (int field = 0; field < folding.fields; ++field, partial += folding.row_length) {
+      for (int field : folding.fields) {
+        const float* row = partial;
+        partial += folding.row_length;
         if (!occurs) continue;
         double* target = folding.sums.data + g * folding.sums.group_stride + field * folding.sums.field_stride;
         if (field == folding.maximum_field)
-          for (int64_t c = begin; c < end; ++c) target[c] = partial[c] > target[c] ? partial[c] : target[c];
+          for (int64_t c = begin; c < end; ++c) target[c] = row[c] > target[c] ? row[c] : target[c];
         else
-          for (int64_t c = begin; c < end; ++c) target[c] += partial[c];
+          for (int64_t c = begin; c < end; ++c) target[c] += row[c];
       }
     }
 }

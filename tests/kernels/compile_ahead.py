@@ -162,8 +162,11 @@ def launches(dtype: torch.dtype, groups: int, activation: str) -> Iterator[parti
         return
     yield partial(gated_activation.gated_activation, gate, up, out, activation)
     yield partial(gated_activation.gated_activation_record, gate, up, out, activation, group, statistics)
+    for sums in ("moments", "magnitude"):
+        yield partial(gated_activation.gated_activation_record, gate, up, out, activation, group, statistics, sums)
     yield partial(gated_activation.gated_activation_backward, *gradients)
     yield partial(gated_activation.gated_activation_backward_record, *gradients, group, slopes)
+    yield partial(gated_activation.gated_activation_backward_record, *gradients, group, slopes, "magnitude")
     yield partial(channel_statistics.channel_statistics, gate, group, statistics)
     yield partial(channel_statistics.channel_attribution, gate, grad, group, slopes)
     if groups > 1:
@@ -239,7 +242,7 @@ def compile_all(target: GPUTarget) -> Iterator[dict[str, Any]]:
 
 
 def name_of(call: partial[object]) -> str:
-    """Of the launch function, with the criterion that it is given or the part and its masters."""
+    """Of the launch function, with the sums or criterion that it is given, or the part and its masters."""
     words = [argument for argument in call.args if isinstance(argument, str) and argument not in ACTIVATIONS]
     return " ".join([call.func.__name__, *words])
 

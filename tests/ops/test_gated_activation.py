@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clue_fast.errors import UnknownNameError
-from clue_fast.ops import FIELDS, GRADIENT_FIELDS, gated_activation
+from clue_fast.ops import FIELDS, GRADIENT_FIELDS, GRADIENT_SUMS, SUMS, Scoring, gated_activation
 from clue_fast.ops import backend as backends
 
 OPERATOR = "gated_activation"
@@ -173,6 +173,34 @@ def test_backward_and_attribution(backend: str, device: torch.device, activation
         assert_attribution(attribution, h, grad, group)
     for accuracy in accuracies:
         accuracy.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sums", "gradient_sums"), [("moments", "magnitude"), ("magnitude", "all")])
+def test_only_the_sums_that_are_asked_for(
+    backend: str, device: torch.device, dtype: torch.dtype, sums: str, gradient_sums: str
+) -> None:
+    """They have the bits that they have among all; the others keep theirs."""
+    tokens, channels = 300, 71
+    gate, up = inputs(tokens, channels, dtype, device)
+    group = groups(tokens, device)
+    before = [torch.rand(2, n, channels, dtype=torch.float64, device=device) for n in (5, 3)]
+
+    def run(**asked: str) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (gate, up)]
+        kept = [x.clone() for x in before]
+        recording = {"group": group, "statistics": kept[0], "gradient_statistics": kept[1], **asked}
+        h = gated_activation(*leaves, backend=backend, **recording)
+        h.backward(torch.ones_like(h))
+        return [*kept, h.detach(), *(leaf.grad for leaf in leaves)]
+
+    every, some = run(), run(sums=sums, gradient_sums=gradient_sums)
+    assert all(map(torch.equal, every[2:], some[2:])), "what is recorded changes the result"
+    named = (FIELDS, SUMS[sums]), (GRADIENT_FIELDS, GRADIENT_SUMS[gradient_sums])
+    for (fields, asked), all_of_them, these, start in zip(named, every, some, before, strict=False):
+        for place, field in enumerate(fields):
+            assert not torch.equal(all_of_them[:, place], start[:, place])
+            assert torch.equal(these[:, place], (all_of_them if field in asked else start)[:, place]), field
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -442,6 +470,13 @@ def test_bad_input() -> None:
         gated_activation(gate, up, "swish")
     with pytest.raises(UnknownNameError, match="unknown backend 'fast'"):
         gated_activation(gate, up, backend="fast")
+    with pytest.raises(UnknownNameError, match="unknown set of sums 'mean'"):
+        gated_activation(gate, up, group=group, statistics=statistics, sums="mean")
+    with pytest.raises(UnknownNameError, match="unknown set of gradient sums 'moments'"):
+        gated_activation(gate, up, group=group, statistics=statistics, gradient_sums="moments")
+    scoring = Scoring("difference", torch.ones(2, 1, dtype=torch.int64), None, torch.zeros(4))
+    with pytest.raises(ValueError, match="'difference' reads more than the sums 'magnitude'"):
+        gated_activation(gate, up, group=group, statistics=statistics, sums="magnitude", scoring=scoring)
     with pytest.raises(ValueError, match="need a group"):
         gated_activation(gate, up, statistics=statistics)
     with pytest.raises(ValueError, match="int8"):

@@ -263,7 +263,7 @@ def test_opcheck(backend: str, device: torch.device) -> None:
         torch.library.opcheck(
             torch.ops.clue_fast.channel_statistics.default, (x, group, kept.statistics, backend, *fields)
         )
-        arguments = (x, x + 1, "silu", group, kept.statistics, None, backend, *fields)
+        arguments = (x, x + 1, "silu", group, kept.statistics, None, backend, "all", "all", *fields)
         torch.library.opcheck(torch.ops.clue_fast.gated_activation_record.default, arguments)
 
 

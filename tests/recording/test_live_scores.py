@@ -134,7 +134,7 @@ class TestAfterEachPass:
     def test_other_criteria_and_earlier_scores(self, computations: list[str]) -> None:
         """What was read stays as it was; another criterion is computed."""
         model, patched = patch("gated")
-        with torch.no_grad(), patched.record("forget", score="welch"):
+        with torch.no_grad(), patched.record("forget", statistics=("variance", "abs_mean"), score="welch"):
             model(IDS, token_group=torch.tensor([1, 2, 1, 2]))
             first = patched.scores()
             kept = [scores.clone() for scores in first.values()]
@@ -267,9 +267,9 @@ class TestLaunches:
 
 class TestStale:
     @staticmethod
-    def record(name: str = "gated") -> tuple[Any, Patched]:
+    def record(name: str = "gated", **asked: Any) -> tuple[Any, Patched]:
         model, patched = patch(name)
-        with torch.no_grad(), patched.record("forget", score="difference"):
+        with torch.no_grad(), patched.record("forget", score="difference", **asked):
             model(IDS, token_group=torch.tensor([1, 2, 1, 2]))
         return model, patched
 
@@ -371,7 +371,7 @@ class TestStale:
             assert computations == ["attribution"]
 
     def test_another_criterion(self) -> None:
-        model, patched = self.record()
+        model, patched = self.record(statistics=("variance", "abs_mean"))
         with torch.no_grad(), patched.record("forget", score="ratio"):
             check_live(patched, "ratio")
             model(IDS)
@@ -427,8 +427,9 @@ class TestSequences:
         for _ in range(self.draw(st.integers(1, 3))):
             self.criterion = self.draw(st.sampled_from([None, *CRITERIA_OPS]))
             self.gradients = self.criterion is not None and CLOSED_FORMS[self.criterion].gradients
-            how = {"gradients": self.gradients, "score": self.criterion, "on_nonfinite": "skip_batch"}
-            with self.patched.record("forget", **how):
+            statistics = ("max_abs", "attribution") if self.gradients else ("max_abs",)  # taken with all others
+            how = {"gradients": self.gradients, "score": self.criterion, "statistics": statistics}
+            with self.patched.record("forget", on_nonfinite="skip_batch", **how):
                 for step in self.draw(steps):
                     step()
             self.read()
