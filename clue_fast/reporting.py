@@ -295,7 +295,7 @@ _DRAWN = {"abs_mean": "mean |activation|", "mean": "mean activation", "abs_attri
 
 
 def _draw_scores(axes: Axes, selection: Selection, statistics: Statistics) -> None:
-    forget, retain, chosen = [], [], []
+    forget, retain, chosen = list[float](), list[float](), list[bool]()
     drawn = next(n for n in _DRAWN if not any(n in statistics.left_out(group) for group in DEFAULT_GROUPS))
     for site in selection.sites:
         on_forget, on_retain = (getattr(statistics.of(site, group), drawn).tolist() for group in DEFAULT_GROUPS)

@@ -234,16 +234,18 @@ def add_partial(
     sum0 = totals[0] + tl.sum(tl.load(row, mask=mask, other=0.0).to(tl.float64), 0)
     if FIELDS == 1:
         return (sum0,)
-    sum1 = totals[1] + tl.sum(tl.load(row + channels, mask=mask, other=0.0).to(tl.float64), 0)
-    if FIELDS == 2:
-        return sum0, sum1
-    sum2 = totals[2] + tl.sum(tl.load(row + 2 * channels, mask=mask, other=0.0).to(tl.float64), 0)
-    if FIELDS == 3:
-        return sum0, sum1, sum2
     else:
-        largest = tl.max(tl.load(row + 3 * channels, mask=mask, other=0.0), 0).to(tl.float64)
-        sum4 = totals[4] + tl.sum(tl.load(row + 4 * channels, mask=mask, other=0.0).to(tl.float64), 0)
-        return sum0, sum1, sum2, tl.maximum(totals[3], largest), sum4
+        sum1 = totals[1] + tl.sum(tl.load(row + channels, mask=mask, other=0.0).to(tl.float64), 0)
+        if FIELDS == 2:
+            return sum0, sum1
+        else:
+            sum2 = totals[2] + tl.sum(tl.load(row + 2 * channels, mask=mask, other=0.0).to(tl.float64), 0)
+            if FIELDS == 3:
+                return sum0, sum1, sum2
+            else:
+                largest = tl.max(tl.load(row + 3 * channels, mask=mask, other=0.0), 0).to(tl.float64)
+                sum4 = totals[4] + tl.sum(tl.load(row + 4 * channels, mask=mask, other=0.0).to(tl.float64), 0)
+                return sum0, sum1, sum2, tl.maximum(totals[3], largest), sum4
 
 
 @triton.jit
