@@ -12,6 +12,7 @@ from clue_fast.criteria.integrated_gradients import STEPS, IntegratedGradients
 from clue_fast.criteria.passes import (
     Batches,
     counted_mask,
+    differentiable,
     inference,
     predictions_of,
     target_of,
@@ -25,7 +26,6 @@ from clue_fast.criteria.weight_gradients import (
     module_slices,
 )
 from clue_fast.data import head_of
-from clue_fast.objectives.predictions import predict_in_one_pass
 from clue_fast.recording import Patched, patch
 from clue_fast.sites import Survey, device_of, model_fingerprint
 from clue_fast.statistics import DEFAULT_GROUPS, Statistics
@@ -102,7 +102,8 @@ def run_patched(
     """Runs a patched model over batches; without a target only its layers, not the language-model head."""
     model = patched.model
     head = head_of(model)
-    with inference(model), patched.record(DEFAULT_GROUPS[0], gradients=target is not None, statistics=reads):
+    recording = patched.record(DEFAULT_GROUPS[0], gradients=target is not None, statistics=reads)
+    with inference(model), differentiable(model, patched.sites), recording:
         for batch, groups in batches.on(device_of(model)):
             batch["token_group"] = token_groups(batch, groups, head)
             if target is None:
@@ -130,7 +131,8 @@ def record_weight_inputs(job: Job) -> Recorded:
 def record_squared_gradients(job: Job) -> Recorded:
     """See ``SquaredGradientRecorder``."""
     model, statistics = job.model, job.statistics()
-    with inference(model), SquaredGradientRecorder(model, statistics) as recorder:
+    recording = SquaredGradientRecorder(model, statistics)
+    with inference(model), differentiable(model, statistics.sites), recording as recorder:
         for batch, recorder.groups in job.batches.on(device_of(model)):
             predictions = predictions_of(model, batch)
             torch.autograd.backward(predictions.mean(target_of(predictions, job.target)).sum())
@@ -143,7 +145,7 @@ def record_mean_gradients(job: Job) -> Recorded:
     model, statistics = job.model, job.statistics()
     statistics.records += torch.tensor([len(each) for each in job.batches.data], device=statistics.records.device)
     for recorder in mean_gradient_recorders(model, statistics):
-        with inference(model), recorder:
+        with inference(model), differentiable(model, statistics.sites), recorder:
             for batch, recorder.groups in job.batches.on(device_of(model)):
                 predictions = predictions_of(model, batch)
                 torch.autograd.backward(predictions.mean(target_of(predictions, job.target)).sum())
@@ -158,8 +160,7 @@ def record_integrated_gradients(job: Job) -> Recorded:
         for batch, groups in job.batches.on(device_of(model)):
 
             def forward(batch: dict[str, Tensor] = batch) -> Tensor:
-                inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-                return target_of(predict_in_one_pass(model, inputs), job.target).sum()
+                return target_of(predictions_of(model, batch), job.target).sum()
 
             integrated.add(forward, groups, counted_mask(batch, head))
     return Recorded(statistics)

@@ -5,9 +5,10 @@ A target is the scalar function of an answer that is differentiated to see what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 from clue_fast.data import Collator, Example, answer_mask
 from clue_fast.errors import DataError, UnknownNameError
 from clue_fast.objectives.predictions import Predictions, predict_in_one_pass
-from clue_fast.sites import evaluation_mode
+from clue_fast.sites import Site, evaluation_mode
+from clue_fast.sparse.lower_layers import layers_below
 from clue_fast.statistics import DEFAULT_GROUPS
 
 
@@ -119,10 +121,28 @@ def target_of(predictions: Predictions, target: str) -> Tensor:
 
 
 def predictions_of(model: nn.Module, batch: dict[str, Tensor], **more: Tensor) -> Predictions:
-    """Predictions that can be differentiated with respect to everything behind the embedding."""
-    embeddings = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
-    inputs = {"inputs_embeds": embeddings, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    """The predictions of a model for a batch, which may say which tokens are counted too."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     return predict_in_one_pass(model, {**inputs, **more})
+
+
+@contextmanager
+def differentiable(model: nn.Module, sites: Iterable[Site]) -> Iterator[None]:
+    """Has what goes into the lowest layer with sites need a gradient, for as long as the context lasts.
+
+    Nothing below that is kept for the backward pass, nor run backward. In ``inference``, in which no weight needs one.
+    """
+    below = layers_below(model, (owned.parameter for site in sites for owned in site.slices))
+    source = below[-1] if below else model.get_input_embeddings()  # type: ignore[operator]
+
+    def require(_: nn.Module, __: Any, output: Any) -> None:
+        (output[0] if isinstance(output, tuple) else output).requires_grad_()
+
+    handle = source.register_forward_hook(require)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _padded(rows: Sequence[Sequence[int]], like: Tensor) -> Tensor:

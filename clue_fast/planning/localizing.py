@@ -11,7 +11,7 @@ from torch import nn
 
 from clue_fast.criteria.blocks import deal
 from clue_fast.criteria.integrated_gradients import INTEGRATED, STEPS
-from clue_fast.criteria.passes import inference, predictions_of, target_of
+from clue_fast.criteria.passes import differentiable, inference, predictions_of, target_of
 from clue_fast.criteria.registry import Criterion
 from clue_fast.criteria.weight_gradients import (
     BIAS,
@@ -212,7 +212,8 @@ def _run(model: nn.Module, found: Survey, depth: Depth, records: Records, backwa
                     )
                     del output
                 return Pass(tuple(depth.whole(trace.take())))
-            values = target_of(predictions_of(inner, inputs), "log_odds").sum()
+            with differentiable(inner, found.sites):
+                values = target_of(predictions_of(inner, inputs), "log_odds").sum()
             forward = depth.whole(trace.take())
             torch.autograd.backward(values)
             del values

@@ -169,6 +169,29 @@ def test_units_of_a_part_of_the_layers(
         clue_fast.localize(model, FORGET, RETAIN, **settings, layers=(0.0, 0.1))
 
 
+@pytest.mark.parametrize("criterion", ["attribution", "fisher", "salun"])
+def test_nothing_is_kept_below_the_layers_that_are_asked_for(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, criterion: str
+) -> None:
+    """Of two equal layers about half of what the backward pass needs of both."""
+    kept = {}
+    for layers in (None, (0.5, 1.0)):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            clue_fast.localize(
+                model,
+                FORGET,
+                RETAIN,
+                tokenizer=tokenizer,
+                criterion=criterion,
+                layers=layers,
+                permutations=0,
+                progress=False,
+            )
+        kept[layers] = sum(sizes)
+    assert 0.3 * kept[None] < kept[0.5, 1.0] < 0.7 * kept[None]
+
+
 def test_circuits_are_those_of_all_layers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(SettingError, match="'circuit' follows circuits through all layers"):
         clue_fast.localize(model, FORGET, RETAIN, tokenizer=tokenizer, criterion="circuit", layers=(0.5, 1.0))
