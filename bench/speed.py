@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import end_to_end, growth
 from bench.files import RESULTS, ROOT, load, write_between
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
@@ -98,10 +99,11 @@ def tables(folder: Path, how: str) -> str:
 
 
 def section() -> str:
-    """The tables of both folders."""
+    """The tables of whole runs, of both folders, and of growth."""
     commit = load("forward", ONE_SECOND)["machine"]["commit"]
     once = f"one run of all of `make bench` at {commit} with one second of samples to each comparison"
-    return tables(RESULTS, "some ten seconds of samples to each comparison") + "\n" + tables(ONE_SECOND, once)
+    some = tables(RESULTS, "some ten seconds of samples to each comparison")
+    return "\n".join([end_to_end.section(load(end_to_end.FILE)), growth.table(), some, tables(ONE_SECOND, once)])
 
 
 def main() -> None:

@@ -134,7 +134,7 @@ def test_files_keep_the_names_that_they_have() -> None:
 
 
 def test_a_sparse_model_by_its_old_names() -> None:
-    model = llama(layers=1)
+    model = llama(torch.bfloat16, layers=1)
     with clue_fast.sparsify(model, random_selection(model, units=2)) as sparse:
         optimizer = clue_fast.SparseAdamW(model)
         with pytest.warns(FutureWarning, match=r"Sparse.parts is slices now"):

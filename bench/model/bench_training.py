@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
@@ -50,11 +50,18 @@ class Point:
     dtype: str = "float32"
     checkpointing: bool = False
     lowest: int = 0
+    depth: int = LAYERS
+    width: int = WIDTH
 
     @property
     def layers(self) -> list[int]:
         """The layers in which units are selected."""
-        return list(range(self.lowest, LAYERS))
+        return list(range(self.lowest, self.depth))
+
+    @property
+    def units(self) -> int:
+        """Of an MLP."""
+        return self.width * UNITS // WIDTH
 
 
 BASE = Point()
@@ -146,11 +153,11 @@ def make_model(point: Point) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=UNITS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=WIDTH // 64,
-        num_key_value_heads=WIDTH // 64,
+        hidden_size=point.width,
+        intermediate_size=point.units,
+        num_hidden_layers=point.depth,
+        num_attention_heads=point.width // 64,
+        num_key_value_heads=point.width // 64,
         use_cache=False,
         tie_word_embeddings=False,
     )
@@ -208,7 +215,7 @@ def lora(model: LlamaForCausalLM, point: Point) -> Method:
 
 def shira(model: LlamaForCausalLM, point: Point) -> Method:
     # peft sizes SHiRA as LoRA of rank r: r (m + n) weights of an m x n matrix.
-    r = max(1, round(point.fraction * WIDTH * UNITS / (WIDTH + UNITS)))
+    r = max(1, round(point.fraction * point.width * point.units / (point.width + point.units)))
     names = [f"layers.{layer}.mlp.{module}" for layer in point.layers for module in MODULES]
     adapted = peft.get_peft_model(model, peft.ShiraConfig(r=r, target_modules=names, random_seed=0))
     return Method(adapted, adamw(adapted))
@@ -283,9 +290,9 @@ class Training:
         measurement: what is known so far.
     """
 
-    def __init__(self, point: Point, seconds: float) -> None:
+    def __init__(self, point: Point, seconds: float, methods: Iterable[str] = METHODS) -> None:
         model = make_model(point)
-        self._methods = {name: make(copy.deepcopy(model), point) for name, make in METHODS.items()}
+        self._methods = {name: METHODS[name](copy.deepcopy(model), point) for name in methods}
         tokens = torch.randint(VOCABULARY, (point.records, point.tokens), device=machine.device())
         self._batch = {"input_ids": tokens, "labels": tokens}
         counted = {name: method.bytes(self._batch) for name, method in self._methods.items()}
