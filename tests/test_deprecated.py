@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 
 import clue_fast
 from clue_fast import ops
