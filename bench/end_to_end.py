@@ -5,15 +5,16 @@
 SmolLM2-135M forgets 40 records of TOFU beside 160 that are to be kept, in steps of as many forget as retain records.
 Every arm is a process of its own, so that its peak of memory is its own, and the processes take turns, step by step.
 All have the same records in the same order, in float32. None evaluates. Some steps are run, and 200, as many as
-``unlearn`` takes, are counted from their medians.
+``unlearn`` takes, are counted from their medians; those of the first epoch, in which ours asks the original model about
+each record, are told apart from later ones.
 
 all weights   transformers' Trainer in the style of open-unlearning (Dorna et al. 2025, arXiv 2506.12618): forget and
               retain batch one after another, each padded to its longest record; the reference is a deep copy
 LoRA          the same with peft, r = 8 on all linear layers, and the model without adapters as the reference
 ours          localize over all records, in batches of 512 tokens, UnlearnTrainer with the package's defaults, the
               proof that no other weight changed, and the checkpoint
-last third    the same with as many units of the last third of the layers; from the second epoch on, whose steps are
-              told apart, the layers below are skipped
+last third    the same with as many units of the last third of the layers; from the second epoch on the layers below
+              are skipped
 floor         forward and the gradient of the activations on the stock model, over the passes and positions that ours
               runs, and nothing trained; beside it the same with all records in one row, kept apart by a mask, and
               with all padded to the longest and all logits
@@ -47,7 +48,7 @@ FILE = "end_to_end"
 OURS = {"ours": None, "last third": (2 / 3, 1.0)}
 """The part of the layers that units are of."""
 ARMS = ("all weights", "LoRA", *OURS, "floor")
-OBJECTIVES = ("undial", "npo")
+OBJECTIVES = ("undial",)
 FLOORS = ("floor", "packed floor", "padded floor")
 STEPS = 200
 """Of the package's default, to which the seconds of a whole run are extended."""
@@ -64,7 +65,8 @@ class Setting:
     forget: int = 40
     retain: int = 160
     batch_size: int = 4
-    steps: int = 6
+    steps: int = 4
+    warm_up: int = 2
     fraction: float = 0.01
     rank: int = 8
     tokens_per_batch: int = 512
@@ -76,8 +78,8 @@ class Setting:
         return self.forget // self.batch_size
 
     def steps_of(self, arm: str) -> int:
-        """How many steps an arm runs: so many, or so many in the second epoch."""
-        return self.steps + (self.epoch if OURS.get(arm) else 0)
+        """How many steps an arm runs: so many; ours as many in the second epoch, in which no original is asked."""
+        return self.steps + (self.epoch if arm in OURS else 0)
 
 
 @dataclass
@@ -102,15 +104,17 @@ class Run:
         """Of all parts of that name."""
         return [seconds for part, seconds in self.parts if part == name]
 
-    @property
-    def step(self) -> float:
-        """Seconds of a step, that of later epochs if there are any; the median."""
-        return median(self.seconds("later step") or self.seconds("step"))
+    def timed(self, setting: Setting, name: str | None = None) -> list[float]:
+        """Of the steps of the last rounds, without those that warm up: the same rounds of every arm and floor."""
+        every = self.seconds(name) if name else self.seconds("later step") or self.seconds("step")
+        return every[setting.warm_up - setting.steps :]
 
-    def whole(self, epoch: int) -> float:
+    def whole(self, setting: Setting) -> float:
         """Seconds of ``STEPS`` steps and all other parts but the loading, with steps of the length of the medians."""
         beside = sum(seconds for name, seconds in self.parts if name not in ("load", "step", "later step"))
-        return beside + epoch * median(self.seconds("step")) + (STEPS - epoch) * self.step
+        later = median(self.timed(setting))
+        first = median(self.seconds("step")) if self.seconds("later step") else later
+        return beside + setting.epoch * first + (STEPS - setting.epoch) * later
 
 
 def main() -> None:
@@ -131,7 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for objective in options.objectives:
             runs[objective] = in_turns(options.arms, objective, setting, options.models, Path(scratch))
-            print(table(objective, runs[objective], setting.epoch), flush=True)
+            print(table(objective, runs[objective], setting), flush=True)
     machine.use_all_cores()
     kept = {name: {arm: asdict(run) for arm, run in arms.items()} for name, arms in runs.items()}
     content = {"machine": machine.describe(), "setting": asdict(setting), "objectives": kept}
@@ -165,9 +169,10 @@ def in_turns(arms: Sequence[str], objective: str, setting: Setting, models: Path
         while turn(arm) != last:
             pass
     orders = list(rounds_of(list(arms), len(arms)))
-    for number in range(max(map(setting.steps_of, arms))):
+    most = max(map(setting.steps_of, arms))
+    for number in range(most):
         for arm in orders[number % len(orders)]:
-            if number < setting.steps_of(arm):
+            if number >= most - setting.steps_of(arm):  # all end together
                 for _ in FLOORS if arm == "floor" else ("step",):
                     turn(arm)
     for arm in arms:
@@ -180,15 +185,15 @@ def in_turns(arms: Sequence[str], objective: str, setting: Setting, models: Path
     return runs
 
 
-def table(objective: str, arms: Mapping[str, Run], epoch: int) -> str:
+def table(objective: str, arms: Mapping[str, Run], setting: Setting) -> str:
     """The arms of an objective, a line each."""
     lines = [f"{objective}: seconds of a step, of a run of {STEPS} steps; MB at most"]
     for arm, run in arms.items():
         for name in FLOORS if arm == "floor" else ("step",):
-            seconds = median(run.seconds(name)) if arm == "floor" else run.step
+            seconds = median(run.timed(setting, name if arm == "floor" else None))
             line = f"  {arm if name == 'step' else name:<14}{seconds:>8.3f}"
             if name == "step":
-                line += f"{run.whole(epoch):>10.1f}{run.peak / 1e6:>10.0f}"
+                line += f"{run.whole(setting):>10.1f}{run.peak / 1e6:>10.0f}"
                 parts = ((part, sum(run.seconds(part))) for part in ("localize", "prepare", "save"))
                 line += "  " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts)
             lines.append(line)
@@ -219,27 +224,29 @@ def section(content: Mapping[str, Any]) -> str:
     lines = [
         f"A whole unlearning of {setting.model}, {setting.forget} forget and {setting.retain} retain records of TOFU, "
         f"{setting.batch_size} + {setting.batch_size} a step, float32, {about['processor']}, {about['threads']} "
-        f"threads, torch {about['torch']}: localization, {STEPS} steps counted from the median of {setting.steps}, "
-        "proof and checkpoint; MB of the highest resident set. Aims: .35 and .40 of all weights in time and memory, "
-        ".80 of LoRA in time, a step at most 1.05 of the floor:\n",
+        f"threads, torch {about['torch']}: localization, {STEPS} steps counted from the median of "
+        f"{setting.steps - setting.warm_up} behind {setting.warm_up} that warm up, proof and checkpoint; MB of the "
+        "highest resident set. Aims: .35 and .40 of all weights in time and memory, .80 of LoRA in time, a step at most"
+        " 1.05 of the floor:\n",
     ]
     for objective, arms in load_runs(content).items():
         lines += [f"{HEAD.format(steps=STEPS).replace('arm', f'`{objective}`', 1)}", "| --- |" + " ---: |" * 9]
         others = [arms["all weights"], arms["LoRA"]]
         for arm, run in arms.items():
             for name in FLOORS if arm == "floor" else (arm,):
-                seconds = median(run.seconds(name)) if arm == "floor" else run.step
-                cells = [name, f"{seconds:.2f} s", *(f"{seconds / other.step:.2f}" for other in others)]
+                times = run.timed(setting, name if arm == "floor" else None)
+                ratios = (by_rounds(times, other.timed(setting)) for other in others)
+                cells = [name, f"{median(times):.2f} s", *(f"{ratio:.2f}" for ratio in ratios)]
                 if arm == "floor":
                     cells += [""] * 6
                 else:
-                    whole = run.whole(setting.epoch)
-                    cells += [f"{whole:,.0f} s", *(f"{whole / other.whole(setting.epoch):.2f}" for other in others)]
+                    whole = run.whole(setting)
+                    cells += [f"{whole:,.0f} s", *(f"{whole / other.whole(setting):.2f}" for other in others)]
                     cells += [f"{run.peak / 1e6:,.0f} MB", *(f"{run.peak / other.peak:.2f}" for other in others)]
                 lines.append(f"| {' | '.join(cells)} |")
         floors = arms["floor"]
-        steps = arms["ours"].seconds("step")
-        against = (f"{by_rounds(steps, floors.seconds(name)):.2f} of the {name}" for name in FLOORS)
+        steps = arms["ours"].timed(setting)
+        against = (f"{by_rounds(steps, floors.timed(setting, name)):.2f} of the {name}" for name in FLOORS)
         lines.append(f"\nA step of ours takes {', '.join(against)}, by the median of the rounds.\n")
     return "\n".join(lines)
 
