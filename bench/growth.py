@@ -104,9 +104,12 @@ def plot(content: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(11, 3), layout="constrained")
     panels = figure.subplots(1, len(content["axes"]))
     for panel, (axis, points) in zip(panels, content["axes"].items(), strict=True):
+        sizes = [point["size"] for point in points]
         for part in PARTS:
             times = [1e3 * median(seconds(point["samples"], part)) for point in points]
-            panel.loglog([point["size"] for point in points], times, marker="o", markersize=3, label=part)
+            panel.loglog(sizes, times, marker="o", markersize=3, label=part)
+        panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        panel.minorticks_off()
         panel.set_xlabel(axis)
     panels[0].set_ylabel("milliseconds")
     panels[0].legend(frameon=False, fontsize="small")

@@ -33,9 +33,9 @@ def test_what_two_layers_share_counts_once() -> None:
 
 def test_bytes_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours has float32 gradients, and two moments, of the selected weights; full of all."""
-    for name, size in {"LAYERS": 2, "WIDTH": 64, "UNITS": 100, "VOCABULARY": 50}.items():
+    for name, size in {"WIDTH": 64, "UNITS": 100, "VOCABULARY": 50}.items():
         monkeypatch.setattr(training, name, size)
-    point = training.Point(fraction=0.1, records=1, tokens=8)
+    point = training.Point(fraction=0.1, records=1, tokens=8, depth=2, width=64)
     tokens = torch.randint(50, (1, 8))
     batch = {"input_ids": tokens, "labels": tokens}
     count = training.ours(training.make_model(point), point).bytes(batch)
@@ -49,9 +49,9 @@ def test_bytes_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_mask_leaves_gradients_of_selected_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in {"LAYERS": 2, "WIDTH": 64, "UNITS": 100, "VOCABULARY": 50}.items():
+    for name, size in {"WIDTH": 64, "UNITS": 100, "VOCABULARY": 50}.items():
         monkeypatch.setattr(training, name, size)
-    point = training.Point(fraction=0.1, lowest=1)
+    point = training.Point(fraction=0.1, lowest=1, depth=2, width=64)
     model = training.make_model(point)
     method = training.full_with_mask(model, point)
     for parameter in model.parameters():
@@ -63,9 +63,9 @@ def test_the_mask_leaves_gradients_of_selected_weights_only(monkeypatch: pytest.
 
 def test_the_methods_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every method has its sample of each phase in every round, and a line of the table."""
-    for name, size in {"LAYERS": 2, "WIDTH": 64, "UNITS": 100, "VOCABULARY": 50}.items():
+    for name, size in {"WIDTH": 64, "UNITS": 100, "VOCABULARY": 50}.items():
         monkeypatch.setattr(training, name, size)
-    point = training.Point(fraction=0.1, records=1, tokens=8)
+    point = training.Point(fraction=0.1, records=1, tokens=8, depth=2, width=64)
     one = training.Training(point, seconds=0.0)
     assert one.rounds == training.ROUNDS[0]
     for _ in range(2):
