@@ -7,6 +7,7 @@ from clue_fast.data.collator import (
     batches_by_length,
     has_head,
     head_of,
+    is_padded_right,
     padding_token,
     shift_labels,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "encode_prompts",
     "has_head",
     "head_of",
+    "is_padded_right",
     "load_further_sets",
     "load_records",
     "load_retain_sets",

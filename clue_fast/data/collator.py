@@ -86,6 +86,14 @@ def answer_mask(labels: Tensor, head: str = "causal") -> Tensor:
     return shift_labels(labels, head) != IGNORED_LABEL
 
 
+def is_padded_right(attention_mask: Tensor) -> bool:
+    """Whether a mask is [records, tokens] and lets each record attend to its first tokens, however many, alone."""
+    if attention_mask.dim() != 2:
+        return False
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return bool((attention_mask == (places < attention_mask.sum(-1, keepdim=True))).all())
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """How many tokens the model has embeddings for; None where it does not tell."""
     embedding = _embedding(model)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from clue_fast.data import IGNORED_LABEL, answer_mask, head_of, shift_labels
+from clue_fast.data import IGNORED_LABEL, answer_mask, head_of, is_padded_right, shift_labels
 from clue_fast.errors import DataError, ObjectiveError
 from clue_fast.internals import has_no_data, is_compiled
 from clue_fast.ops.accumulators import wide
@@ -268,16 +268,15 @@ def _passes(model: nn.Module, joined: Batch, head: str) -> list[Tensor | None]:
     padded on the right.
     """
     mask = joined.get("attention_mask")
-    if head != "causal" or mask is None or mask.dim() != 2 or has_no_data(mask) or model is not unwrap(model):
+    if head != "causal" or mask is None or has_no_data(mask) or model is not unwrap(model):
         return [None]
     if not set(joined) <= {"input_ids", "attention_mask", "labels", "token_group"}:
         return [None]
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return [None]
-    lengths = mask.sum(-1)
-    if not bool((mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).all()):
+    if not is_padded_right(mask):
         return [None]
-    passes = passes_by_length(lengths.tolist(), PASS_TOKENS.get(mask.device.type, PASS_TOKENS["cuda"]))
+    passes = passes_by_length(mask.sum(-1).tolist(), PASS_TOKENS.get(mask.device.type, PASS_TOKENS["cuda"]))
     if len(passes) == 1:
         return [None]
     return [torch.tensor(sorted(records), device="cpu") for records in passes]

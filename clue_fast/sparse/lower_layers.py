@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import head_of
+from clue_fast.data import head_of, is_padded_right
 from clue_fast.internals import evaluation_mode, has_forward_hooks, has_no_data, is_compiled, unwrap
 
 Batch: TypeAlias = "Mapping[str, Tensor]"
@@ -94,7 +94,7 @@ class LowerLayers:
             return False
         if set(batch) != {"input_ids", "attention_mask", "labels"} or has_no_data(batch["labels"]):
             return False
-        if head_of(model, batch["labels"]) != "causal" or not _is_padded_right(batch["attention_mask"]):
+        if head_of(model, batch["labels"]) != "causal" or not is_padded_right(batch["attention_mask"]):
             return False
         if (self.forbidden is not None and self.forbidden()) or is_compiled(model):
             return False
@@ -201,13 +201,6 @@ def _records(batch: Batch) -> list[Record]:
     """The tokens of each record, without padding."""
     lengths = batch["attention_mask"].sum(-1).tolist()
     return [tuple(row[:length]) for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
-
-
-def _is_padded_right(mask: Tensor) -> bool:
-    if mask.dim() != 2:
-        return False
-    places = torch.arange(mask.shape[1], device=mask.device)
-    return bool((mask == (places < mask.sum(-1, keepdim=True))).all())
 
 
 def _drops_out(model: nn.Module) -> bool:
