@@ -40,6 +40,9 @@ RUN_BYTES = 32 * 2**20
 LEAST_RUN = 128
 """Logits of so many bytes are made at a time, and of so many labels at the least: as fast as all at once."""
 
+FEW_BYTES = {"cpu": 4 * 2**20}
+"""A function of logits takes so many bytes of them at a time: what it makes of them stays in the cache."""
+
 PASS_TOKENS = {"cpu": 32, "cuda": 1024}
 """A further pass costs about as much as so many tokens: it reads every weight again."""
 
@@ -169,20 +172,29 @@ class _ByLabel(torch.autograd.Function):
         grads = torch.empty_like(states) if differentiated else None
         values = states.new_empty(len(labels), dtype=_wide_dtype(states))
         losses = torch.empty_like(values) if nll else values.new_empty(0)
-        for start, end in _runs(states, head):
-            run = slice(start, end)
+        for run in _runs(len(states), head, RUN_BYTES, LEAST_RUN):
             beside = [head(other[run]) for other in others]
             with torch.set_grad_enabled(differentiated):
                 own = states[run].detach().requires_grad_(differentiated)
                 logits = head(own)
-                found = function(logits, labels[run], *beside)
-                if grads is not None:  # not by autograd.grad, under which hooks of modules ask what it cannot say
-                    torch.autograd.backward(found.sum())
-                    assert own.grad is not None
-                    grads[run] = own.grad
-            values[run] = found.detach()
-            if nll:
-                losses[run] = values[run] if function is _label_losses else _label_losses(logits.detach(), labels[run])
+            slopes = torch.empty_like(logits) if differentiated else None
+            for few in _runs(len(own), head, FEW_BYTES.get(states.device.type, RUN_BYTES), 1):
+                of_few = labels[run][few]
+                with torch.set_grad_enabled(differentiated):
+                    some = logits[few].detach().requires_grad_(differentiated)
+                    found = function(some, of_few, *(other[few] for other in beside))
+                    if slopes is not None:  # not by autograd.grad, under which hooks of modules ask what it cannot say
+                        torch.autograd.backward(found.sum())
+                        assert some.grad is not None
+                        slopes[few] = some.grad
+                values[run][few] = found.detach()
+                if nll:
+                    likely = found if function is _label_losses else _label_losses(some, of_few)
+                    losses[run][few] = likely.detach()
+            if grads is not None:
+                torch.autograd.backward(logits, slopes)
+                assert own.grad is not None
+                grads[run] = own.grad
         ctx.save_for_backward(grads)
         ctx.mark_non_differentiable(losses)
         return values, losses
@@ -194,12 +206,12 @@ class _ByLabel(torch.autograd.Function):
         return (grad[:, None] * grads).to(grads.dtype), None, None, None, None, None
 
 
-def _runs(states: Tensor, head: Head) -> Iterator[tuple[int, int]]:
-    """From and up to which label each run reaches."""
+def _runs(labels: int, head: Head, most_bytes: int, least: int) -> Iterator[slice]:
+    """Some labels after others, at least so many, and of no more logits than so many bytes where that is more."""
     weight = getattr(head.module, "weight", None)
     vocabulary = weight.shape[0] if isinstance(weight, Tensor) else 2**16
-    size = max(LEAST_RUN, RUN_BYTES // (4 * vocabulary))
-    return ((start, min(start + size, len(states))) for start in range(0, len(states), size))
+    size = max(least, most_bytes // (4 * vocabulary))
+    return (slice(start, min(start + size, labels)) for start in range(0, labels, size))
 
 
 def predict(
