@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import end_to_end, growth
+from bench import growth
+from bench.end_to_end import runs as end_to_end
 from bench.files import RESULTS, ROOT, load, write_between
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
