@@ -2,13 +2,15 @@
 
 None of those names is promised to stay: where one goes, what is here has to be found anew, and nothing else
 (``tests/test_architecture.py`` finds those that stand elsewhere). First models, then single modules and tensors, then
-the classes that override a private method, at last what operators and the estimate of memory need.
+the classes that override a private method, at last what operators and the estimate of memory need, and the allocator.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -214,6 +216,11 @@ def is_view(tensor: Tensor) -> bool:
     return tensor._is_view()
 
 
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether anything is called when a parameter gets a gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def storage_of(tensor: Tensor) -> int:
     """Returns what tells the storage of a tensor from others, also where it holds no data."""
     return int(tensor.untyped_storage()._cdata)
@@ -305,3 +312,17 @@ def below_autograd() -> AbstractContextManager[None]:
     """What is dispatched inside does not come back to the autograd of the operator that it is called from."""
     guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
     return guard
+
+
+# The allocator.
+
+
+def give_back_memory() -> None:
+    """Gives the system what the C library keeps of memory that is free, which takes some milliseconds.
+
+    That of Linux gives back the end of its heap alone, and what is behind a pass over a model is full of holes as large
+    as its activations.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

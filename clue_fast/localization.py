@@ -17,6 +17,7 @@ from clue_fast.criteria.registry import get_criterion
 from clue_fast.data import EncodedRecords, Record, Source, load_retain_sets
 from clue_fast.deprecated import moved
 from clue_fast.errors import SettingError
+from clue_fast.internals import give_back_memory
 from clue_fast.recording import check_strictly
 from clue_fast.reliability import Reliability
 from clue_fast.selection import RELIABILITY, Selection
@@ -162,6 +163,7 @@ def localize_records(
         statistics = measure_task(task)
         selection = chosen_from(statistics, budget)
         measured = Reliability(reason=f"{chosen.subject} do not come from sums over records")
+    give_back_memory()
     if config.permutations:
         selection.source[RELIABILITY] = measured.as_dict()
     selection.source["seed"] = config.seed

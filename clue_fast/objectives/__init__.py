@@ -27,7 +27,8 @@ from clue_fast.objectives.losses import (
     SimNPO,
 )
 from clue_fast.objectives.original import Trained
-from clue_fast.objectives.predictions import Batch, Predictions, predict
+from clue_fast.objectives.passes import predict
+from clue_fast.objectives.predictions import Batch, Predictions
 
 __all__ = [
     "DPO",

@@ -5,7 +5,7 @@ First ``Objective``; then the objectives that there are, by name: those of this 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from clue_fast.config import OBJECTIVE, OBJECTIVE_SETTINGS
-from clue_fast.data import head_of
+from clue_fast.data import answer_mask, head_of
 from clue_fast.data.collator import HEADS
 from clue_fast.deprecated import rename_members
 from clue_fast.errors import ObjectiveError, SettingError, UnknownNameError
+from clue_fast.objectives.backward import can_run_backward, run_backward
 from clue_fast.objectives.original import Trained, original_outputs
-from clue_fast.objectives.predictions import Batch, Predictions, predict
+from clue_fast.objectives.passes import passes_of, run_passes
+from clue_fast.objectives.predictions import Batch, Predictions
 
 Current = Mapping[str, Predictions]
 Original = Mapping[str, Tensor]
@@ -39,11 +41,16 @@ class Objective:
     """The batches on which the original model is asked as well."""
     heads: ClassVar[tuple[str, ...]] = HEADS
     """The heads with which the objective makes sense."""
+    by_record: ClassVar[bool] = False
+    """Whether each term depends on what its own record is predicted alone: then passes over some records each can be
+    run backward one after another. A class that writes a term of its own says so itself."""
     retain_weight: float = 1.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         rename_members(cls, remember="reference_outputs", reference="original_batches")
+        if "by_record" not in vars(cls) and not vars(cls).keys().isdisjoint(("forget_term", "retain_term")):
+            cls.by_record = False
 
     def forget_term(self, current: Current, original: Original) -> Tensor:
         """Returns the forget term of each record, [records] float32.
@@ -79,6 +86,9 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss to run backward, and detached scalars to log.
 
+        Where the terms are of each record alone and the training has ``backward_by_pass``, the loss of several passes
+        is one of which each pass has been run backward already, so that the activations of one are alive at a time.
+
         Args:
             model: see ``clue_fast.data.collator`` for its heads.
             batches: "forget" and "retain", and "alternate" for objectives that need it.
@@ -94,16 +104,38 @@ class Objective:
         asked = {name: drop_token_group(used[name]) for name in self.original_batches if name in used}
         original = original_outputs(model, asked, trained, self.reference_outputs, repr(self)) if asked else {}
         around = getattr(getattr(trained, "lower_layers", None), "around", None)
-        current = predict(model, used, trained.set_batch_layout, around)
-        loss = self.forget_term(current, original).mean()
-        logs = {"forget_loss": loss.detach()}
-        if "forget" in current:
-            logs["forget_nll"] = current["forget"].mean(current["forget"].nll).mean()
-        if "retain" in current:
-            kept = self.retain_term(current["retain"], original.get("retain")).mean()
-            loss = loss + self.retain_weight * kept
+        passes = passes_of(model, used)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        apart = self.by_record and len(self.forget_batches) == 1 and len(passes) > 1
+        if not (apart and getattr(trained, "backward_by_pass", False) and can_run_backward(parameters)):
+            found = run_passes(model, passes, trained.set_batch_layout, around)
+            return self._terms(found, original, dict.fromkeys(used, 1.0))
+
+        def parts() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+            counted = {name: answer_mask(used[name]["labels"], head) for name in used}
+            for one in passes:
+                known = {name: one.of_labels(name, values, counted[name]) for name, values in original.items()}
+                shares = {name: len(records) / len(counted[name]) for name, records in one.records.items()}
+                yield self._terms(one.run(model, trained.set_batch_layout, around), known, shares)
+
+        return run_backward(parts(), parameters)
+
+    def _terms(
+        self, current: Current, original: Original, shares: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What records add to the loss, and to what is logged; shares are those of all of their set that they are."""
+        parts: list[Tensor] = []
+        logs: dict[str, Tensor] = {}
+        if share := shares[self.forget_batches[0]]:
+            parts.append(share * self.forget_term(current, original).mean())
+            logs["forget_loss"] = parts[0].detach()
+        if share := shares.get("forget", 0.0):
+            logs["forget_nll"] = share * current["forget"].mean(current["forget"].nll).mean()
+        if share := shares.get("retain", 0.0):
+            kept = share * self.retain_term(current["retain"], original.get("retain")).mean()
+            parts.append(self.retain_weight * kept)
             logs["retain_loss"] = kept.detach()
-        return loss, logs
+        return sum(parts[1:], parts[0]), logs
 
     def check_head(self, model: nn.Module, head: str) -> None:
         """Raises ObjectiveError if the objective makes no sense with that head."""
@@ -147,6 +179,7 @@ def register_objective(objective: type[Registered]) -> type[Registered]:
         @dataclass(frozen=True)
         class Margin(Objective):
             name: ClassVar[str] = "margin"
+            by_record: ClassVar[bool] = True
             least: float = 5.0
 
             def forget_term(self, current, original):

@@ -27,7 +27,8 @@ from clue_fast.objectives.base import (
     set_batch_layout,
 )
 from clue_fast.objectives.original import Trained
-from clue_fast.objectives.predictions import Batch, Predictions, join, run
+from clue_fast.objectives.passes import join
+from clue_fast.objectives.predictions import Batch, Predictions, run
 from clue_fast.sites import evaluation_mode, unwrap
 
 
@@ -44,6 +45,7 @@ class GradientAscent(Objective):
     """
 
     name: ClassVar[str] = "gradient_ascent"
+    by_record: ClassVar[bool] = True
     retain_weight: float = 0.0
 
     def forget_term(self, current: Current, original: Original) -> Tensor:
@@ -81,6 +83,7 @@ class WGA(Objective):
     """
 
     name: ClassVar[str] = "wga"
+    by_record: ClassVar[bool] = True
     alpha: float = 1.0
 
     def forget_term(self, current: Current, original: Original) -> Tensor:
@@ -105,6 +108,7 @@ class NPO(Objective):
     """
 
     name: ClassVar[str] = "npo"
+    by_record: ClassVar[bool] = True
     original_batches: ClassVar[tuple[str, ...]] = ("forget",)
     beta: float = 0.1
 
@@ -133,6 +137,7 @@ class SimNPO(Objective):
     """
 
     name: ClassVar[str] = "simnpo"
+    by_record: ClassVar[bool] = True
     retain_weight: float = 7.27
     beta: float = 2.5
     gamma: float = 0.0
@@ -156,6 +161,7 @@ class KL(GradientAscent):
     """
 
     name: ClassVar[str] = "kl"
+    by_record: ClassVar[bool] = True
     original_batches: ClassVar[tuple[str, ...]] = ("retain",)
     retain_weight: float = 1.0
 
@@ -193,6 +199,7 @@ class UNDIAL(Objective):
     """
 
     name: ClassVar[str] = "undial"
+    by_record: ClassVar[bool] = True
     original_batches: ClassVar[tuple[str, ...]] = ("forget",)
     retain_weight: float = 0.0
     strength: float = 10.0
@@ -247,6 +254,7 @@ class Refusal(Objective):
     """
 
     name: ClassVar[str] = "refusal"
+    by_record: ClassVar[bool] = True
     forget_batches: ClassVar[tuple[str, ...]] = ("alternate",)
     heads: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
 

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clue_fast.data import head_of
 from clue_fast.internals import has_no_data
-from clue_fast.objectives.predictions import Batch, Predictions, predict
+from clue_fast.objectives.passes import predict
+from clue_fast.objectives.predictions import Batch, Predictions
 from clue_fast.sites import evaluation_mode
 
 KEPT_BYTES = 256 * 2**20
@@ -25,7 +26,8 @@ class Trained(Protocol):
     """What an objective needs to know of the training: ``Sparse`` is one.
 
     It may have ``original_outputs`` too, a dict for what the original model says of each record, as long as that does
-    not change; and ``lower_layers``, whose ``around`` stands around each pass that trains.
+    not change; ``lower_layers``, whose ``around`` stands around each pass that trains; and ``backward_by_pass``,
+    whether each pass may be run backward as soon as it ran forward.
     """
 
     def original(self) -> AbstractContextManager[Any]:

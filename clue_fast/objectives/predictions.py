@@ -1,16 +1,15 @@
-"""How a model is run over the batches of a step, and what it says wherever it predicts a label.
+"""How a model is run over a batch, and what it says wherever it predicts a label.
 
 Of a causal model the head runs at the answers alone: a pre-hook narrows what it reads. Where nothing comes behind the
 head and it does not train, its logits are made a run of labels at a time, and what a function of each label's logits
 needs for the backward pass is taken at once, so that no tensor as wide as the vocabulary is kept. What comes behind the
-head, such as a soft cap or a scale, is the model's own: its logits then are those of its own forward. Records are run
-in passes of similar length, so that little is padded.
+head, such as a soft cap or a scale, is the model's own: its logits then are those of its own forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from clue_fast.data import IGNORED_LABEL, answer_mask, head_of, is_padded_right, shift_labels
-from clue_fast.errors import DataError, ObjectiveError
-from clue_fast.internals import has_no_data, is_compiled
+from clue_fast.data import answer_mask, head_of, shift_labels
+from clue_fast.errors import ObjectiveError
+from clue_fast.internals import is_compiled
 from clue_fast.ops.accumulators import wide
 from clue_fast.sites import unwrap
 
@@ -33,18 +32,12 @@ Batch: TypeAlias = "Mapping[str, Tensor]"
 OfLabel: TypeAlias = "Callable[..., Tensor]"
 """From the logits of some labels, [n, vocabulary] float32, and the labels, to one value each, [n]."""
 
-# What the tokens that are added to make two batches equally long are filled with; 0 is masked from attention.
-_FILL = {"labels": IGNORED_LABEL}
-
 RUN_BYTES = 32 * 2**20
 LEAST_RUN = 128
 """Logits of so many bytes are made at a time, and of so many labels at the least: as fast as all at once."""
 
 FEW_BYTES = {"cpu": 4 * 2**20}
 """A function of logits takes so many bytes of them at a time: what it makes of them stays in the cache."""
-
-PASS_TOKENS = {"cpu": 32, "cuda": 1024}
-"""A further pass costs about as much as so many tokens: it reads every weight again."""
 
 
 @dataclass(frozen=True)
@@ -214,119 +207,25 @@ def _runs(labels: int, head: Head, most_bytes: int, least: int) -> Iterator[slic
     return (slice(start, min(start + size, labels)) for start in range(0, labels, size))
 
 
-def predict(
-    model: nn.Module,
-    batches: Mapping[str, Batch],
-    announce: Callable[[int, int, int], None] | None = None,
-    around: Callable[[nn.Module, Batch], AbstractContextManager[None]] | None = None,
-) -> dict[str, Predictions]:
-    """Runs all batches, and returns the predictions for each by its name.
-
-    Args:
-        model: see ``clue_fast.data.collator`` for its heads.
-        batches: of records; those to be kept are called "retain", and come last.
-        announce: called before each forward pass with how many of its records, which come first, are to be forgotten;
-            how many there are; and how many tokens each of them has.
-        around: called with the model and the inputs of each forward pass; what it returns is entered around it.
-
-    Raises:
-        ObjectiveError: the model returns no logits, or not at the positions of the labels.
-        DataError: see ``join``.
-    """
-    joined = join(list(batches.values()))
-    head = head_of(model, joined["labels"])
-    sizes = {name: len(batch["labels"]) for name, batch in batches.items()}
-    first = sum(size for name, size in sizes.items() if name != "retain")
-    passes = _passes(model, joined, head)
-    found, made = [], Head()
-    for records in passes:
-        own = joined if records is None else _some(joined, records)
-        with nullcontext() if around is None else around(model, own):
-            if announce is not None:
-                forget = first if records is None else int((records < first).sum())
-                announce(forget, len(own["labels"]), own["input_ids"].shape[1] if "input_ids" in own else 1)
-            states, made = _states(model, own, head)
-        found.append(states)
-    counted, shifted = _answers(joined["labels"], head)
-    states = found[0] if len(found) == 1 else _in_order(found, passes, counted)
-    masks, answers_of = (torch.split(tensor, list(sizes.values())) for tensor in (counted, shifted))
-    chosen = [own[mask] for own, mask in zip(answers_of, masks, strict=True)]
-    parts = zip(sizes, torch.split(states, [len(own) for own in chosen]), chosen, masks, strict=True)
-    return {name: Predictions(own, answers, mask, made) for name, own, answers, mask in parts}
-
-
 def predict_in_one_pass(model: nn.Module, batch: Batch) -> Predictions:
     """Runs one batch, of whatever inputs the model takes, and returns its predictions. Raises as ``predict``."""
+    return predictions_by_set(model, batch, {"": len(batch["labels"])})[""]
+
+
+def predictions_by_set(model: nn.Module, batch: Batch, sizes: Mapping[str, int]) -> dict[str, Predictions]:
+    """Those for sets of records, of so many each, that stand in one batch, one behind another."""
     head = head_of(model, batch["labels"])
     states, made = _states(model, batch, head)
-    counted, shifted = _answers(batch["labels"], head)
-    return Predictions(states, shifted[counted], counted, made)
+    masks, answers = (tensor.split(list(sizes.values())) for tensor in _answers(batch["labels"], head))
+    chosen = [own[mask] for own, mask in zip(answers, masks, strict=True)]
+    parts = zip(sizes, states.split([len(own) for own in chosen]), chosen, masks, strict=True)
+    return {name: Predictions(own, labels, mask, made) for name, own, labels, mask in parts}
 
 
 def _answers(labels: Tensor, head: str) -> tuple[Tensor, Tensor]:
     """Which positions predict a label, and the label that each would, both [records, positions]."""
     labels = labels[:, None] if head == "classification" else labels
     return answer_mask(labels, head), shift_labels(labels, head)
-
-
-# Passes of similar length.
-
-
-def _passes(model: nn.Module, joined: Batch, head: str) -> list[Tensor | None]:
-    """The records of each forward pass, ascending int64 on the CPU; None for one pass over all.
-
-    More than one only where it is known to change nothing: a causal model that is not wrapped, so that no other process
-    waits for a pass, without checkpointing, which runs layers again when another pass is under way, on records that are
-    padded on the right.
-    """
-    mask = joined.get("attention_mask")
-    if head != "causal" or mask is None or has_no_data(mask) or model is not unwrap(model):
-        return [None]
-    if not set(joined) <= {"input_ids", "attention_mask", "labels", "token_group"}:
-        return [None]
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return [None]
-    if not is_padded_right(mask):
-        return [None]
-    passes = passes_by_length(mask.sum(-1).tolist(), PASS_TOKENS.get(mask.device.type, PASS_TOKENS["cuda"]))
-    if len(passes) == 1:
-        return [None]
-    return [torch.tensor(sorted(records), device="cpu") for records in passes]
-
-
-def passes_by_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
-    """Indices in passes of similar length, longest first: a new one wherever the padding would be more than its cost.
-
-    Args:
-        lengths: in tokens.
-        cost: of a further pass, in tokens.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    passes: list[list[int]] = [[]]
-    padding = 0
-    for index in order:
-        if passes[-1]:
-            padding += lengths[passes[-1][0]] - lengths[index]
-        if padding > cost:
-            passes.append([])
-            padding = 0
-        passes[-1].append(index)
-    return passes
-
-
-def _some(joined: Batch, records: Tensor) -> dict[str, Tensor]:
-    """Some records, without padding that none of them needs."""
-    index = records.to(joined["labels"].device)
-    own = {name: tensor[index] for name, tensor in joined.items()}
-    longest = int(own["attention_mask"].sum(-1).max())
-    return {name: tensor[:, :longest] for name, tensor in own.items()}
-
-
-def _in_order(found: Sequence[Tensor], passes: Sequence[Tensor | None], counted: Tensor) -> Tensor:
-    """States of all passes, [labels, width], in the order of the records."""
-    order = torch.cat([records for records in passes if records is not None]).to(counted.device)
-    record = order.repeat_interleave(counted.sum(-1)[order])
-    return torch.cat(list(found))[record.argsort(stable=True)]
 
 
 # One pass.
@@ -431,28 +330,3 @@ def run(model: nn.Module, batch: Batch, **options: Any) -> Any:
         # Caching keys is of no use here, and not compatible with gradient checkpointing.
         options["use_cache"] = False
     return model(**inputs, **options)
-
-
-def join(batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Stacks batches of records into one, padded on the right to the longest.
-
-    Raises:
-        DataError: the batches hold different inputs, or inputs that cannot be padded to one shape.
-    """
-    if len(batches) == 1:
-        return dict(batches[0])
-    names = [set(batch) for batch in batches]
-    odd = set[str]().union(*names) - names[0].intersection(*names)
-    if odd:
-        raise DataError(f"{', '.join(sorted(odd))} is an input of some batches only; give all sets the same inputs")
-    return {name: _stack(name, [batch[name] for batch in batches]) for name in batches[0]}
-
-
-def _stack(name: str, tensors: list[Tensor]) -> Tensor:
-    shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
-    if len(shapes) > 1:
-        if any(len(shape) != 1 for shape in shapes):
-            raise DataError(f"{name} has the shapes {sorted(shapes)} in the batches of a step; make them equal")
-        longest = max(tensor.shape[1] for tensor in tensors)
-        tensors = [functional.pad(t, (0, longest - t.shape[1]), value=_FILL.get(name, 0)) for t in tensors]
-    return torch.cat(tensors)

@@ -68,6 +68,8 @@ class Sparse:
         original_outputs: what objectives keep of the original model's outputs, until other weights are loaded.
         lower_layers: what is kept of the outputs of the layers below the lowest one that trains; nothing, unless its
             ``most_bytes`` is set, as trainers do.
+        backward_by_pass: whether objectives may run each pass of a step backward as soon as it ran forward, for a loss
+            that hands on the gradients, see ``Objective.loss``; trainers set it where gradients are not scaled.
     """
 
     parts = RenamedAttribute("slices")
@@ -80,6 +82,7 @@ class Sparse:
         self.original_outputs: dict[Hashable, Tensor] = {}
         self.lower_layers = LowerLayers(model, (one.path for one in planned))
         loading = model.register_load_state_dict_post_hook(self._forget_outputs)  # type: ignore[no-untyped-call]
+        self.backward_by_pass = False
         self.hooks: list[Removable] = [loading]
         self._restored = False
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -17,7 +17,8 @@ from clue_fast.deprecated import RenamedAttribute, precision, renamed_arguments
 from clue_fast.errors import SparseError
 from clue_fast.internals import DataDependentOutputException, DynamicOutputShapeException, storage_of
 from clue_fast.objectives import Batch
-from clue_fast.objectives.predictions import Predictions, join, predict_in_one_pass
+from clue_fast.objectives.passes import join
+from clue_fast.objectives.predictions import Predictions, predict_in_one_pass
 from clue_fast.selection import Selection
 from clue_fast.sparse import TrainableSlice
 from clue_fast.sparse.modules import inject

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from clue_fast.errors import SiteError, SparseError
+from clue_fast.internals import give_back_memory
 from clue_fast.recording import Patched, patch, patched_of
 from clue_fast.selection import Selection
 from clue_fast.sites import Survey
@@ -97,7 +98,9 @@ class SparseTraining(TrainerCallback):
         """See ``transformers.Trainer.train``; the model is patched as long as it lasts."""
         with self._fusing:
             self._fuse()
-            return inner(*args, **kwargs)
+            result = inner(*args, **kwargs)
+        give_back_memory()
+        return result
 
     def _fuse(self) -> None:
         self._fusing.callback(setattr, self, "patched", None)

@@ -156,6 +156,8 @@ class UnlearnTrainer(TrainerEvents, Trainer):
             sparse.restore()
             raise
         sparse.lower_layers.most_bytes = int(1e9 * lower_layers_gb)
+        # Gradients of 16 bits are scaled so that they do not vanish, and those of a pass would be taken without.
+        sparse.backward_by_pass = getattr(self.accelerator, "scaler", None) is None
         sparse.lower_layers.forbidden = partial(_is_recorded, model)
         # The loss is a mean over records: micro-batches are averaged, not summed over their tokens.
         self.model_accepts_loss_kwargs = False

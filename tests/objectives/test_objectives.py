@@ -28,8 +28,8 @@ from clue_fast.objectives import (
     Refusal,
     SimNPO,
     get_objective,
+    passes,
     predict,
-    predictions,
 )
 from clue_fast.sparse import SparseAdamW, sparsify
 
@@ -517,7 +517,7 @@ def test_reference_is_the_original_model(name, make_model, make_selection, make_
 
 
 def test_one_pass_a_step_and_one_for_each_record_of_the_reference(make_model, make_selection, make_batch, monkeypatch):
-    monkeypatch.setattr(predictions, "PASS_TOKENS", {"cpu": 1000, "cuda": 1000})
+    monkeypatch.setattr(passes, "PASS_TOKENS", {"cpu": 1000, "cuda": 1000})
     model, b = make_model(), {"forget": make_batch(), "retain": make_batch(seed=1)}
     sparse = sparsify(model, make_selection(model))
     records: list[int] = []

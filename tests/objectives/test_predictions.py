@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from clue_fast.data import Collator
 from clue_fast.errors import ObjectiveError
-from clue_fast.objectives import NPO, UNDIAL, original, predict
+from clue_fast.objectives import NPO, UNDIAL, original, passes, predict
 from clue_fast.objectives import predictions as module
-from clue_fast.objectives.predictions import Head, Predictions, passes_by_length
+from clue_fast.objectives.passes import passes_by_length
+from clue_fast.objectives.predictions import Head, Predictions
 from clue_fast.sparse import sparsify
 from tests.models import families
 
@@ -33,7 +34,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def many_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass for every length."""
-    monkeypatch.setattr(module, "PASS_TOKENS", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(passes, "PASS_TOKENS", {"cpu": 0, "cuda": 0})
 
 
 def only_some_train(model: nn.Module) -> list[Tensor]:
@@ -187,7 +188,7 @@ def test_the_records_to_forget_come_first_in_every_pass(make_model, make_batch, 
         return grads
 
     several = gradients()
-    monkeypatch.setattr(module, "PASS_TOKENS", {"cpu": 10**6, "cuda": 10**6})
+    monkeypatch.setattr(passes, "PASS_TOKENS", {"cpu": 10**6, "cuda": 10**6})
     torch.testing.assert_close(several, gradients(), rtol=1e-5, atol=1e-6)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clue_fast.objectives import predictions
+from clue_fast.objectives import passes
 from tests.models.small_llama import (  # noqa: F401
     make_arguments,
     make_batch,
@@ -16,4 +16,4 @@ from tests.models.small_llama import (  # noqa: F401
 @pytest.fixture
 def one_pass(monkeypatch):
     """All records of a step run in one pass, padded to the longest."""
-    monkeypatch.setattr(predictions, "PASS_TOKENS", {"cpu": 10**6, "cuda": 10**6})
+    monkeypatch.setattr(passes, "PASS_TOKENS", {"cpu": 10**6, "cuda": 10**6})
