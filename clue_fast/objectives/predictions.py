@@ -216,9 +216,9 @@ def predictions_by_set(model: nn.Module, batch: Batch, sizes: Mapping[str, int])
     """Those for sets of records, of so many each, that stand in one batch, one behind another."""
     head = head_of(model, batch["labels"])
     states, made = _states(model, batch, head)
-    masks, answers = (tensor.split(list(sizes.values())) for tensor in _answers(batch["labels"], head))
+    masks, answers = (torch.split(tensor, list(sizes.values())) for tensor in _answers(batch["labels"], head))
     chosen = [own[mask] for own, mask in zip(answers, masks, strict=True)]
-    parts = zip(sizes, states.split([len(own) for own in chosen]), chosen, masks, strict=True)
+    parts = zip(sizes, torch.split(states, [len(own) for own in chosen]), chosen, masks, strict=True)
     return {name: Predictions(own, labels, mask, made) for name, own, labels, mask in parts}
 
 

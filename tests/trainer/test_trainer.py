@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from clue_fast.data import Collator
 from clue_fast.errors import DataError, SelectionError, SparseError, UnknownNameError
-from clue_fast.objectives import NPO, OBJECTIVES, RMU
+from clue_fast.objectives import NPO, OBJECTIVES, RMU, passes
 from clue_fast.sparse import SparseAdamW, SparseSGD, changed_inside, changed_outside, snapshot, sparsify
 from clue_fast.sparse.slices import trainable_slices
 from clue_fast.trainer import UnlearnTrainer
@@ -403,3 +403,32 @@ def test_arguments_of_the_user_are_not_touched(make_model, make_selection, make_
         selection=make_selection(model),
     )
     assert args.to_json_string() == before
+
+
+@pytest.mark.parametrize("objective", ["undial", "simnpo"])
+def test_passes_run_backward_one_by_one_train_as_one_graph(objective, make_trainer, monkeypatch):
+    """With micro-batches that are accumulated, and gradients that are clipped."""
+    monkeypatch.setattr(passes, "PASS_TOKENS", {"cpu": 0, "cuda": 0})
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.1}
+    weights, logs = [], []
+    for by_pass in (True, False):
+        trainer = make_trainer(settings=settings, objective=objective)
+        assert trainer.sparse.backward_by_pass
+        trainer.sparse.backward_by_pass = by_pass
+        trainer.train()
+        weights.append(torch.cat([trained.master().flatten() for trained in trainer.sparse.slices]))
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    for apart, one in zip(*logs, strict=True):
+        for name in ("loss", "forget_loss", "forget_nll", "retain_loss", "grad_norm"):
+            assert apart[name] == pytest.approx(one[name], rel=1e-3)
+
+
+def test_one_graph_where_gradients_are_scaled(make_trainer, monkeypatch):
+    def scaled(self: Any) -> None:
+        create(self)
+        self.accelerator.scaler = object()
+
+    create = UnlearnTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(UnlearnTrainer, "create_accelerator_and_postprocess", scaled)
+    assert not make_trainer().sparse.backward_by_pass
