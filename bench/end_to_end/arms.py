@@ -268,7 +268,7 @@ def run_floor(loaded: Loaded, objective: str, setting: Setting, turns: Turns) ->
     import torch
 
     from clue_fast.objectives import get_objective, predict
-    from clue_fast.objectives.predictions import join
+    from clue_fast.objectives.passes import join
 
     model, method, as_it_was = loaded.model.train().requires_grad_(False), get_objective(objective), AsItWas()
     with torch.no_grad():
