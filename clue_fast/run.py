@@ -44,6 +44,7 @@ TRAINING = (
     "batch_size",
     "retain_ratio",
     "lower_layers_gb",
+    "packed_tokens",
     "forget_target",
     "master_weights",
     "stochastic_rounding",

@@ -107,6 +107,7 @@ def unlearn(
     batch_size: int = UnlearnConfig.batch_size,
     retain_ratio: int | None = UnlearnConfig.retain_ratio,
     lower_layers_gb: float = UnlearnConfig.lower_layers_gb,
+    packed_tokens: int | None = UnlearnConfig.packed_tokens,
     forget_target: float | None = UnlearnConfig.forget_target,
     evaluate_every: int = UnlearnConfig.evaluate_every,
     samples: int = UnlearnConfig.samples,
@@ -136,7 +137,7 @@ def unlearn(
             permutations, tokens_per_batch: how to localize, see ``clue_fast.config.LocalizeConfig``; with a selection,
             ``strict`` is of the kinds of units that it has, and the others have no use.
         objective, stages, learning_rate, layer_lr, master_weights, stochastic_rounding, epochs, rounds,
-            batch_size, retain_ratio, lower_layers_gb, forget_target, evaluate_every: how to train, see
+            batch_size, retain_ratio, lower_layers_gb, packed_tokens, forget_target, evaluate_every: how to train, see
             ``clue_fast.config.UnlearnConfig``.
         samples, relearn, attacks, metrics: how to evaluate, see ``clue_fast.config.EvalConfig``.
         seed, max_length, backend, progress: of everything. ``**vars(UnlearnConfig.load(file))`` gives all settings of

@@ -332,6 +332,8 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
         retain_ratio: retain records beside each forget record. Default 4, or that of the published schedule.
         lower_layers_gb: memory, in GB, for what the layers below the lowest selected one put out: they run once for
             each record, and are skipped in later epochs; 0: all layers run in every step.
+        packed_tokens: tokens of a row into which the records of a step are packed without padding, see
+            ``UnlearnTrainer``; None: they are padded, in passes of similar length.
         forget_target: share of the forget questions that shall no longer be answered (ROUGE-L recall below 0.5). Once
             trained, the update is then scaled down to the smallest share of itself that reaches the target on a random
             half of the forget questions and on their rewordings (``paraphrased_question``), see
@@ -394,6 +396,13 @@ class UnlearnConfig(LocalizeConfig, EvalConfig):
         read=float,
         check=not_negative,
         metavar="GB",
+    )
+    packed_tokens: int | None = setting(
+        None,
+        "pack the records of a step into rows of so many tokens, without padding (passes of similar length)",
+        read=int,
+        check=positive_integer,
+        metavar="N",
     )
     forget_target: float | None = setting(
         None,

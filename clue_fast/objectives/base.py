@@ -104,7 +104,7 @@ class Objective:
         asked = {name: drop_token_group(used[name]) for name in self.original_batches if name in used}
         original = original_outputs(model, asked, trained, self.reference_outputs, repr(self)) if asked else {}
         around = getattr(getattr(trained, "lower_layers", None), "around", None)
-        passes = passes_of(model, used)
+        passes = passes_of(model, used, getattr(trained, "packed_tokens", None))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         apart = self.by_record and len(self.forget_batches) == 1 and len(passes) > 1
         if not (apart and getattr(trained, "backward_by_pass", False) and can_run_backward(parameters)):

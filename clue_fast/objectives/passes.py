@@ -1,4 +1,7 @@
-"""How the batches of a step are run: joined, in passes of similar length, so that little is padded."""
+"""How the batches of a step are run: joined, in passes of similar length, so that little is padded.
+
+Or, where that is asked for, packed into rows without padding, see ``clue_fast.objectives.packing``.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clue_fast.data import IGNORED_LABEL, head_of, is_padded_right
-from clue_fast.errors import DataError
+from clue_fast.errors import DataError, ObjectiveError
 from clue_fast.internals import has_no_data
+from clue_fast.objectives.packing import INSTEAD, pack, rows_of
 from clue_fast.objectives.predictions import Batch, Predictions, predictions_by_set
 from clue_fast.sites import unwrap
 
@@ -69,10 +73,12 @@ class Pass:
     Attributes:
         batch: their inputs and labels, those of one set behind those of another.
         records: which of its set they are, ascending, by the name of the set.
+        packed: whether they run in one row; then either all or none of them are to be forgotten.
     """
 
     batch: Batch
     records: Mapping[str, Sequence[int]]
+    packed: bool = False
 
     def run(
         self, model: nn.Module, announce: Announce | None = None, around: Around | None = None
@@ -80,11 +86,12 @@ class Pass:
         """Returns the predictions for its records, by the name of their set, see ``predict``."""
         sizes = {name: len(records) for name, records in self.records.items()}
         forget = sum(size for name, size in sizes.items() if name != "retain")
-        with nullcontext() if around is None else around(model, self.batch):
+        inputs = pack(self.batch) if self.packed else self.batch
+        with nullcontext() if around is None else around(model, inputs):
             if announce is not None:
-                ids = self.batch.get("input_ids")
-                announce(forget, len(self.batch["labels"]), 1 if ids is None else ids.shape[1])
-            return predictions_by_set(model, self.batch, sizes)
+                ids, rows = inputs.get("input_ids"), len(inputs["labels"])
+                announce(min(forget, rows), rows, 1 if ids is None else ids.shape[1])
+            return predictions_by_set(model, self.batch, sizes, inputs)
 
     def of_labels(self, name: str, values: Tensor, counted: Tensor) -> Tensor:
         """Returns what belongs to its records of something that every label of a set has, [labels, ...].
@@ -99,41 +106,76 @@ class Pass:
         return values[own[counted]]
 
 
-def passes_of(model: nn.Module, batches: Mapping[str, Batch]) -> list[Pass]:
-    """Returns the passes in which a model runs over the batches of a step, see ``predict``."""
+def passes_of(model: nn.Module, batches: Mapping[str, Batch], packed_tokens: int | None = None) -> list[Pass]:
+    """Returns the passes in which a model runs over the batches of a step, see ``predict``.
+
+    Args:
+        model, batches: see there.
+        packed_tokens: of a row, into which records are packed, those to be kept apart from all others; None: they are
+            padded.
+
+    Raises:
+        ObjectiveError: they cannot be packed.
+        DataError: see ``join``.
+    """
     joined = join(list(batches.values()))
     sizes = [len(batch["labels"]) for batch in batches.values()]
     found = []
-    for chosen in _passes(model, joined, head_of(model, joined["labels"])):
+    head = head_of(model, joined["labels"])
+    if packed_tokens is None:
+        passes = _passes(model, joined, head)
+    else:
+        forget = sum(size for name, size in zip(batches, sizes, strict=True) if name != "retain")
+        passes = [*_rows(model, joined, head, forget, packed_tokens)]
+    for chosen in passes:
         records, first = {}, 0
         for name, size in zip(batches, sizes, strict=True):
             of_set = range(first, first + size)
             records[name] = [record - first for record in (of_set if chosen is None else chosen) if record in of_set]
             first += size
-        found.append(Pass(joined if chosen is None else _some(joined, chosen), records))
+        batch = joined if chosen is None else _some(joined, chosen)
+        found.append(Pass(batch, records, packed=packed_tokens is not None))
     return found
 
 
 def _passes(model: nn.Module, joined: Batch, head: str) -> list[list[int] | None]:
-    """The records of each forward pass, ascending; None for one pass over all.
-
-    More than one only where it is known to change nothing: a causal model that is not wrapped, so that no other process
-    waits for a pass, without checkpointing, which runs layers again when another pass is under way, on records that are
-    padded on the right.
-    """
-    mask = joined.get("attention_mask")
-    if head != "causal" or mask is None or has_no_data(mask) or model is not unwrap(model):
+    """The records of each forward pass, ascending; None for one pass over all."""
+    if _why_together(model, joined, head):
         return [None]
-    if not set(joined) <= {"input_ids", "attention_mask", "labels", "token_group"}:
-        return [None]
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return [None]
-    if not is_padded_right(mask):
-        return [None]
+    mask = joined["attention_mask"]
     passes = passes_by_length(mask.sum(-1).tolist(), PASS_TOKENS.get(mask.device.type, PASS_TOKENS["cuda"]))
     if len(passes) == 1:
         return [None]
     return [sorted(records) for records in passes]
+
+
+def _rows(model: nn.Module, joined: Batch, head: str, forget: int, most_tokens: int) -> list[list[int]]:
+    """The records of each row, ascending: of the first ones, which are to be forgotten, and of the others."""
+    if why := _why_together(model, joined, head):
+        raise ObjectiveError(f"the records of a step cannot be packed: {why}; {INSTEAD}")
+    lengths = joined["attention_mask"].sum(-1).tolist()
+    sets = range(forget), range(forget, len(lengths))
+    return [sorted(of[place] for place in row) for of in sets for row in rows_of([lengths[i] for i in of], most_tokens)]
+
+
+def _why_together(model: nn.Module, joined: Batch, head: str) -> str:
+    """Why all records run in one pass, since several are not known to change nothing; "" where they are.
+
+    They are for a causal model that is not wrapped, so that no other process waits for a pass, without checkpointing,
+    which runs layers again when another pass is under way, on records that are padded on the right.
+    """
+    mask = joined.get("attention_mask")
+    if head != "causal":
+        return f"{type(unwrap(model)).__name__} has a {head} head"
+    if mask is None or has_no_data(mask):
+        return "they have no mask, or one without data"
+    if model is not unwrap(model):
+        return f"other processes may wait for the passes of a {type(model).__name__}"
+    if others := set(joined) - {"input_ids", "attention_mask", "labels", "token_group"}:
+        return f"they have {', '.join(sorted(others))}"
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "gradient checkpointing runs layers again when another row is under way"
+    return "" if is_padded_right(mask) else "they are not padded on the right"
 
 
 def passes_by_length(lengths: Sequence[int], cost: int) -> list[list[int]]:

@@ -212,10 +212,15 @@ def predict_in_one_pass(model: nn.Module, batch: Batch) -> Predictions:
     return predictions_by_set(model, batch, {"": len(batch["labels"])})[""]
 
 
-def predictions_by_set(model: nn.Module, batch: Batch, sizes: Mapping[str, int]) -> dict[str, Predictions]:
-    """Those for sets of records, of so many each, that stand in one batch, one behind another."""
+def predictions_by_set(
+    model: nn.Module, batch: Batch, sizes: Mapping[str, int], inputs: Batch | None = None
+) -> dict[str, Predictions]:
+    """Those for sets of records, of so many each, that stand in one batch, one behind another.
+
+    ``inputs`` are run in its place, which have the same labels in the same order.
+    """
     head = head_of(model, batch["labels"])
-    states, made = _states(model, batch, head)
+    states, made = _states(model, batch if inputs is None else inputs, head)
     masks, answers = (torch.split(tensor, list(sizes.values())) for tensor in _answers(batch["labels"], head))
     chosen = [own[mask] for own, mask in zip(answers, masks, strict=True)]
     parts = zip(sizes, torch.split(states, [len(own) for own in chosen]), chosen, masks, strict=True)

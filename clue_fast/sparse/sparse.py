@@ -70,6 +70,7 @@ class Sparse:
             ``most_bytes`` is set, as trainers do.
         backward_by_pass: whether objectives may run each pass of a step backward as soon as it ran forward, for a loss
             that hands on the gradients, see ``Objective.loss``; trainers set it where gradients are not scaled.
+        packed_tokens: of a row, into which objectives pack the records of a step; None, unless trainers set it.
     """
 
     parts = RenamedAttribute("slices")
@@ -83,6 +84,7 @@ class Sparse:
         self.lower_layers = LowerLayers(model, (one.path for one in planned))
         loading = model.register_load_state_dict_post_hook(self._forget_outputs)  # type: ignore[no-untyped-call]
         self.backward_by_pass = False
+        self.packed_tokens: int | None = None
         self.hooks: list[Removable] = [loading]
         self._restored = False
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from clue_fast.config import LAYER_LR, LOWER_LAYERS_GB, RETAIN_RATIO
+from clue_fast.config.schema import positive_integer
 from clue_fast.data import Collator, Source, head_of, padding_token
 from clue_fast.data.collator import longest
 from clue_fast.deprecated import precision, renamed_arguments
+from clue_fast.errors import ObjectiveError
 from clue_fast.internals import TrainerEvents
 from clue_fast.objectives import Objective, get_objective
+from clue_fast.objectives.packing import INSTEAD, check_packing
 from clue_fast.recording import Patched, patched_of
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate, Sparse, sparsify
@@ -70,6 +73,9 @@ class UnlearnTrainer(TrainerEvents, Trainer):
             ``clue_fast.sparse.lower_layers``: they run once for each record, and are skipped in later epochs. Losses
             agree within rounding, also those of a resumed run; 0: all layers run in every step, and a resumed run goes
             on bit by bit.
+        packed_tokens: the records of a step run in rows of up to so many tokens, one behind another without padding,
+            forget and retain records in rows of their own; longer ones alone. Losses agree within rounding. None: they
+            are padded, in passes of similar length.
         max_length: longest example in tokens, for records that are not encoded yet; None: as many as the model has
             positions for.
         kwargs: further arguments of ``transformers.Trainer``, such as ``eval_dataset`` and ``callbacks``. A
@@ -87,7 +93,9 @@ class UnlearnTrainer(TrainerEvents, Trainer):
     Raises:
         DataError: a data set is empty or unreadable, both share records, or there is no tokenizer to encode it.
         SelectionError, SparseError, NonFiniteError: see ``sparsify``, ``SparseTraining`` and ``get_stages``.
-        SettingError: see ``check_precision`` in ``clue_fast.sparse.optimizer``.
+        SettingError: see ``check_precision`` in ``clue_fast.sparse.optimizer``; ``packed_tokens`` is not a positive
+            integer.
+        ObjectiveError: records cannot be packed for the model, see ``clue_fast.objectives.packing``, or an objective.
         UnknownNameError: no objective or schedule has that name.
     """
 
@@ -109,6 +117,7 @@ class UnlearnTrainer(TrainerEvents, Trainer):
         stochastic_rounding: bool = False,
         stages: str | Sequence[Stage] | None = None,
         lower_layers_gb: float = LOWER_LAYERS_GB,
+        packed_tokens: int | None = None,
         max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -123,6 +132,8 @@ class UnlearnTrainer(TrainerEvents, Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         collate = kwargs.pop("data_collator", None)
         objectives = [self.objective] if self.stages is None else [get_objective(s.objective) for s in self.stages]
+        if packed_tokens is not None:
+            _check_packing(model, packed_tokens, objectives)
         records = encode_pairs(
             model,
             processing_class,
@@ -155,6 +166,7 @@ class UnlearnTrainer(TrainerEvents, Trainer):
         except BaseException:
             sparse.restore()
             raise
+        sparse.packed_tokens = packed_tokens
         sparse.lower_layers.most_bytes = int(1e9 * lower_layers_gb)
         # Gradients of 16 bits are scaled so that they do not vanish, and those of a pass would be taken without.
         sparse.backward_by_pass = getattr(self.accelerator, "scaler", None) is None
@@ -262,6 +274,14 @@ class _Epochs(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         # A whole number at the start of an epoch; in a resumed one, somewhere within it.
         self.trainer._begin_epoch(int(state.epoch))
+
+
+def _check_packing(model: nn.Module, packed_tokens: int, objectives: Sequence[Objective]) -> None:
+    positive_integer("packed_tokens", packed_tokens)
+    for objective in objectives:
+        if type(objective).loss is not Objective.loss:
+            raise ObjectiveError(f"{objective.name} runs the batches of a step itself, padded; {INSTEAD}")
+    check_packing(model)
 
 
 def _prepared(args: TrainingArguments | None) -> TrainingArguments:

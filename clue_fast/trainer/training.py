@@ -86,6 +86,7 @@ def train_selected(
             stochastic_rounding=config.stochastic_rounding,
             stages=stages,
             lower_layers_gb=config.lower_layers_gb,
+            packed_tokens=config.packed_tokens,
             max_length=config.max_length,
         )
         # Losses go to results.json and its plot; on the terminal there is one bar.
