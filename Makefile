@@ -25,7 +25,8 @@ OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml
 
 # What depends on transformers: its models, its Trainer, its files and its generation. Losses, optimizers and statistics
 # are arithmetic on tensors, and the same with every release.
-OF_TRANSFORMERS := tests/models/test_families.py tests/sparse/test_families.py tests/objectives/test_heads.py \
+OF_TRANSFORMERS := tests/models/test_families.py tests/sparse/test_families.py \
+	$(addprefix tests/objectives/test_,heads.py packing.py) \
 	$(addprefix tests/trainer/test_,attach.py callback.py checkpoints.py precision.py trainer.py) \
 	tests/test_unlearning.py tests/test_cli.py
 
