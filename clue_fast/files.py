@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,11 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     return tensors, header
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Returns a hash of the names, shapes, dtypes and bits of tensors, whatever their order."""
+def tensors_hash(tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
+    """Returns a hash of the names, shapes, dtypes and bits of tensors, or of some of them, whatever their order."""
     found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors if names is None else names):
+        tensor = tensors[name]
         found.update(f"{name} {list(tensor.shape)} {tensor.dtype}\0".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

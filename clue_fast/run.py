@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ class Run:
     kept: tuple[Stage, ...] | None = None
     evaluation: dict[str, Mapping[str, Metrics]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    before: dict[str, Tensor] = field(default_factory=dict)
+    before: Mapping[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     scaling: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
@@ -139,7 +140,7 @@ class Run:
         """Trains the selected units, selected anew in each round after the first; the model stays sparse."""
         assert self.config.epochs is not None
         part = replace(self.config, epochs=self.config.epochs / self.config.rounds, permutations=0)
-        self.before = snapshot(self.model)
+        self.before = self._snapshot()
         self._train(self.selected, part)
         for number in range(1, self.config.rounds):
             self.sparse.restore()
@@ -150,6 +151,14 @@ class Run:
                 self._train(selection, part)
             self.selection = _joined(self.selected, selection)
         self.trained = owned_weights(self.model, self.selected)
+
+    def _snapshot(self) -> Mapping[str, Tensor]:
+        """The weights as they are: in a file, since they are looked at once, or in memory where no file has room."""
+        try:
+            return snapshot(self.model, tempfile.gettempdir())
+        except OSError as error:
+            logger.info("the weights before the training are kept in memory: %s", error)
+            return snapshot(self.model)
 
     def _train(self, selection: Selection, config: UnlearnConfig) -> None:
         """One round."""
@@ -172,8 +181,9 @@ class Run:
         if self.split is None or self.config.forget_target is None:
             return
         with _stage("scale", self.seconds):
-            now = snapshot(self.model)
-            self.whole = {name: weight for name, weight in now.items() if not torch.equal(weight, self.before[name])}
+            weights = ((name, weight.detach().cpu()) for name, weight in self.model.named_parameters())
+            changed = ((n, w) for n, w in weights if n in self.before and not torch.equal(w, self.before[n]))
+            self.whole = {name: weight.clone() for name, weight in changed}
             validation = [self.sets["forget"][index] for index in self.split.validation]
             scale, unanswered = scale_to_target(
                 self.sparse, self.model, self.tokenizer, validation, self.config.forget_target, self.config.max_length
@@ -228,7 +238,7 @@ class Run:
                 "changed_inside": changed_inside(self.before, self.model, selection),
                 "changed_outside": changed_outside(self.before, self.model, selection),
                 "hash": {
-                    "before": tensors_hash({name: self.before[name] for name in weights}),
+                    "before": tensors_hash(self.before, weights),
                     "after": tensors_hash(weights),
                 },
             },

@@ -7,9 +7,11 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from clue_fast.errors import DataError, NonFiniteError, OutputError, SelectionEr
 from clue_fast.files import tensors_hash
 from clue_fast.html_report import html_report
 from clue_fast.reporting import results_table
+from clue_fast.run import Run
 from clue_fast.selection import Selection
 from clue_fast.trainer import Stage
 from clue_fast.trainer.update_scale import Asked
@@ -220,6 +223,16 @@ def test_a_rewording_that_is_answered_counts_as_answered(
     assert Asked(None, tokenizer, records).unanswered() == 0.5
     plain = [replace(record, paraphrased_prompt=None) for record in records]
     assert Asked(None, tokenizer, plain).unanswered() == 1.0
+
+
+def test_weights_are_kept_in_a_file_or_where_none_has_room_in_memory(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = Run._snapshot(SimpleNamespace(model=model))  # type: ignore[arg-type]
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/missing")
+    kept = Run._snapshot(SimpleNamespace(model=model))  # type: ignore[arg-type]
+    assert isinstance(kept, dict) and not isinstance(stored, dict)
+    assert stored.keys() == kept.keys() and all(torch.equal(stored[name], kept[name]) for name in kept)
 
 
 def test_a_record_is_read_and_tokenized_once(

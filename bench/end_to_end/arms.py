@@ -159,7 +159,7 @@ def run_ours(loaded: Loaded, arm: str, objective: str, setting: Setting, turns: 
         turns.end("localize")
     with tempfile.TemporaryDirectory() as output:
         chosen = clue_fast.Selection.load(selection, model)
-        before = snapshot(model)
+        before = snapshot(model, tempfile.gettempdir())
         trainer = clue_fast.UnlearnTrainer(
             model=model,
             args=arguments(arm, setting, output),

@@ -9,11 +9,12 @@ from clue_fast.errors import SparseError
 from clue_fast.sparse import changed_inside, changed_outside, snapshot, sparsify
 
 
+@pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_counts_inside_and_outside(dtype, make_model, make_selection):
+def test_counts_inside_and_outside(dtype, in_file, make_model, make_selection, tmp_path):
     model = make_model(dtype)
     selection = make_selection(model)
-    before = snapshot(model)
+    before = snapshot(model, tmp_path if in_file else None)
     site = selection.sites[1]
     inside, outside = selection.units(site), [u for u in range(site.width) if u not in selection.units(site)]
     with torch.no_grad():
@@ -50,3 +51,23 @@ def test_refuses_another_model(make_model, make_selection):
     for other in (make_model(layers=2), make_model(torch.bfloat16)):
         with pytest.raises(SparseError, match="another model"):
             changed_outside(snapshot(other), model, selection)
+
+
+def test_a_file_holds_every_bit_and_leaves_nothing(make_model, tmp_path):
+    model = make_model(torch.bfloat16)
+    model.register_buffer("count", torch.tensor(3))
+    model.register_buffer("none", torch.zeros(0, 4, dtype=torch.bool))
+    model.register_buffer("spectrum", torch.randn(2, 3, dtype=torch.complex64).t())
+    kept, stored = snapshot(model), snapshot(model, tmp_path)
+    assert list(stored) == list(kept) and len(stored) == len(kept)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model.count):
+            tensor.zero_()
+    for name, tensor in kept.items():
+        assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor), name
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError):
+        snapshot(model, tmp_path / "missing")
+    stored._file.truncate(10)
+    with pytest.raises(OSError, match="cut off"):
+        stored[name]
