@@ -1,12 +1,12 @@
 // Checks of tensor arguments; each error names the operator and the argument.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <memory>
 #include <sstream>
 #include <stdexcept>
 
+#include "common/parallel.h"
 #include "common/recording.h"
 #include "common/scoring.h"
 
@@ -93,17 +93,6 @@ inline Accumulators accumulators_of(const Tensor& statistics, int64_t fields, in
           statistics.stride(1)};
 }
 
-// Threads split [0, total) in steps of `step`, each step of `work` elements: small jobs stay on one thread.
-template <class Function>
-void in_parallel(int64_t total, int64_t step, int64_t work, const Function& function) {
-  constexpr int64_t worth_a_thread = 32768;
-  const int64_t steps = (total + step - 1) / step;
-  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, steps, grain, [&](int64_t begin, int64_t end) {
-    function(begin * step, std::min(total, end * step));
-  });
-}
-
 // The fields of a set of sums, of the 5 of activations or the 3 of products; see SUMS in clue_fast/ops/accumulators.py.
 inline std::vector<int> fields_of(SumSet set, int fields) {
   if (set == SumSet::moments) return {0, 1};
@@ -117,15 +106,16 @@ inline SumSet sum_set_of(const std::string& name, int fields, const char* op) {
   fail(op, "unknown sums '", name, "'; choose one of: all, magnitude", fields == 5 ? ", moments" : "");
 }
 
-// Records with a job, which is a Recording: threads split runs and channels, and then fold the sums of the runs. With
-// `in_place` the job itself adds to the accumulators, and threads split the channels alone. The thread that has
-// added the last run to the sums of its channels writes their scores, if any are asked for.
+// Records with a job, which is a Recording: threads split runs and channels, and then, in the same parallel region,
+// fold the sums of the runs, `runs_at_once` at a time. With `in_place` the job itself adds to the accumulators, and
+// threads split the channels alone. The thread that has added the last run to the sums of its channels writes their
+// scores, if any are asked for.
 template <class Job>
 void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics, int fields, const char* op,
                         const char* name, const ScoringArguments& arguments,
-                        void (*record)(const Job&, int64_t, int64_t), bool in_place = false) {
+                        void (*record)(const Job&, int64_t, int64_t), int64_t tile_length = 8, bool in_place = false) {
   job.sums = accumulators_of(statistics, fields, job.channels, op, name);
-  const std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, job.sums.groups);
+  const std::vector<Run> runs = runs_of(group_of(group, job.tokens, op), job.tokens, job.sums.groups, tile_length);
   const Scoring scoring = scoring_of(arguments, statistics, job.channels, op);
   if (job.tokens == 0) return;
   const int64_t count = runs.size(), row = row_length(job.channels), blocks = row / channel_block;
@@ -139,30 +129,35 @@ void record_in_parallel(Job& job, const Tensor& group, const Tensor& statistics,
   }
   const std::vector<int> summed = fields_of(job.set, fields);
   const int64_t asked = summed.size(), size = job.sums.groups * asked * row;  // of the sums of one run
+  const int64_t parts = std::min(threads_for(job.tokens * job.channels), std::min(count, runs_at_once) * blocks);
+  const int64_t scratch_size = job.sums.groups * asked * span_length;
   const std::unique_ptr<float[]> partial(new float[std::min(count, runs_at_once) * size]);
-  for (int64_t first = 0; first < count; first += runs_at_once) {
-    const int64_t at_once = std::min(runs_at_once, count - first);
-    in_parallel(at_once * blocks, 1, channel_block * run_length, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> scratch(new float[job.sums.groups * asked * span_length]);
-      Job mine = job;
-      mine.scratch = scratch.get();
-      for (int64_t at = begin; at < end;) {
-        const int64_t run = at / blocks, stop = std::min(end, (run + 1) * blocks);
-        mine.runs = runs.data() + first + run;
-        mine.runs_end = mine.runs + 1;
-        mine.partial = partial.get() + run * size;
-        record(mine, (at - run * blocks) * channel_block,
-               std::min(job.channels, (stop - run * blocks) * channel_block));
-        at = stop;
-      }
-    });
-    const Folding folding{runs.data() + first, at_once, row, partial.get(), job.sums, summed, fields == 5 ? 3 : -1};
-    const bool scores = scoring.out && first + at_once == count;
-    in_parallel(job.channels, channel_block, channel_block * asked * at_once, [&](int64_t begin, int64_t end) {
-      fold(folding, begin, end);
-      if (scores) score_units(scoring, begin, end);
-    });
-  }
+  const std::unique_ptr<float[]> scratch(new float[parts * scratch_size]);
+  const auto record_runs = [&](int64_t first, int64_t begin, int64_t end, float* scratch_of_part) {
+    Job mine = job;
+    mine.scratch = scratch_of_part;
+    for (int64_t at = begin; at < end;) {
+      const int64_t run = at / blocks, stop = std::min(end, (run + 1) * blocks);
+      mine.runs = runs.data() + first + run;
+      mine.runs_end = mine.runs + 1;
+      mine.partial = partial.get() + run * size;
+      record(mine, (at - run * blocks) * channel_block, std::min(job.channels, (stop - run * blocks) * channel_block));
+      at = stop;
+    }
+  };
+  const auto fold_runs = [&](int64_t first, int64_t at_once, int64_t begin, int64_t end) {
+    fold({runs.data() + first, at_once, row, partial.get(), job.sums, summed, fields == 5 ? 3 : -1}, begin, end);
+    if (scoring.out && first + at_once == count) score_units(scoring, begin, end);
+  };
+  const int64_t stages = 2 * ((count + runs_at_once - 1) / runs_at_once);
+  in_stages(stages, parts, [&](int64_t stage, int64_t part) {
+    const int64_t first = stage / 2 * runs_at_once, at_once = std::min(runs_at_once, count - first);
+    if (stage % 2 == 0)
+      return record_runs(first, at_once * blocks * part / parts, at_once * blocks * (part + 1) / parts,
+                         scratch.get() + part * scratch_size);
+    fold_runs(first, at_once, blocks * part / parts * channel_block,
+              std::min(job.channels, blocks * (part + 1) / parts * channel_block));
+  });
 }
 
 }  // namespace clue

@@ -4,6 +4,7 @@
 // that each walks through memory row after row; the sums of every run are kept and then folded, run after run, into the
 // fp64 accumulators. So the order of every sum is fixed whatever the number of threads. A tile is a few neighboring
 // tokens of one group: it stays in the cache, and the partial sums move between registers and cache once a tile.
+// Tiles do not change the order of any sum.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -13,7 +14,6 @@
 namespace clue {
 
 constexpr int64_t run_length = 256;
-constexpr int64_t tile_length = 8;
 constexpr int64_t span_length = 4096;  // channels of a tile that stay in the second-level cache, with their sums
 constexpr int64_t runs_at_once = 16;   // at most, whose sums are kept before they are folded
 constexpr int64_t channel_block = 32; // a thread owns a multiple of this: whole pairs of every vector width
@@ -54,12 +54,12 @@ struct Folding {
   int64_t run_count, row_length;
   const float* partial;  // runs x groups x fields x row_length
   Accumulators sums;
-  std::vector<int> fields;  // of the accumulators
-  int maximum_field;        // -1 where all are added
+  const std::vector<int>& fields;  // of the accumulators
+  int maximum_field;               // -1 where all are added
 };
 void fold(const Folding& folding, int64_t begin, int64_t end);
 
-inline std::vector<Run> runs_of(const int8_t* group, int64_t tokens, int64_t groups) {
+inline std::vector<Run> runs_of(const int8_t* group, int64_t tokens, int64_t groups, int64_t tile_length) {
   std::vector<Run> runs;
   for (int64_t start = 0; start < tokens; start += run_length) {
     Run run;

@@ -122,7 +122,7 @@ void channel_statistics(const Tensor& x, const Tensor& group, const Tensor& stat
   const char* op = "channel_statistics";
   Job job = job_of(x, op);
   record_in_parallel(job, group, statistics, 5, op, "statistics", {criterion, count, source, scores}, activations,
-                     job.wide);
+                     8, job.wide);
 }
 
 void channel_attribution(const Tensor& x, const Tensor& grad, const Tensor& group,
@@ -133,7 +133,7 @@ void channel_attribution(const Tensor& x, const Tensor& grad, const Tensor& grou
   require_like(grad, x, op, "grad", "x");
   job.grad = rows_of(grad);
   record_in_parallel(job, group, gradient_statistics, 3, op, "gradient_statistics",
-                     {criterion, count, source, scores}, products, job.wide);
+                     {criterion, count, source, scores}, products, 8, job.wide);
 }
 
 }  // namespace
