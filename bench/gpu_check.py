@@ -124,6 +124,7 @@ def steps(scratch: Path, seconds: float = 1.0, python: str = sys.executable) -> 
         "model/bench_forward": ("-m", "gpu"),
         "model/bench_training": ("-k", "base or bfloat16"),
         "model/bench_localize": (),
+        "ops/bench_columns_as_rows": (),
     }
     for name, selected in benches.items():
         folders = ("--results", str(scratch), "--benchmark-json", str(scratch / "all" / f"{Path(name).name}.json"))

@@ -252,7 +252,7 @@ def test_the_command_writes_what_it_found(main: Callable[[Machine], int], tmp_pa
     assert main(Machine()) == 0
     content = json.loads((tmp_path / "results" / "check.json").read_text())
     assert content["machine"]["commit"] == "abc" and {"gpu", "torch", "python"} <= set(content["machine"])
-    assert len(list((tmp_path / "results").glob("bench_*.json"))) == 9
+    assert len(list((tmp_path / "results").glob("bench_*.json"))) == 10
 
 
 def test_the_command_writes_nothing_while_a_test_is_red(
