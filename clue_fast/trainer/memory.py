@@ -70,7 +70,8 @@ def estimate_memory(
             checkpointing and the mode of training are those of the model.
         selection: made for the model.
         batch: inputs with labels, as many records and tokens as a step will have, or ``{"forget": batch, "retain":
-            batch}``, which count as run in one pass, padded to the longest; passes of similar length take less.
+            batch}``, which count as run in one pass, padded to the longest; of passes of similar length, which are run
+            backward one by one, a step takes the activations of one.
         master_weights: see ``SparseAdamW``.
 
     Raises:
