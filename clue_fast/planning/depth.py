@@ -3,11 +3,13 @@
 Layers of one kind allocate and compute the same, but for those at the ends: nothing runs backward below the first that
 trains, what all layers of a kind share, such as a mask, is freed by the first of them in the backward pass, and what
 the last one reads is freed behind it. So the first two layers and the last two stay, and two further ones of each kind.
+Where a part of the layers trains alone, layers below, inside and above it are of different kinds, and those at its ends
+stay too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from clue_fast.internals import own_parameters
+from clue_fast.sites.layers import find_layers, number_in
 from clue_fast.trainer.tracing import Interval
 
 
@@ -26,11 +29,13 @@ class Depth:
         path: of their list in the model, or "" where there is none and the model runs whole.
         kept: numbers of the layers that stay.
         stands_in: for each layer of the whole model the place of that among ``kept`` which stands for it.
+        part: numbers of the layers that train, if those are known.
     """
 
     path: str = ""
     kept: tuple[int, ...] = ()
     stands_in: tuple[int, ...] = ()
+    part: frozenset[int] = frozenset()
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The layers of a model, whole or reduced."""
@@ -38,9 +43,12 @@ class Depth:
 
     def layer_of(self, path: str) -> int | None:
         """The place of the layer that a parameter or module of a reduced model is in, or None."""
-        if not self.path or not path.startswith(f"{self.path}."):
-            return None
-        return int(path.removeprefix(f"{self.path}.").partition(".")[0])
+        return number_in(self.path, path)
+
+    def trains(self, path: str) -> bool:
+        """Whether a module of a reduced model is in a layer that trains, or stands for such."""
+        place = self.layer_of(path)
+        return place is not None and self.kept[place] in self.part
 
     def total(self, numbers: Iterable[tuple[str, int]]) -> int:
         """Adds up, over the whole model, numbers that were found in a reduced one at these paths."""
@@ -66,23 +74,29 @@ class Depth:
         return replace(interval, change=interval.change - more)
 
 
-def find_depth(model: nn.Module) -> Depth:
-    """Finds the layers of a model: the list of modules with the most parameters that lies in no other."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = {path: module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
-    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in outer.items()}
-    path = max(sizes, key=lambda path: sizes[path], default="")
-    if not path:
+def find_depth(model: nn.Module, part: Collection[int] = ()) -> Depth:
+    """Finds the layers of a model, see ``find_layers``, and those of them that stand for all.
+
+    Args:
+        model: on the meta device.
+        part: numbers of the layers that train, if those are known; the others run only.
+    """
+    found = find_layers(model)
+    if not found.path:
         return Depth()
-    layers = list(outer[path].children())
-    kinds = [_kind(layer, number, model) for number, layer in enumerate(layers)]
-    ends = {0, 1, len(layers) - 2, len(layers) - 1}
-    kept = sorted({*ends, *(n for kind in set(kinds) for n in _places(kinds, kind, 1)[:2])})
+    layers = found.modules
+    first, last = min(part, default=0), max(part, default=len(layers) - 1)
+    sides = [(number in part, number < first) for number in range(len(layers))]
+    kinds = [(_kind(layer, number, model), sides[number]) for number, layer in enumerate(layers)]
+    ends = {0, 1, len(layers) - 2, len(layers) - 1, first - 1, first, first + 1, last - 1, last, last + 1}
+    others = [number for number in range(len(layers)) if number not in (0, first, last + 1)]  # not first of a side
+    places = {kind: [number for number in others if kinds[number] == kind] for kind in set(kinds)}
+    kept = sorted({*ends, *(n for own in places.values() for n in own[:2])})
     kept = [number for number in kept if 0 <= number < len(layers)]
     # Of the layers of a kind behind the first two, the second stands for those that go.
-    second = {kind: _places(kinds, kind, 1)[:2][-1] for kind in set(kinds[1:])}
+    second = {kind: own[:2][-1] for kind, own in places.items() if own}
     stands_in = [kept.index(n if n in kept else second[kinds[n]]) for n in range(len(layers))]
-    return Depth(path, tuple(kept), tuple(stands_in))
+    return Depth(found.path, tuple(kept), tuple(stands_in), frozenset(part))
 
 
 def reduce_depth(model: Any, depth: Depth) -> None:
@@ -96,10 +110,6 @@ def reduce_depth(model: Any, depth: Depth) -> None:
         if "layer" in key and isinstance(value, list | tuple) and len(value) == len(depth.stands_in):
             setattr(config, key, [value[number] for number in depth.kept])
     config.num_hidden_layers = len(depth.kept)
-
-
-def _places(kinds: Sequence[Any], kind: Any, start: int) -> list[int]:
-    return [number for number, other in enumerate(kinds) if other == kind and number >= start]
 
 
 def _kind(layer: nn.Module, number: int, model: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clue_fast.data import head_of, is_padded_right
 from clue_fast.internals import evaluation_mode, has_forward_hooks, has_no_data, is_compiled, unwrap
+from clue_fast.sites.layers import find_layers
 
 Batch: TypeAlias = "Mapping[str, Tensor]"
 Record: TypeAlias = "tuple[int, ...]"
@@ -83,7 +84,7 @@ class LowerLayers:
                 with self._giving(self._padded(records, batch)):
                     yield
                 return
-        with self._watching() as outputs:
+        with self.watching() as outputs:
             yield
         self._keep(records, outputs)
 
@@ -96,7 +97,15 @@ class LowerLayers:
             return False
         if head_of(model, batch["labels"]) != "causal" or not is_padded_right(batch["attention_mask"]):
             return False
-        if (self.forbidden is not None and self.forbidden()) or is_compiled(model):
+        return (self.forbidden is None or not self.forbidden()) and self.skippable(model)
+
+    def skippable(self, model: nn.Module) -> bool:
+        """Whether a model may leave these layers out, whatever its records are: see the class.
+
+        Args:
+            model: that runs; perhaps wrapped.
+        """
+        if not self.layers or is_compiled(model):
             return False
         below = [module for layer in self.layers for module in layer.modules()]
         if any(map(has_forward_hooks, below)):
@@ -111,7 +120,7 @@ class LowerLayers:
         length = int(batch["attention_mask"][0].sum())
         inputs = {name: batch[name][:1, :length] for name in ("input_ids", "attention_mask")}
         with evaluation_mode(model):
-            with self._watching() as outputs:
+            with self.watching() as outputs:
                 whole = model(**inputs, use_cache=False).logits
             if len(outputs) != 1:
                 return False
@@ -146,8 +155,8 @@ class LowerLayers:
     # What the layers do in a pass.
 
     @contextmanager
-    def _watching(self) -> Iterator[list[Tensor]]:
-        """The outputs of the last of these layers, for as long as the context lasts."""
+    def watching(self) -> Iterator[list[Tensor]]:
+        """What is seen of passes: the outputs of the last of these layers, for as long as the context lasts."""
         outputs: list[Tensor] = []
 
         def watch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -184,17 +193,20 @@ class LowerLayers:
                     layer.forward = own
 
 
+def bytes_of(gigabytes: float) -> int:
+    """How many bytes a memory of so many GB has."""
+    return int(1e9 * gigabytes)
+
+
 def layers_below(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
     """The layers of a model below the lowest one that has any of these parameters or modules, from the first on.
 
-    Layers are those of the outermost list that has them all.
+    None where one of them is in no layer, or in those of another tower.
     """
     paths = list(paths)
-    for path, layers in model.named_modules():
-        if isinstance(layers, nn.ModuleList) and paths and all(own.startswith(f"{path}.") for own in paths):
-            lowest = min(int(own.removeprefix(f"{path}.").partition(".")[0]) for own in paths)
-            return list(layers)[:lowest]
-    return []
+    found = find_layers(model, paths)
+    numbers = [number for path in paths if (number := found.number_of(path)) is not None]
+    return list(found.modules[: min(numbers, default=0)])
 
 
 def _records(batch: Batch) -> list[Record]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clue_fast.errors import CircuitError
 from clue_fast.sites import Site, Unmatched
 from clue_fast.sites.attention import find_heads
+from clue_fast.sites.layers import find_layers
 
 PROJECTIONS = ("projection_query", "projection_key", "projection_value", "projection_output")
 PROBE = 100.0  # so large that the epsilon of the norm does not count
@@ -177,18 +178,13 @@ def _is_stream(x: Any) -> bool:
 
 
 def _blocks(model: nn.Module, heads: Heads) -> list[str]:
-    """Paths of the decoder layers: the longest list of modules that have an attention each."""
+    """Paths of the decoder layers."""
+    found = find_layers(model)
     measured = [path for path, own in heads.items() if not isinstance(own, Unmatched)]
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and any(own.startswith(f"{path}.0.") for own in measured)
-    ]
-    if not lists:
+    if not any(found.number_of(path) == 0 for path in measured):
         why = "".join(f"; {own}" for own in list(heads.values())[:1] if isinstance(own, Unmatched))
         raise CircuitError(f"{type(model).__name__} has no list of layers with attention whose heads are known{why}")
-    path, module = max(lists, key=lambda item: len(item[1]))
-    return [f"{path}.{index}" for index in range(len(module))]
+    return [f"{found.path}.{index}" for index in range(len(found.modules))]
 
 
 _NOT_FOUND = "?"
