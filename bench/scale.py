@@ -28,6 +28,13 @@ SHAPES = (
 )
 SETTINGS = {"batch_size": 1, "fraction": 0.01, "criterion": "attribution", "objective": "undial"}
 GPUS = (1, 8, 64)
+UPPER = (2 / 3, 1.0)
+
+
+def upper_plans(shapes: Sequence[str] = SHAPES) -> dict[str, Plan]:
+    """Each shape with units in its last third alone."""
+    config = PlanConfig(layers=UPPER, lower_layers_gb=16.0, **SETTINGS)  # type: ignore[arg-type]
+    return {name: plan(name, config) for name in shapes}
 
 
 def plans(shapes: Sequence[str] = SHAPES) -> dict[str, tuple[Plan, Plan]]:
@@ -82,6 +89,18 @@ def flop_rows(found: Mapping[str, tuple[Plan, Plan]]) -> list[list[str]]:
     return rows
 
 
+def upper_rows(found: Mapping[str, tuple[Plan, Plan]], upper: Mapping[str, Plan]) -> list[list[str]]:
+    """Units in the last third of the layers beside units in all of them: bytes, and operations of a step."""
+    rows = []
+    for name, own in upper.items():
+        every, some = found[name][0].trainings[0], own.trainings[0]
+        row = [name, gib(every.footprint.activations), gib(some.footprint.activations)]
+        row += [gib(some.footprint.lower_layers), gib(every.footprint.peak), gib(some.footprint.peak)]
+        row += [f"{flop / 1e12:,.0f}" for flop in (every.flop, some.flop, some.later_flop)]
+        rows.append([*row, f"{some.later_flop / every.flop:.2f}"])
+    return rows
+
+
 def gpu_rows(found: Mapping[str, tuple[Plan, Plan]]) -> list[list[str]]:
     """The peak on one of several GPUs, with checkpointing, and from how many on it fits into 80 GiB."""
     rows = []
@@ -99,7 +118,7 @@ def _fewest(training: Training, way: str) -> str:
     return "none" if gpus is None else str(gpus)
 
 
-def section(found: Mapping[str, tuple[Plan, Plan]]) -> str:
+def section(found: Mapping[str, tuple[Plan, Plan]], upper: Mapping[str, Plan]) -> str:
     """The tables."""
     gpus = " / ".join(map(str, GPUS))
     return "\n".join(
@@ -120,6 +139,13 @@ def section(found: Mapping[str, tuple[Plan, Plan]]) -> str:
                 "all weights | LoRA | selected, checkpointing | selected / all | selected / LoRA",
                 flop_rows(found),
             ),
+            "Units in the last third of the layers alone, whose lower layers run once for each record "
+            "(`--layers 0.667:1 --lower-layers-gb 16`), beside units in all layers; GiB on one GPU, TFLOP a step:\n",
+            table(
+                "model | activations: all layers | last third | kept outputs of lower layers | peak: all layers | "
+                "last third | a step: all layers | last third, first epoch | later epochs | later / all layers",
+                upper_rows(found, upper),
+            ),
             f"GiB at most on one of {gpus} GPUs, with checkpointing, and the fewest GPUs of 80 GiB that are enough "
             "(of 1, 2, 4, … 64):\n",
             table(
@@ -133,7 +159,7 @@ def section(found: Mapping[str, tuple[Plan, Plan]]) -> str:
 
 def main() -> None:
     """Writes the section."""
-    write_between(PAGE, BEGIN, END, section(plans()))
+    write_between(PAGE, BEGIN, END, section(plans(), upper_plans()))
 
 
 if __name__ == "__main__":

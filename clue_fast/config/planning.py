@@ -47,11 +47,12 @@ class PlanConfig(RunConfig):
 
     Attributes:
         sizes: of the configuration, in place of its own.
-        criterion, kinds, permutations, tokens_per_batch, target: see ``LocalizeConfig``.
-        fraction: share of the units of every layer that trains.
-        objective, batch_size, retain_ratio, master_weights: see ``UnlearnConfig``; a batch is that of one GPU.
+        criterion, kinds, layers, permutations, tokens_per_batch, target: see ``LocalizeConfig``.
+        fraction: share of the units of every layer, or of those in ``layers``, that trains.
+        objective, batch_size, retain_ratio, master_weights, lower_layers_gb: see ``UnlearnConfig``; a batch is that of
+            one GPU.
         answer_tokens: how many tokens of a record are its answer; default all of them.
-        forget_records, retain_records: how many there are to localize from.
+        forget_records, retain_records: how many there are to localize from, and to train on.
         gradient_checkpointing: keep the input of every layer only, and run it again in the backward pass.
         gpus: processes, one for each GPU.
         parallel: how they share the work: "ddp" (every GPU has the whole model) or "fsdp2" (each has a part of every
@@ -71,6 +72,7 @@ class PlanConfig(RunConfig):
     criterion: str = same_as(LocalizeConfig, "criterion")
     fraction: float | Mapping[str, float] | None = same_as(LocalizeConfig, "fraction")
     kinds: Iterable[str] | None = same_as(LocalizeConfig, "kinds")
+    layers: tuple[float, float] | None = same_as(LocalizeConfig, "layers")
     target: str | None = same_as(LocalizeConfig, "target")
     permutations: int = same_as(LocalizeConfig, "permutations")
     tokens_per_batch: int = same_as(LocalizeConfig, "tokens_per_batch")
@@ -78,14 +80,15 @@ class PlanConfig(RunConfig):
     batch_size: int = same_as(UnlearnConfig, "batch_size")
     retain_ratio: int | None = same_as(UnlearnConfig, "retain_ratio")
     master_weights: bool = same_as(UnlearnConfig, "master_weights")
+    lower_layers_gb: float = same_as(UnlearnConfig, "lower_layers_gb")
     answer_tokens: int | None = setting(
         None, "tokens of a record that are its answer (all)", read=int, check=positive_integer, metavar="N"
     )
     forget_records: int = setting(
-        400, "records to forget, to localize from", read=int, check=positive_integer, metavar="N"
+        400, "records to forget, to localize from and to train on", read=int, check=positive_integer, metavar="N"
     )
     retain_records: int = setting(
-        400, "records to keep, to localize from", read=int, check=positive_integer, metavar="N"
+        400, "records to keep, to localize from and to train on", read=int, check=positive_integer, metavar="N"
     )
     gradient_checkpointing: bool = setting(False, "keep the inputs of layers only, and run layers twice", check=switch)
     gpus: int = setting(1, f"from 1 to {MOST_GPUS}, a process each", read=int, check=_gpus, metavar="N")

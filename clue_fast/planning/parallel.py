@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from clue_fast.config.planning import DDP, FSDP2
 from clue_fast.internals import storage_of
+from clue_fast.objectives.original import KEPT_BYTES
 from clue_fast.planning.depth import Depth, peak_of
 from clue_fast.planning.localizing import Localization
 from clue_fast.planning.methods import Method
@@ -24,15 +26,20 @@ class Weights:
         shapes: bytes of a number, and shape, of each parameter; what is tied is there once.
         buffers: bytes of what is no parameter, and stays whole.
         root: bytes of parameters in no layer.
-        largest: bytes of the parameters of the largest layer.
+        layers: bytes of the parameters of each layer.
         total: of all.
     """
 
     shapes: tuple[tuple[int, tuple[int, ...]], ...]
     buffers: int
     root: int
-    largest: int
+    layers: tuple[int, ...]
     total: int
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the parameters of the largest layer."""
+        return max(self.layers, default=0)
 
     def sharded(self, gpus: int) -> int:
         """Bytes on one GPU if each weight is cut along its first dimension, and filled up to parts of one size."""
@@ -50,7 +57,8 @@ def weights_of(model: nn.Module, depth: Depth, method: Method | None = None) -> 
         shapes.append((size // max(1, parameter.numel()), tuple(parameter.shape) or (1,)))
     buffers = sum(buffer.nbytes for buffer in {storage_of(b): b for b in model.buffers()}.values())
     root = layers.pop(None, 0)
-    return Weights(tuple(shapes), buffers, root, max(layers.values(), default=0), buffers + root + sum(layers.values()))
+    by_number = tuple(layers.get(number, 0) for number in range(len(depth.stands_in)))
+    return Weights(tuple(shapes), buffers, root, by_number, buffers + root + sum(by_number))
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Footprint:
         reference: a copy of the original model.
         values, original: of the selected weights: in float32, and as they were; or of adapters.
         gradients, optimizer_state: of what trains.
+        lower_layers: what the layers below the lowest one that trains have put out, of all records.
+        original_outputs: what is needed of the original model's outputs, of all records.
         statistics: accumulators, and what a criterion holds besides.
         communication: buckets of gradients; or the weights of layers that are whole for the moment.
         activations: what the forward pass keeps for the backward pass; without one, the most of a forward pass.
@@ -75,6 +85,8 @@ class Footprint:
     original: int = 0
     gradients: int = 0
     optimizer_state: int = 0
+    lower_layers: int = 0
+    original_outputs: int = 0
     statistics: int = 0
     communication: int = 0
     activations: int = 0
@@ -86,6 +98,42 @@ class Footprint:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a training of selected units keeps of its records from the first epoch on.
+
+    Attributes:
+        lower_layers, original_outputs: bytes, see ``Footprint``.
+        lower_known: whether that is what the lower layers put out for every record.
+        asked: share of the records whose original outputs have no room.
+    """
+
+    lower_layers: int = 0
+    original_outputs: int = 0
+    lower_known: bool = False
+    asked: float = 1.0
+
+
+def kept_of(step: Step, records: Mapping[str, int], most_bytes: int) -> Kept:
+    """What is kept of all records.
+
+    Args:
+        step: of one GPU's batch.
+        records: how many there are in all, by the names of the sets in the step.
+        most_bytes: of what lower layers put out.
+    """
+    number = sum(records.values())
+    fitting = min(number, most_bytes // step.lower_output) if step.lower_output else 0
+    needed = sum(size * records[name] for name, size in step.original_output.items())
+    some = min(needed, KEPT_BYTES)
+    return Kept(
+        lower_layers=fitting * step.lower_output,
+        original_outputs=some,
+        lower_known=fitting == number,
+        asked=1 - some / needed if needed else 0.0,
+    )
+
+
 def training_footprint(
     step: Step,
     weights: Weights,
@@ -95,6 +143,7 @@ def training_footprint(
     asks_original: bool,
     copies: bool,
     narrow: int = 1,
+    kept: Kept | None = None,
 ) -> Footprint:
     """Bytes on one GPU while it trains.
 
@@ -108,7 +157,9 @@ def training_footprint(
         copies: whether the training needs a copy of it.
         narrow: how many times as many bytes the parts of weights and gradients have as those that are whole for the
             moment, with FSDP2.
+        kept: of records, from the first epoch on; None for nothing.
     """
+    kept = kept or Kept()
     sharded = parallel == FSDP2 and gpus > 1
     share = gpus if sharded else 1
     trained = {kind: -(-step.bytes_of(kind) // share) for kind in ("values", "original", "gradient", "state")}
@@ -124,6 +175,7 @@ def training_footprint(
         return kept // narrow - kept // share if sharded and interval.layer is not None else 0
 
     constant = own + reference + trained["values"] + trained["original"] + trained["state"] + communication
+    constant += kept.lower_layers + kept.original_outputs
     swapped = trained["original"] if asks_original else 0
     run = [*step.original, *step.forward, *step.backward]
     backward = {id(interval) for interval in step.backward}
@@ -138,6 +190,8 @@ def training_footprint(
         original=trained["original"],
         gradients=trained["gradient"],
         optimizer_state=trained["state"],
+        lower_layers=kept.lower_layers,
+        original_outputs=kept.original_outputs,
         communication=communication,
         activations=step.activations,
         logits=step.logits,
@@ -164,11 +218,12 @@ def localization_footprint(found: Localization, weights: Weights, gpus: int, par
 def sent(step: Step, weights: Weights, gpus: int, parallel: str, narrow: int = 1) -> int:
     """Bytes that each GPU sends in a step: gradients around a ring, or weights twice and gradients once.
 
-    For ``narrow`` see ``training_footprint``.
+    The weights of layers that no backward pass runs through are sent once. For ``narrow`` see ``training_footprint``.
     """
     if gpus == 1:
         return 0
     gradients = step.bytes_of("gradient")
     if parallel == DDP:
         return 2 * (gpus - 1) * gradients // gpus
-    return (gpus - 1) * (2 * weights.total + gradients) // (gpus * narrow)
+    twice = 2 * weights.total - sum(weights.layers[: step.lowest])
+    return (gpus - 1) * (twice + gradients) // (gpus * narrow)

@@ -13,17 +13,19 @@ import torch
 from clue_fast.config import RETAIN_RATIO, LocalizeConfig, ModelConfig, UnlearnConfig
 from clue_fast.config.planning import FSDP2, PARALLEL, PlanConfig
 from clue_fast.criteria.registry import Criterion, get_criterion
-from clue_fast.errors import SettingError, UnknownNameError
+from clue_fast.errors import SettingError, SiteError, UnknownNameError
 from clue_fast.internals import own_parameters
 from clue_fast.objectives import Objective, get_objective
 from clue_fast.objectives.base import default_objective
-from clue_fast.planning.depth import find_depth, reduce_depth
+from clue_fast.planning.depth import Depth, find_depth, reduce_depth
 from clue_fast.planning.engines import Engine, localization_engine, training_engine
 from clue_fast.planning.localizing import Localization, check_measurement, trace_localization
 from clue_fast.planning.methods import AllWeights, LowRank, Method, SelectedUnits
 from clue_fast.planning.parallel import (
     Footprint,
+    Kept,
     Weights,
+    kept_of,
     localization_footprint,
     sent,
     training_footprint,
@@ -35,6 +37,7 @@ from clue_fast.planning.table import GIB, table
 from clue_fast.selection import CONFLICT, Selection, check_budget, pools
 from clue_fast.sites import HEAD_FAMILIES, KINDS, Survey, model_fingerprint, survey
 from clue_fast.sites.experts import find_stack
+from clue_fast.sparse.lower_layers import bytes_of
 
 STEPS_OF_GPUS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -48,7 +51,9 @@ class Training:
         selects: whether selected units train, and not all weights or adapters.
         trained: numbers that train.
         footprint: bytes on one GPU.
-        forward_flop, backward_flop: operations of a step, on all GPUs together.
+        forward_flop, backward_flop: operations of a step of the first epoch, on all GPUs together.
+        later_forward_flop: those of the forward passes in later epochs, where what is kept of the records spares layers
+            below the lowest one that trains, and the original model; otherwise as before.
         sent: bytes that each GPU sends in a step.
         engine: what runs it.
         peaks: the most bytes on one of so many GPUs, by the way they share the work.
@@ -61,6 +66,7 @@ class Training:
     footprint: Footprint
     forward_flop: int
     backward_flop: int
+    later_forward_flop: int
     sent: int
     engine: Engine
     peaks: Mapping[str, Mapping[int, int]]
@@ -68,8 +74,13 @@ class Training:
 
     @property
     def flop(self) -> int:
-        """Operations of a step."""
+        """Operations of a step of the first epoch."""
         return self.forward_flop + self.backward_flop
+
+    @property
+    def later_flop(self) -> int:
+        """Operations of a step of later epochs."""
+        return self.later_forward_flop + self.backward_flop
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,8 @@ def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Pla
         enable = getattr(whole, "activation_checkpointing_enable", whole.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     depth = find_depth(whole)
+    if config.layers is not None:
+        depth = find_depth(whole, _part(whole, kinds, depth, config.layers))
     layer = type(depth.layers(whole)[0]).__name__ if depth.path else type(whole).__name__
     parameters = sum(p.numel() for p in whole.parameters())
     beside = _beside(whole.dtype, config.lora_rank)
@@ -157,6 +170,8 @@ def plan(model: str | os.PathLike[str], config: PlanConfig | None = None) -> Pla
     reduce_depth(whole, depth)
     found = survey(whole, kinds)
     found.check()
+    if config.layers is not None:
+        found = replace(found, sites=tuple(site for site in found.sites if depth.trains(site.path)))
     selection = _selection(whole, found, config.fraction)
     every: list[Method] = [SelectedUnits(selection, found, config.master_weights), *beside]
     weights[every[0].name] = plain
@@ -226,6 +241,16 @@ def _kinds(criterion: Criterion, config: PlanConfig) -> tuple[str, ...]:
     return kinds
 
 
+def _part(model: Any, kinds: Iterable[str], depth: Depth, layers: tuple[float, float]) -> set[int]:
+    """Numbers of the layers that train. Raises SiteError if there are none, or it is not known which."""
+    found = survey(model, kinds)
+    found.check()
+    numbers = {depth.layer_of(site.path) for site in found.between(*layers).sites}
+    if None in numbers:
+        raise SiteError(f"{type(model).__name__} has units in no layer that is known; leave layers out")
+    return {number for number in numbers if number is not None}
+
+
 def _beside(dtype: torch.dtype, rank: int) -> list[Method]:
     """What people do otherwise: all weights, in their precision and, if that is less, in float32; and LoRA."""
     mixed: list[Method] = [] if dtype == torch.float32 else [AllWeights(dtype)]
@@ -273,6 +298,12 @@ def _sets(objective: Objective, config: PlanConfig) -> dict[str, Records]:
     return {**sets, "retain": _records(retain, config)} if objective.retain_weight else sets
 
 
+def _all_records(objective: Objective, config: PlanConfig) -> dict[str, int]:
+    """How many records there are in all, by the names of the objective."""
+    found = dict.fromkeys(objective.forget_batches, config.forget_records)
+    return {**found, "retain": config.retain_records} if objective.retain_weight else found
+
+
 def _training(
     method: Method,
     steps: Mapping[Method, Step],
@@ -287,12 +318,20 @@ def _training(
     (gathered,) = _gathered([method]) or [method]
     step, narrow = steps[method], 1 if gathered is method else 2
 
+    selects = isinstance(method, SelectedUnits)
+
+    def kept(gpus: int, parallel: str) -> Kept:
+        """No layer is skipped where FSDP2 shards it."""
+        most = 0 if parallel == FSDP2 and gpus > 1 else bytes_of(config.lower_layers_gb)
+        return kept_of(step, _all_records(objective, config), most) if selects else Kept()
+
     def footprint(gpus: int, parallel: str) -> Footprint:
         own, times = (steps[gathered], narrow) if parallel == FSDP2 and gpus > 1 else (step, 1)
-        return training_footprint(own, weights, plain, gpus, parallel, asks, method.copies_original, times)
+        copies, of_records = method.copies_original, kept(gpus, parallel)
+        return training_footprint(own, weights, plain, gpus, parallel, asks, copies, times, of_records)
 
+    later = kept(config.gpus, config.parallel)
     peaks = {way: {gpus: footprint(gpus, way).peak for gpus in STEPS_OF_GPUS} for way in PARALLEL}
-    selects = isinstance(method, SelectedUnits)
     command = _command("unlearn", name, config, UnlearnConfig, "unlearned") if selects else None
     autocast = getattr(method, "autocast", None)
     return Training(
@@ -302,6 +341,7 @@ def _training(
         footprint=footprint(config.gpus, config.parallel),
         forward_flop=step.forward_flop * config.gpus,
         backward_flop=step.backward_flop * config.gpus,
+        later_forward_flop=step.later_forward_flop(later.lower_known, later.asked) * config.gpus,
         sent=sent(step, weights, config.gpus, config.parallel, narrow),
         engine=training_engine(
             None if config.gradient_checkpointing else command,
@@ -345,6 +385,8 @@ def _command(name: str, model: str, config: PlanConfig, kind: type, output: str)
             words += [f"--{flag}", ",".join(f"{key}={own}" for key, own in value.items())]
         elif isinstance(value, str | int | float):
             words += [f"--{flag}", str(value)]
+        elif one.name == "layers":
+            words += [f"--{flag}", ":".join(f"{share:g}" for share in value)]
         elif isinstance(value, Iterable):
             words += [f"--{flag}", ",".join(map(str, value))]
     return " ".join(words)

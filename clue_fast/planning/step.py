@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from clue_fast.errors import ModelError
 from clue_fast.objectives import Objective, predict
 from clue_fast.planning.depth import Depth
 from clue_fast.planning.methods import Method, Prepared, Trained
+from clue_fast.sparse.lower_layers import LowerLayers
 from clue_fast.trainer.tracing import Interval, Trace
 
 
@@ -54,6 +55,9 @@ class Step:
         trained: what trains, in the reduced model.
         depth: of the model.
         logits: the most bytes, at once, that are as wide as the vocabulary.
+        lower: how many of the layers that stand for all are below the lowest one that trains.
+        lower_output: bytes that the last of them puts out for one record, where later epochs may begin behind it.
+        original_output: bytes that are needed of what the original model says, of one record, by the names of the sets.
     """
 
     original: tuple[Interval, ...]
@@ -62,6 +66,14 @@ class Step:
     trained: tuple[Trained, ...]
     depth: Depth
     logits: int
+    lower: int
+    lower_output: int
+    original_output: Mapping[str, int]
+
+    @property
+    def lowest(self) -> int:
+        """Number of the lowest layer that trains."""
+        return self.depth.kept[self.lower] if self.lower else 0
 
     @property
     def activations(self) -> int:
@@ -72,6 +84,17 @@ class Step:
     def forward_flop(self) -> int:
         """Operations of all forward passes."""
         return sum(interval.flop for interval in (*self.original, *self.forward))
+
+    def later_forward_flop(self, lower_known: bool, asked: float) -> int:
+        """Operations of the forward passes over records that have been met before.
+
+        Args:
+            lower_known: whether what the lower layers put out is kept, so that they are skipped.
+            asked: share of the records that the original model is asked about again.
+        """
+        skipped = [i.flop for i in self.forward if lower_known and i.layer is not None and i.layer < self.lower]
+        original = sum(interval.flop for interval in self.original)
+        return self.forward_flop - sum(skipped) - original + round(asked * original)
 
     @property
     def backward_flop(self) -> int:
@@ -113,9 +136,18 @@ def trace_step(
         known = [*inner.parameters(), *inner.buffers(), *prepared.kept]
         known += [tensor for own in inputs.values() for tensor in own.values()]
         trace = Trace(known, vocabulary_of(model), (some.predicted, some.tokens))
+        lower = LowerLayers(inner, (one.path for one in prepared.trained))
+        seeing: AbstractContextManager[list[Tensor]]
+        seeing = lower.watching() if lower.skippable(inner) else nullcontext([])
         # From the second pass on is known what comes behind the head.
         with torch.no_grad(), Trace([], counted=(some.predicted, some.tokens)):
-            predict(inner, inputs)
+            with seeing as outputs:
+                found = predict(inner, inputs)
+            asked_of = {name: found[name] for name in objective.original_batches if name in found}
+            kept = {name: objective.reference_outputs(own).nbytes for name, own in asked_of.items()}
+        records = sum(own.number for own in sets.values())
+        lower_output = sum(output.nbytes for output in outputs) // records
+        del found, asked_of, outputs
         asked = _Original(trace, prepared)
         with trace, trace.by_layer(depth.layers(inner)):
             try:
@@ -136,6 +168,9 @@ def trace_step(
         tuple(prepared.trained),
         depth,
         trace.logits_peak,
+        len(lower.layers),
+        lower_output,
+        {name: size // sets[name].number for name, size in kept.items()},
     )
 
 

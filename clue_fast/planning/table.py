@@ -8,6 +8,7 @@ from clue_fast.config.planning import PARALLEL
 from clue_fast.tables import aligned
 
 if TYPE_CHECKING:
+    from clue_fast.config.planning import PlanConfig
     from clue_fast.planning.planned import Plan, Training
 
 GIB, TERA = 2**30, 1e12
@@ -18,6 +19,8 @@ ROWS = {
     "original": "slices as they were",
     "gradients": "gradients",
     "optimizer_state": "optimizer state",
+    "lower_layers": "kept: outputs of lower layers",
+    "original_outputs": "kept: outputs of the original",
     "statistics": "statistics",
     "communication": "buckets, whole layers",
     "activations": "activations",
@@ -34,7 +37,7 @@ def table(plan: Plan) -> str:
     active = f" ({plan.active / 1e9:,.2f} billion active)" if plan.active != plan.parameters else ""
     lines = [
         f"{plan.name}: {plan.kind}, {plan.parameters / 1e9:,.2f} billion parameters{active}, {plan.dtype}",
-        f"{plan.selected:,} of {plan.units:,} units selected ({share:.2%}), the same share of every layer",
+        f"{plan.selected:,} of {plan.units:,} units selected ({share:.2%}), the same share of {_layers(config)}",
         "computed from shapes, not measured",
         "",
         f"localize: {config.criterion}, {config.forget_records:,} + {config.retain_records:,} records of "
@@ -79,7 +82,16 @@ def _flop(plan: Plan) -> list[list[str]]:
         [title, "", *(f"{getattr(one, name) / TERA:,.2f}" for one in plan.trainings)] for title, name in parts.items()
     ]
     rows[-1][1] = f"{plan.localization.flop / TERA:,.2f}"
-    return rows
+    if all(one.later_flop == one.flop for one in plan.trainings):
+        return rows
+    return [*rows, ["in later epochs", "", *(f"{one.later_flop / TERA:,.2f}" for one in plan.trainings)]]
+
+
+def _layers(config: PlanConfig) -> str:
+    if config.layers is None:
+        return "every layer"
+    begin, end = config.layers
+    return f"every layer from {begin:g} to {end:g} of the depth"
 
 
 def _fits(plan: Plan) -> list[list[str]]:

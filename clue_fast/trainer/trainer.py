@@ -24,6 +24,7 @@ from clue_fast.objectives.packing import INSTEAD, check_packing
 from clue_fast.recording import Patched, patched_of
 from clue_fast.selection import Selection
 from clue_fast.sparse import LayerRate, Sparse, sparsify
+from clue_fast.sparse.lower_layers import bytes_of
 from clue_fast.trainer.checkpoints import detach_quantizer
 from clue_fast.trainer.pairing import (
     Examples,
@@ -167,7 +168,7 @@ class UnlearnTrainer(TrainerEvents, Trainer):
             sparse.restore()
             raise
         sparse.packed_tokens = packed_tokens
-        sparse.lower_layers.most_bytes = int(1e9 * lower_layers_gb)
+        sparse.lower_layers.most_bytes = bytes_of(lower_layers_gb)
         # Gradients of 16 bits are scaled so that they do not vanish, and those of a pass would be taken without.
         sparse.backward_by_pass = getattr(self.accelerator, "scaler", None) is None
         sparse.lower_layers.forbidden = partial(_is_recorded, model)

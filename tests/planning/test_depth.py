@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,22 +17,28 @@ from clue_fast.planning.step import Records, trace_step
 from clue_fast.sites import survey
 from tests.models.families import FAMILIES
 
-LAYERS = 9
-PERIODIC = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+LAYERS, MORE_LAYERS, PART = 9, 12, range(5, 12)
+"""How many layers models have; and those of which a part trains."""
+DROPPING = ("gpt2", "opt")
+"""Families with dropout, in training of which no layer can be skipped."""
+PERIODIC = ["sliding_attention", "sliding_attention", "full_attention"]
 MORE: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_layer": LAYERS},
-    "gemma3": {"layer_types": PERIODIC, "sliding_window": 4},
-    "gpt_oss": {"layer_types": PERIODIC, "sliding_window": 4},
+    "gemma3": {"sliding_window": 4},
+    "gpt_oss": {"sliding_window": 4},
     "deepseek_v3": {"first_k_dense_replace": 2},
 }
-QUICK = ["llama", "gpt2", "gemma3", "qwen2_moe"]
-OTHERS = ["deepseek_v3", "gpt_oss", "phi3", "falcon grouped", "olmo2", "qwen3_moe", "gpt_neox", "opt", "mistral"]
+KINDS = ["selected", "part", "all", "float32", "lora"]
+NAMES = ["llama", "gpt2", "gemma3", "qwen2_moe"]
+QUICK = {kind: ["llama", "gemma3"] if kind == "part" else NAMES[:] for kind in KINDS}
+NAMES += ["deepseek_v3", "gpt_oss", "phi3", "falcon grouped", "olmo2", "qwen3_moe", "gpt_neox", "opt", "mistral"]
 SETS = {"forget": Records(2, 6, 4), "retain": Records(3, 6, 4)}
 
 
-def make(name: str) -> Any:
+def make(name: str, layers: int = LAYERS) -> Any:
     family = FAMILIES[name]
-    depth = {} if "n_layer" in MORE.get(name, {}) else {"num_hidden_layers": LAYERS}
+    depth: dict[str, Any] = {"n_layer" if name == "gpt2" else "num_hidden_layers": layers}
+    if "sliding_window" in MORE.get(name, {}):
+        depth["layer_types"] = PERIODIC * (layers // len(PERIODIC))
     sizes = {"vocab_size": 83, **depth, **MORE.get(name, {})}  # a width that nothing else has
     config = getattr(transformers, family.config)(**{**family.settings, **sizes})
     with torch.device("meta"):
@@ -39,29 +46,44 @@ def make(name: str) -> Any:
 
 
 def trace(model: Any, depth: Depth, kind: str) -> Any:
+    """A step; "part": of the units of a part of the layers."""
     methods: dict[str, Method] = {"all": AllWeights(), "float32": AllWeights(torch.bfloat16), "lora": LowRank(2)}
     if kind in methods:
         return trace_step(model, depth, methods[kind], get_objective("npo"), SETS)
     found = survey(model)
+    if kind == "part":
+        found = replace(found, sites=tuple(site for site in found.sites if depth.trains(site.path)))
     method = SelectedUnits(_selection(model, found, 0.2), found)
     return trace_step(model, depth, method, get_objective("npo"), SETS)
 
 
-@pytest.mark.parametrize("kind", ["selected", "all", "float32", "lora"])
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if name in QUICK[kind] else pytest.mark.slow)
+        for kind in KINDS
+        for name in NAMES
+    ],
+)
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_some_layers_stand_for_all(name, kind, checkpointing):
-    model = make(name)
+    layers = MORE_LAYERS if kind == "part" else LAYERS
+    model = make(name, layers)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    depth = find_depth(model)
-    every = tuple(range(LAYERS))
-    assert 4 <= len(depth.kept) < LAYERS == len(depth.stands_in)
-    whole = trace(model, Depth(depth.path, every, every), kind)
+    part = frozenset(PART if kind == "part" else ())
+    depth = find_depth(model, part)
+    every = tuple(range(layers))
+    assert 4 <= len(depth.kept) < layers == len(depth.stands_in)
+    whole = trace(model, Depth(depth.path, every, every, part), kind)
     reduce_depth(model, depth)
     found = trace(model, depth, kind)
     assert (found.forward_flop, found.backward_flop) == (whole.forward_flop, whole.backward_flop)
     assert found.activations == whole.activations and found.logits == whole.logits
+    assert (found.lowest, found.lower_output) == (whole.lowest, whole.lower_output)
+    assert found.lowest == (PART[0] if part else 0)
+    assert (found.lower_output > 0) == (kind == "part" and name not in DROPPING)
+    assert found.later_forward_flop(True, 0.5) == whole.later_forward_flop(True, 0.5)
     for size in ("values", "original", "gradient", "state"):
         assert found.bytes_of(size) == whole.bytes_of(size)
     runs = [[*step.original, *step.forward, *step.backward] for step in (found, whole)]
@@ -76,6 +98,16 @@ def test_what_stands_for_what():
     found = find_depth(make("gemma3"))  # full attention in the layers 2, 5 and 8
     assert found.kept == (0, 1, 2, 3, 5, 7, 8)
     assert [found.kept[place] for place in found.stands_in] == [0, 1, 2, 3, 3, 5, 3, 7, 8]
+
+
+def test_what_stands_for_what_around_a_part_that_trains():
+    """Its first two layers and its last two for themselves, and those beside it; none for one of another side."""
+    found = find_depth(make("llama", MORE_LAYERS), PART)
+    assert found.kept == (0, 1, 2, 4, 5, 6, 7, 10, 11)
+    assert [found.kept[place] for place in found.stands_in] == [0, 1, 2, 2, 4, 5, 6, 7, 7, 7, 10, 11]
+    assert found.trains("model.layers.4.mlp") and not found.trains("model.layers.3.mlp")
+    between = find_depth(make("llama", MORE_LAYERS), range(2, 4))
+    assert [between.kept[place] for place in between.stands_in] == [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 10, 11]
 
 
 def test_a_model_without_layers_runs_whole():

@@ -12,12 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from clue_fast.criteria import CRITERIA
 from clue_fast.criteria.blocks import deal
 from clue_fast.criteria.measure import measure_batches
+from clue_fast.criteria.measurements import Job
 from clue_fast.criteria.passes import Batches
 from clue_fast.criteria.weight_gradients import mean_gradient_recorders
 from clue_fast.data import Record
 from clue_fast.errors import SettingError
 from clue_fast.planning.localizing import groups_of
-from clue_fast.sites import find_sites
+from clue_fast.sites import find_sites, survey
 from clue_fast.statistics import Statistics
 from tests.planning.test_step import COUNTED
 
@@ -53,6 +54,27 @@ def test_operations_and_statistics(criterion, make_small, make_plan, monkeypatch
     probed = 3 * 2 * 2 * 3 * 3 * 128 * 512 if CRITERIA[criterion].measurement.live else 0
     assert found.flop == pytest.approx(counter.get_total_flops() - probed, rel=1e-3)
     assert (found.flop > 0) == (criterion != "random")
+
+
+def test_a_part_of_the_layers(make_small, make_plan, monkeypatch):
+    """Nothing runs backward below the upper third, and only its units have statistics."""
+    monkeypatch.setenv("CLUE_FAST_BACKEND", "reference")
+    model = make_small(layers=3).eval()
+    found = make_plan(model, criterion="attribution", layers=(0.6, 1.0), **ASKED).localization
+    sites, chosen = survey(model).between(0.6, 1.0), CRITERIA["attribution"]
+    assert len(sites.sites) == 1
+
+    def measure() -> Statistics:
+        batches = Batches([encoded(8, 1), encoded(8, 2)], 0, 16 * 32, False)
+        job = Job(model, sites, batches, "log_odds", None, chosen.reads)
+        return chosen.measurement.record(job).statistics
+
+    measure()
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        statistics = measure()
+    kept = [*statistics.tensors(), statistics.skipped, statistics.offsets]
+    assert found.statistics == sum(tensor.nbytes for tensor in kept)
+    assert found.flop == pytest.approx(counter.get_total_flops() - 2 * 2 * 3 * 3 * 128 * 512, rel=1e-3)
 
 
 def test_a_user_s_criterion_is_planned_by_what_it_needs(make_small, make_plan):

@@ -76,8 +76,11 @@ def test_a_file_of_settings(capsys):
     Path("plan.yaml").write_text(
         "sizes: {hidden_size: 64, num_attention_heads: 4, num_hidden_layers: 4}\nmax_length: 8\n"
     )
-    assert run("llama", "--config", "plan.yaml", "--batch-size", "1") == 0
-    assert "clue-fast unlearn MODEL --forget FORGET --retain RETAIN --output unlearned" in capsys.readouterr().out
+    assert run("llama", "--config", "plan.yaml", "--batch-size", "1", "--layers", "0.5:1") == 0
+    text = capsys.readouterr().out
+    assert "clue-fast unlearn MODEL --forget FORGET --retain RETAIN --output unlearned" in text
+    assert "--layers 0.5:1" in text and "every layer from 0.5 to 1 of the depth" in text
+    assert "in later epochs" in text and ROWS["lower_layers"] in text
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,10 @@ def test_a_file_of_settings(capsys):
         ("llama", ["--dtype", "int8"], "unknown dtype 'int8'"),
         ("llama", ["--kinds", "astrology"], "unknown kind of site 'astrology'"),
         ("llama", ["--kinds", "mlp,attention"], "kinds 'attention' cannot be planned: heads are found by running"),
+        ("llama", ["--layers", "1:0.5"], "layers (1.0, 0.5) is no part of the depth"),
+        ("llama", ["--layers", "0.9:1", "--criterion", "circuit"], "criterion 'circuit' cannot be planned"),
+        ("llama", ["--layers", "0.3:0.35"], "none of them lies between 0.3 and 0.35 of the depth"),
+        ("llama", ["--lower-layers-gb", "-1"], "lower_layers_gb -1.0 is"),
         ("llama", ["--sizes", "4096"], "sizes 4096 are not whole numbers by name"),
         ("llama", ["--batch-size", "0"], "batch_size 0 is not a positive integer"),
         ("llama", ["--max-length", "0"], "max_length 0 is not a positive integer"),

@@ -19,7 +19,9 @@ import clue_fast
 from clue_fast.objectives import get_objective
 from clue_fast.sites import find_sites
 from clue_fast.sparse import SparseAdamW, sparsify
+from clue_fast.sparse.lower_layers import bytes_of
 from tests.models.families import FAMILIES
+from tests.models.small_llama import random_selection
 from tests.planning.conftest import records
 from tests.trainer.test_memory import Evenly, measure
 
@@ -92,7 +94,7 @@ def check(planned: Any, run: Any, checkpoints: int = 0) -> None:
     footprint = planned.footprint
     states = checkpoints * torch.get_rng_state().nbytes
     activations, most = measure(run)[0] - states, measure(lambda: run().backward())[1] - states
-    constant = ("weights", "values", "original", "optimizer_state", "reference")
+    constant = ("weights", "values", "original", "optimizer_state", "reference", "lower_layers", "original_outputs")
     passing = footprint.peak - sum(getattr(footprint, name) for name in constant)
     assert footprint.activations == pytest.approx(activations, rel=0.025)
     assert passing == pytest.approx(most, rel=0.02)
@@ -195,6 +197,51 @@ def test_operations(checkpointing, make_small, make_plan, batches, monkeypatch):
     some = of(plan, "selected units")
     assert (some.forward_flop, some.backward_flop) == count(lambda: loss.loss(model, batches, sparse)[0])
     assert some.backward_flop < whole.backward_flop
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_part_of_the_layers(checkpointing, make_small, make_plan, batches, monkeypatch):
+    """Of the upper half: what is kept of all records to the byte, operations of the first and later epochs to the last.
+
+    Later, the lower half does not run, nor is the original model asked. One retain record lacks its last token.
+    """
+    for name, place, value in (("attention_mask", -1, 0), ("attention_mask", slice(2), 1), ("labels", 11, 7)):
+        batches["retain"][name][0, place] = value
+    batches["forget"]["attention_mask"][:] = 1
+    batches["retain"]["labels"][0, -1] = -100
+    model, loss = make_small(), get_objective("undial")
+    asked = {"layers": (0.5, 1.0), "objective": "undial", "forget_records": 3, "retain_records": 6}
+    plan = make_plan(model, gradient_checkpointing=checkpointing, **asked)
+    planned = of(plan, "selected units")
+    assert (plan.units, plan.selected) == (3 * 512, 3 * 51)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    sparse = asking(sparsify(model, random_selection(model, units=51, layers=[3, 4, 5])))
+    sparse.limit_checkpointing()
+    clue_fast.patch(model)
+
+    def step() -> Any:
+        return loss.loss(model, batches, sparse)[0]
+
+    step()  # from then on is known what comes behind the head
+    check(planned, step, checkpoints=3 * checkpointing)
+    monkeypatch.setenv("CLUE_FAST_BACKEND", "reference")
+    sparse.original_outputs, sparse.lower_layers.most_bytes = {}, bytes_of(1.0)
+    assert (planned.forward_flop, planned.backward_flop) == count(step)
+    step()  # tries whether the lower half may be left out
+    assert (planned.later_forward_flop, planned.backward_flop) == count(step)
+    token = 4 * 128
+    assert planned.footprint.lower_layers == sparse.lower_layers.bytes + token == 9 * 32 * token
+    outputs = sum(output.nbytes for output in sparse.original_outputs.values())
+    assert planned.footprint.original_outputs == outputs == 3 * 20 * token
+    if not checkpointing:
+        gigabytes = 5.5 * 32 * token / 1e9
+        less = of(make_plan(model, lower_layers_gb=gigabytes, **asked), "selected units")
+        sparse.lower_layers.clear()
+        sparse.lower_layers.most_bytes = bytes_of(gigabytes)
+        step()
+        assert less.footprint.lower_layers == sparse.lower_layers.bytes + token == 5 * 32 * token
+        assert less.later_forward_flop > planned.later_forward_flop
 
 
 def test_operations_by_the_definition(make_small, make_plan):
