@@ -103,7 +103,8 @@ class Objective:
         # The original goes first: swapping weights later would break the graph of the pass that trains.
         asked = {name: drop_token_group(used[name]) for name in self.original_batches if name in used}
         original = original_outputs(model, asked, trained, self.reference_outputs, repr(self)) if asked else {}
-        around = getattr(getattr(trained, "lower_layers", None), "around", None)
+        lower_layers = getattr(trained, "lower_layers", None)
+        around = None if lower_layers is None else lower_layers.of_step(model)
         passes = passes_of(model, used, getattr(trained, "packed_tokens", None))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         apart = self.by_record and len(self.forget_batches) == 1 and len(passes) > 1

@@ -26,7 +26,7 @@ class Trained(Protocol):
     """What an objective needs to know of the training: ``Sparse`` is one.
 
     It may have ``original_outputs`` too, a dict for what the original model says of each record, as long as that does
-    not change; ``lower_layers``, whose ``around`` stands around each pass that trains; ``backward_by_pass``,
+    not change; ``lower_layers``, which says of a step what stands around each pass that trains; ``backward_by_pass``,
     whether each pass may be run backward as soon as it ran forward; and ``packed_tokens``, of a row of records.
     """
 

@@ -24,8 +24,11 @@ from clue_fast.sites import unwrap
 Announce: TypeAlias = "Callable[[int, int, int], None]"
 """Called with how many records of a pass are to be forgotten, how many there are, and how many tokens each has."""
 
-Around: TypeAlias = "Callable[[nn.Module, Batch], AbstractContextManager[None]]"
-"""Gives, of a model and the inputs of a pass, what is entered around it."""
+Text: TypeAlias = "Sequence[tuple[int, ...]]"
+"""The tokens of each record, without padding."""
+
+Around: TypeAlias = "Callable[[nn.Module, Batch, Text | None], AbstractContextManager[None]]"
+"""Gives, of a model, the inputs of a pass and the tokens of its records, what is entered around it."""
 
 # What the tokens that are added to make two batches equally long are filled with; 0 is masked from attention.
 _FILL = {"labels": IGNORED_LABEL}
@@ -47,7 +50,8 @@ def predict(
         batches: of records; those to be kept are called "retain", and come last.
         announce: called before each forward pass with how many of its records, which come first, are to be forgotten;
             how many there are; and how many tokens each of them has.
-        around: called with the model and the inputs of each forward pass; what it returns is entered around it.
+        around: called with the model, the inputs of each forward pass and the tokens of its records, None where they
+            are no text that is padded on the right; what it returns is entered around the pass.
 
     Raises:
         ObjectiveError: the model returns no logits, or not at the positions of the labels.
@@ -73,11 +77,13 @@ class Pass:
     Attributes:
         batch: their inputs and labels, those of one set behind those of another.
         records: which of its set they are, ascending, by the name of the set.
+        text: the tokens of each, where they are text that is padded on the right, and otherwise None.
         packed: whether they run in one row; then either all or none of them are to be forgotten.
     """
 
     batch: Batch
     records: Mapping[str, Sequence[int]]
+    text: Text | None = None
     packed: bool = False
 
     def run(
@@ -87,7 +93,7 @@ class Pass:
         sizes = {name: len(records) for name, records in self.records.items()}
         forget = sum(size for name, size in sizes.items() if name != "retain")
         inputs = pack(self.batch) if self.packed else self.batch
-        with nullcontext() if around is None else around(model, inputs):
+        with nullcontext() if around is None else around(model, inputs, self.text):
             if announce is not None:
                 ids, rows = inputs.get("input_ids"), len(inputs["labels"])
                 announce(min(forget, rows), rows, 1 if ids is None else ids.shape[1])
@@ -122,43 +128,59 @@ def passes_of(model: nn.Module, batches: Mapping[str, Batch], packed_tokens: int
     sizes = [len(batch["labels"]) for batch in batches.values()]
     found = []
     head = head_of(model, joined["labels"])
+    text = _text(joined) if head == "causal" else None
     if packed_tokens is None:
-        passes = _passes(model, joined, head)
+        passes = _passes(model, joined, head, text)
     else:
         forget = sum(size for name, size in zip(batches, sizes, strict=True) if name != "retain")
-        passes = [*_rows(model, joined, head, forget, packed_tokens)]
+        passes = [*_rows(model, joined, head, text, forget, packed_tokens)]
     for chosen in passes:
         records, first = {}, 0
         for name, size in zip(batches, sizes, strict=True):
             of_set = range(first, first + size)
             records[name] = [record - first for record in (of_set if chosen is None else chosen) if record in of_set]
             first += size
-        batch = joined if chosen is None else _some(joined, chosen)
-        found.append(Pass(batch, records, packed=packed_tokens is not None))
+        own = text if text is None or chosen is None else [text[record] for record in chosen]
+        batch = joined if chosen is None or own is None else _some(joined, chosen, max(map(len, own)))
+        found.append(Pass(batch, records, own, packed_tokens is not None))
     return found
 
 
-def _passes(model: nn.Module, joined: Batch, head: str) -> list[list[int] | None]:
+def _text(joined: Batch) -> Text | None:
+    """The tokens of records that are text, padded on the right; None for others. A GPU is waited for once."""
+    ids, mask = joined.get("input_ids"), joined.get("attention_mask")
+    if ids is None or mask is None or has_no_data(mask) or ids.shape != mask.shape:
+        return None
+    ids, mask = torch.stack((ids, mask.to(ids.dtype))).cpu()
+    if not is_padded_right(mask):
+        return None
+    return [tuple(row[:length]) for row, length in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
+
+
+def _passes(model: nn.Module, joined: Batch, head: str, text: Text | None) -> list[list[int] | None]:
     """The records of each forward pass, ascending; None for one pass over all."""
-    if _why_together(model, joined, head):
+    if text is None:
         return [None]
-    mask = joined["attention_mask"]
-    passes = passes_by_length(mask.sum(-1).tolist(), PASS_TOKENS.get(mask.device.type, PASS_TOKENS["cuda"]))
-    if len(passes) == 1:
+    kind = joined["labels"].device.type
+    passes = passes_by_length(list(map(len, text)), PASS_TOKENS.get(kind, PASS_TOKENS["cuda"]))
+    if len(passes) == 1 or _why_together(model, joined, head, text):
         return [None]
     return [sorted(records) for records in passes]
 
 
-def _rows(model: nn.Module, joined: Batch, head: str, forget: int, most_tokens: int) -> list[list[int]]:
+def _rows(
+    model: nn.Module, joined: Batch, head: str, text: Text | None, forget: int, most_tokens: int
+) -> list[list[int]]:
     """The records of each row, ascending: of the first ones, which are to be forgotten, and of the others."""
-    if why := _why_together(model, joined, head):
+    why = _why_together(model, joined, head, text)
+    if why or text is None:
         raise ObjectiveError(f"the records of a step cannot be packed: {why}; {INSTEAD}")
-    lengths = joined["attention_mask"].sum(-1).tolist()
+    lengths = list(map(len, text))
     sets = range(forget), range(forget, len(lengths))
     return [sorted(of[place] for place in row) for of in sets for row in rows_of([lengths[i] for i in of], most_tokens)]
 
 
-def _why_together(model: nn.Module, joined: Batch, head: str) -> str:
+def _why_together(model: nn.Module, joined: Batch, head: str, text: Text | None) -> str:
     """Why all records run in one pass, since several are not known to change nothing; "" where they are.
 
     They are for a causal model that is not wrapped, so that no other process waits for a pass, without checkpointing,
@@ -173,9 +195,10 @@ def _why_together(model: nn.Module, joined: Batch, head: str) -> str:
         return f"other processes may wait for the passes of a {type(model).__name__}"
     if others := set(joined) - {"input_ids", "attention_mask", "labels", "token_group"}:
         return f"they have {', '.join(sorted(others))}"
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    # Of what stands in the modules themselves, since it looks at all of them.
+    if any(vars(module).get("gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing runs layers again when another row is under way"
-    return "" if is_padded_right(mask) else "they are not padded on the right"
+    return "they are no text that is padded on the right" if text is None else ""
 
 
 def passes_by_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
@@ -198,11 +221,10 @@ def passes_by_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
     return passes
 
 
-def _some(joined: Batch, records: Sequence[int]) -> dict[str, Tensor]:
-    """Some records, without padding that none of them needs."""
+def _some(joined: Batch, records: Sequence[int], longest: int) -> dict[str, Tensor]:
+    """Some records, the longest of which has so many tokens, without padding that none of them needs."""
     index = torch.tensor(records, device=joined["labels"].device)
     own = {name: tensor[index] for name, tensor in joined.items()}
-    longest = int(own["attention_mask"].sum(-1).max())
     return {name: tensor[:, :longest] for name, tensor in own.items()}
 
 

@@ -7,19 +7,19 @@ last of them gives what was kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from clue_fast.data import head_of, is_padded_right
-from clue_fast.internals import evaluation_mode, has_forward_hooks, has_no_data, is_compiled, unwrap
+from clue_fast.internals import evaluation_mode, has_forward_hooks, is_compiled, own_parameters, unwrap
 from clue_fast.sites.layers import find_layers
 
 Batch: TypeAlias = "Mapping[str, Tensor]"
 Record: TypeAlias = "tuple[int, ...]"
+Around: TypeAlias = "Callable[[nn.Module, Batch, Sequence[Record] | None], AbstractContextManager[None]]"
 
 
 class LowerLayers:
@@ -65,21 +65,33 @@ class LowerLayers:
         """Bytes of what is kept."""
         return self._bytes
 
+    def of_step(self, model: nn.Module) -> Around | None:
+        """Returns what stands around the passes of a step, which is looked at once; None where all layers run.
+
+        Args:
+            model: that runs; perhaps wrapped.
+        """
+        if not self.layers or not self.most_bytes or self._separate is False:
+            return None
+        if (self.forbidden is not None and self.forbidden()) or not self.skippable(model):
+            return None
+        return self.around
+
     @contextmanager
-    def around(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+    def around(self, model: nn.Module, batch: Batch, records: Sequence[Record] | None) -> Iterator[None]:
         """Stands around a forward pass, which skips these layers if all of its records are known.
 
         Args:
             model: that runs; perhaps wrapped.
             batch: its inputs, and labels.
+            records: their tokens, without padding; None where they are no text that is padded on the right.
         """
-        if not self._fits(model, batch):
+        if records is None or set(batch) != {"input_ids", "attention_mask", "labels"} or self._separate is False:
             yield
             return
-        records = _records(batch)
         if all(record in self._kept for record in records):
             if self._separate is None:
-                self._separate = self._try(unwrap(model), batch)
+                self._separate = self._try(unwrap(model), batch, len(records[0]))
             if self._separate:
                 with self._giving(self._padded(records, batch)):
                     yield
@@ -90,15 +102,6 @@ class LowerLayers:
 
     # Whether it changes nothing.
 
-    def _fits(self, model: nn.Module, batch: Batch) -> bool:
-        if not self.layers or not self.most_bytes or self._separate is False:
-            return False
-        if set(batch) != {"input_ids", "attention_mask", "labels"} or has_no_data(batch["labels"]):
-            return False
-        if head_of(model, batch["labels"]) != "causal" or not is_padded_right(batch["attention_mask"]):
-            return False
-        return (self.forbidden is None or not self.forbidden()) and self.skippable(model)
-
     def skippable(self, model: nn.Module) -> bool:
         """Whether a model may leave these layers out, whatever its records are: see the class.
 
@@ -107,17 +110,20 @@ class LowerLayers:
         """
         if not self.layers or is_compiled(model):
             return False
-        below = [module for layer in self.layers for module in layer.modules()]
-        if any(map(has_forward_hooks, below)):
-            return False
-        if any(hasattr(p, "placements") for layer in self.layers for p in layer.parameters()):
-            return False
+        for module in (module for layer in self.layers for module in layer.modules()):
+            if has_forward_hooks(module) or any(hasattr(p, "placements") for p in own_parameters(module).values()):
+                return False
         return not (model.training and _drops_out(unwrap(model)))
 
     @torch.no_grad()
-    def _try(self, model: nn.Module, batch: Batch) -> bool:
-        """Whether a pass over the first record without these layers gives the bits that one with them does."""
-        length = int(batch["attention_mask"][0].sum())
+    def _try(self, model: nn.Module, batch: Batch, length: int) -> bool:
+        """Whether a pass over the first record without these layers gives the bits that one with them does.
+
+        Args:
+            model: not wrapped.
+            batch: of the pass.
+            length: of the first record, in tokens.
+        """
         inputs = {name: batch[name][:1, :length] for name in ("input_ids", "attention_mask")}
         with evaluation_mode(model):
             with self.watching() as outputs:
@@ -133,7 +139,7 @@ class LowerLayers:
 
     # What is kept.
 
-    def _keep(self, records: list[Record], outputs: list[Tensor]) -> None:
+    def _keep(self, records: Sequence[Record], outputs: list[Tensor]) -> None:
         states = outputs[-1] if outputs else None
         if states is None or states.dim() != 3 or states.requires_grad or len(states) != len(records):
             self._separate = False  # the layer does not run, or gives something else
@@ -144,7 +150,7 @@ class LowerLayers:
                 self._kept[record] = own.clone()
                 self._bytes += own.nbytes
 
-    def _padded(self, records: list[Record], batch: Batch) -> Tensor:
+    def _padded(self, records: Sequence[Record], batch: Batch) -> Tensor:
         """What is kept of some records, [records, tokens, width], zeros behind the end of each."""
         own = [self._kept[record] for record in records]
         padded = own[0].new_zeros(*batch["input_ids"].shape, own[0].shape[-1])
@@ -207,12 +213,6 @@ def layers_below(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
     found = find_layers(model, paths)
     numbers = [number for path in paths if (number := found.number_of(path)) is not None]
     return list(found.modules[: min(numbers, default=0)])
-
-
-def _records(batch: Batch) -> list[Record]:
-    """The tokens of each record, without padding."""
-    lengths = batch["attention_mask"].sum(-1).tolist()
-    return [tuple(row[:length]) for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
 
 
 def _drops_out(model: nn.Module) -> bool:

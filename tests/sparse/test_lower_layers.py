@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clue_fast.objectives import NPO, GradientDifference
+from clue_fast.objectives import NPO, GradientDifference, passes
 from clue_fast.recording import patch
 from clue_fast.sparse import Sparse, SparseAdamW, sparsify
 from clue_fast.trainer import UnlearnTrainer
@@ -156,6 +156,32 @@ def test_where_every_layer_runs(what, make_late, batches, monkeypatch):
             else:
                 step(model, sparse, batches)
         assert sum(lower) == (0 if what == "nothing" else 8)
+
+
+def test_modules_are_looked_at_once_a_step_and_in_every_step(make_late, batches, monkeypatch):
+    """However many passes it has; a hook that comes between two steps is seen by the second."""
+    monkeypatch.setattr(passes, "PASS_TOKENS", {"cpu": 0, "cuda": 0})  # a pass for every length
+    model, sparse = make_late()
+    looked: list[Any] = []
+    skippable = type(sparse.lower_layers).skippable
+    monkeypatch.setattr(sparse.lower_layers, "skippable", lambda of: looked.append(of) or skippable(kept, of))
+    kept, lower = sparse.lower_layers, runs_of(monkeypatch, model.model.layers[1])
+    step(model, sparse, batches)
+    assert len(lower) > 2 and len(looked) == 1
+    step(model, sparse, batches)
+    lower.clear()
+    step(model, sparse, batches)
+    assert not lower and len(looked) == 3
+    handle = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    step(model, sparse, batches)
+    assert sum(lower) == 8 and len(looked) == 4
+    handle.remove()
+    model.model.layers[3].self_attn.attention_dropout = 0.1
+    step(model, sparse, batches)
+    assert sum(lower) == 16
+    model.model.layers[3].self_attn.attention_dropout = 0.0
+    step(model, sparse, batches)
+    assert sum(lower) == 16
 
 
 def test_no_more_is_kept_than_fits(make_late, batches):
