@@ -45,7 +45,8 @@ def fully_shard(
     Args:
         module: a layer of the model, or the model.
         mesh: of one dimension; by default all processes.
-        reshard_after_forward, mp_policy, ignored_params: as for torch's.
+        reshard_after_forward, mp_policy, ignored_params: as for torch's. Weights that are gathered in less precision
+            train to the bits of a model in that precision with master weights.
 
     Returns:
         The module, changed in place.

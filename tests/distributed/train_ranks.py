@@ -1,6 +1,9 @@
 """Ranks train selected units of a model that FSDP2 shards, in every way, and save what they end with.
 
-python train_ranks.py FOLDER RANKS
+python train_ranks.py FOLDER RANKS [compiled]
+
+RANKS are numbers of ranks with commas between, which run one after another; what they save is in a folder by their
+number. With a third word they are compiled, and nothing else: that takes as long as everything else.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from clue_fast.data import Collator
@@ -88,7 +92,8 @@ class Way:
         optimizer: makes the optimizer of the sparse model.
         layers: whether every layer is sharded by itself, or the model as one.
         config: of the Llama; of a mixture, None.
-        checkpointing: whether layers run again in the backward pass.
+        checkpointing: whether layers run again in the backward pass; "reentrant" by the way that torch had first.
+        narrow: whether FSDP2 gathers weights of float32 in bfloat16; one process then has them in bfloat16.
         categories: whether every second batch has no record that is to be forgotten.
     """
 
@@ -97,16 +102,17 @@ class Way:
     optimizer: Callable[[Any], SparseOptimizer] = lambda model: SparseAdamW(model, lr=1e-2, weight_decay=0.1)
     layers: bool = True
     config: dict[str, Any] | None = field(default_factory=lambda: UNEVEN)
-    checkpointing: bool = False
+    checkpointing: bool | str = False
     categories: bool = False
+    narrow: bool = False
 
-    def model(self) -> Any:
-        """The model before it trains."""
+    def model(self, shared: bool = False) -> Any:
+        """The model before it trains, as one process has it, or ranks share it."""
         made = families.make_model("mixtral") if self.config is None else llama(self.dtype, **self.config)
         made.train()
         if self.checkpointing:
-            made.gradient_checkpointing_enable({"use_reentrant": False})
-        return made
+            made.gradient_checkpointing_enable({"use_reentrant": self.checkpointing == "reentrant"})
+        return made.float() if self.narrow and shared else made
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """A batch of one rank, or of one of the passes that one process makes."""
@@ -123,27 +129,33 @@ WAYS = {
     "categories": Way(select=lambda model: random_selection(model, units=2, forget=3), categories=True),
     "no masters": Way(optimizer=lambda model: SparseAdamW(model, lr=1e-2, master_weights=False)),
     "checkpointing": Way(torch.bfloat16, checkpointing=True),
+    "reentrant": Way(select=lambda model: random_selection(model, layers=[1, 2]), checkpointing="reentrant"),
+    "narrow": Way(torch.bfloat16, narrow=True),
     "mixture": Way(config=None, select=lambda model: random_selection(model, units=2)),
 }
 
 
-OF_TWO = ("as one", "no masters", "checkpointing")
+OF_TWO = ("as one", "no masters", "checkpointing", "reentrant", "narrow")
 """Ways that do not depend on how many ranks there are; two take them."""
 
 
-def shard(model: Any, layers: bool = True) -> None:
+def shard(model: Any, way: Way | None = None) -> None:
     """Every layer by itself, and the rest."""
-    for layer in model.model.layers if layers else ():
-        fully_shard(layer)
-    fully_shard(model)
+    way = way or Way()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if way.narrow else None
+    for layer in model.model.layers if way.layers else ():
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
 def run(way: Way, ranks: int, rank: int | None = None) -> tuple[Any, Sparse, SparseOptimizer]:
     """Trains a sharded model on one rank's batches; without a rank, one process on those of all, one after another."""
-    model = way.model()
+    model = way.model(shared=rank is not None)
     sparse = sparsify(model, way.select(model))
     if rank is not None:
-        shard(model, way.layers)
+        shard(model, way)
+    if way.checkpointing == "reentrant":
+        sparse.limit_checkpointing()
     optimizer = way.optimizer(model)
     for step in range(STEPS):
         for micro in range(ranks) if rank is None else [rank]:
@@ -163,7 +175,7 @@ def result(model: Any, optimizer: SparseOptimizer) -> dict[str, Any]:
 
 def check_outside(way: Way, model: Any) -> None:
     """Everything outside the selection has the bits that it had."""
-    before = way.model()
+    before = way.model(shared=True)
     selection = way.select(before)
     inside = changed_inside(snapshot(before), model, selection)
     assert changed_outside(snapshot(before), model, selection) == 0 < inside
@@ -318,6 +330,20 @@ def half_sharded() -> None:
         SparseAdamW(model).step()
 
 
+def compiled(rank: int) -> None:
+    """Whatever torch.compile makes of the layers, the exchange of gradients is the same."""
+    found = []
+    for compile in (False, True):
+        model = llama(layers=1, **UNEVEN)
+        sparse = sparsify(model, random_selection(model))
+        shard(model)
+        running = torch.compile(model, backend="eager") if compile else model
+        running(**Collator(0)(examples(2, rank))).loss.backward()
+        found.append([trained.values.grad for trained in sparse.slices])
+    for gradient, its in zip(*found, strict=True):
+        torch.testing.assert_close(its, gradient)
+
+
 def restored(ranks: int, rank: int) -> None:
     """A model whose parts train no more is one that torch shards, all weights of which train."""
     model, sparse, _ = run(WAYS["float32"], ranks, rank)
@@ -330,10 +356,19 @@ def restored(ranks: int, rank: int) -> None:
     assert gradient is not None and gradient.full_tensor().abs().sum() > 0
 
 
-def train(rank: int, ranks: int, folder: Path) -> None:
+def start(rank: int, ranks: int, folder: Path, only: Sequence[str]) -> None:
     """Runs one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
+    if only:
+        compiled(rank)
+    else:
+        train(rank, ranks, folder)
+    dist.destroy_process_group()
+
+
+def train(rank: int, ranks: int, folder: Path) -> None:
+    """Trains one rank in every way, and has it try what is refused."""
     for name, way in WAYS.items():
         if ranks != 2 and name in OF_TWO:
             continue
@@ -356,13 +391,21 @@ def train(rank: int, ranks: int, folder: Path) -> None:
         refusals(ranks)
         half_sharded()
         restored(ranks, rank)
-    dist.destroy_process_group()
 
 
-def main(folder: Path, ranks: int) -> int:
-    """Runs all ranks, which share what has been imported; ends them all where one fails."""
+def main(folder: Path, numbers: Sequence[int], *only: str) -> int:
+    """Runs so many ranks one after another, all of which share what has been imported, until some fail."""
     for name in LATER:
         importlib.import_module(name)
+    for ranks in numbers:
+        (folder / str(ranks)).mkdir()
+        if run_ranks(folder / str(ranks), ranks, only):
+            return 1
+    return 0
+
+
+def run_ranks(folder: Path, ranks: int, only: Sequence[str]) -> bool:
+    """Runs all ranks, and says whether one has failed, where it ends the others."""
     running = set()
     for rank in range(ranks):
         child = os.fork()
@@ -370,7 +413,7 @@ def main(folder: Path, ranks: int) -> int:
             running.add(child)
             continue
         try:
-            train(rank, ranks, folder)
+            start(rank, ranks, folder, only)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
@@ -385,8 +428,8 @@ def main(folder: Path, ranks: int) -> int:
             failed = True
             for other in running:
                 os.kill(other, signal.SIGKILL)
-    return int(failed)
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), list(map(int, sys.argv[2].split(","))), *sys.argv[3:]))
