@@ -198,7 +198,7 @@ def _why_together(model: nn.Module, joined: Batch, head: str, text: Text | None)
     # Of what stands in the modules themselves, since it looks at all of them.
     if any(vars(module).get("gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing runs layers again when another row is under way"
-    return "they are no text that is padded on the right" if text is None else ""
+    return "they are not padded on the right" if text is None else ""
 
 
 def passes_by_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
