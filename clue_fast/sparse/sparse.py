@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -401,15 +401,30 @@ def check_model(model: nn.Module, planned: Iterable[TrainableSlice]) -> None:
         _check_weight(model, one, shared)
 
 
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names of all parameters by the address of their data."""
-    names: dict[int, list[str]] = {}
+Spans: TypeAlias = "dict[int, list[tuple[int, int, str]]]"
+"""By storage, from which address up to which one parameters lie in it, and their names."""
+
+
+def _shared_weights(model: nn.Module) -> Spans:
+    """Where all parameters lie: some may be views of others."""
+    spans: Spans = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter.data_ptr(), []).append(name)
-    return names
+        own = own_part(parameter.detach())
+        length = 1 + sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))
+        begin = own.data_ptr()
+        end = begin + (length * own.element_size() if own.numel() else 0)
+        spans.setdefault(own.untyped_storage().data_ptr(), []).append((begin, end, name))
+    return spans
 
 
-def _check_weight(model: nn.Module, planned: TrainableSlice, shared: dict[int, list[str]]) -> None:
+def _tied(spans: Spans, parameter: Tensor, name: str) -> list[str]:
+    """Names of the other parameters that lie where one does, or in parts of it."""
+    lying = spans[parameter.untyped_storage().data_ptr()]
+    begin, end = next((begin, end) for begin, end, own in lying if own == name)
+    return [other for first, last, other in lying if other != name and first < end and begin < last]
+
+
+def _check_weight(model: nn.Module, planned: TrainableSlice, shared: Spans) -> None:
     name = planned.path
     parameter = model.get_parameter(name)
     if is_sharded(parameter):
@@ -420,7 +435,7 @@ def _check_weight(model: nn.Module, planned: TrainableSlice, shared: dict[int, l
         raise SparseError(f"{name} is {parameter.dtype}; load the model in float32, bfloat16 or float16")
     if not parameter.is_contiguous():
         raise SparseError(f"{name} is not contiguous; set it to its contiguous()")
-    if others := [other for other in shared[parameter.data_ptr()] if other != name]:
+    if others := _tied(shared, parameter, name):
         raise SparseError(f"{name} is tied to {', '.join(others)}; untie it")
     weight = planned.where.of(parameter.detach())
     index = planned.index.to(weight.device)

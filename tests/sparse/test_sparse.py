@@ -326,6 +326,12 @@ def _transpose(model: Any) -> None:
     module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
 
 
+def _hold_a_view(model: Any) -> None:
+    """Somebody else holds some rows of a weight, transposed."""
+    rows = model.model.layers[1].mlp.up_proj.weight.detach()[3:]
+    model.model.layers[0].held = nn.Parameter(rows.t())
+
+
 def _quantize(model: Any) -> None:
     module = model.model.layers[1].mlp.up_proj
     module.weight = nn.Parameter(module.weight.detach().to(torch.uint8), requires_grad=False)
@@ -340,7 +346,8 @@ def _shard(model: Any) -> None:
     [
         (_tie, r"layers\.0\.mlp\.up_proj\.weight is tied to .*layers\.1"),
         (_replace, r"layers\.1\.mlp\.up_proj\.weight is that of a Doubled, which does more than multiply"),
-        (_transpose, "not contiguous"),
+        (_transpose, r"layers\.1\.mlp\.up_proj\.weight is not contiguous; set it to its contiguous\(\)"),
+        (_hold_a_view, r"layers\.1\.mlp\.up_proj\.weight is tied to model\.layers\.0\.held; untie it"),
         (lambda model: model.double(), r"float64; load the model in float32"),
         (_quantize, r"layers\.1\.mlp\.up_proj\.weight is torch\.uint8; load the model in float32"),
         (_shard, r"layers\.1\.mlp\.up_proj\.weight is sharded already .*sparse\.fully_shard"),
