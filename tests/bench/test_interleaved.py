@@ -53,6 +53,12 @@ def test_a_short_call_is_repeated_within_a_sample(clock: Clock) -> None:
     assert samples["short"] == pytest.approx([1e-5] * len(samples["short"]))
 
 
+def test_cases_that_take_about_as_long_are_called_equally_often() -> None:
+    """Whichever of two is the quicker by chance: the first call of a sample finds other caches than the next."""
+    repeats = interleaved.repeats_of({"slow": 1e-2, "a": 9e-4, "b": 5e-4, "quick": 1e-5})
+    assert repeats == {"slow": 1, "a": 4, "b": 4, "quick": 200}
+
+
 def test_a_drifting_machine_does_not_bend_the_ratio(clock: Clock) -> None:
     """Ten times slower at the end than at the beginning; one case after the other would be off by a factor of 3."""
     clock.drift = 0.01
