@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    machine.keep_memory()
     machine.use_all_cores()
     machine.use_device(config.getoption("device"))
     if config.getoption("processor_time"):
