@@ -11,6 +11,7 @@ import copy
 import ctypes
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -317,12 +318,25 @@ def below_autograd() -> AbstractContextManager[None]:
 # The allocator.
 
 
-def give_back_memory() -> None:
+GIVE_BACK = 3.0
+"""Seconds between two times that free memory goes back on the way: half a gigabyte takes some .05 s to come again."""
+
+_given_back = 0.0
+
+
+def give_back_memory(after: float = 0.0) -> None:
     """Gives the system what the C library keeps of memory that is free, which takes some milliseconds.
 
     That of Linux gives back the end of its heap alone, and what is behind a pass over a model is full of holes as large
-    as its activations.
+    as its activations, into which those of the next one, of other shapes, do not fit.
+
+    Args:
+        after: seconds since the last time, before which nothing is done.
     """
+    global _given_back
+    if time.monotonic() < _given_back + after:
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+    _given_back = time.monotonic()

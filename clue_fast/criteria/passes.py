@@ -5,7 +5,6 @@ A target is the scalar function of an answer that is differentiated to see what 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +16,11 @@ from tqdm.auto import tqdm
 
 from clue_fast.data import Collator, Example, answer_mask
 from clue_fast.errors import DataError, UnknownNameError
-from clue_fast.internals import give_back_memory
+from clue_fast.internals import GIVE_BACK, give_back_memory
 from clue_fast.objectives.predictions import Predictions, predict_in_one_pass
 from clue_fast.sites import Site, evaluation_mode
 from clue_fast.sparse.lower_layers import layers_below
 from clue_fast.statistics import DEFAULT_GROUPS
-
-GIVE_BACK = 3.0
-"""Seconds between two times that free memory goes back: half a gigabyte takes some .05 s to come again."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Batches:
             reverse=True,
         )
         collate = Collator(self.pad_token_id)
-        start, given_back = 0, time.monotonic()
+        start = 0
         with tqdm(total=len(items), desc="localize", unit="record", disable=not self.progress) as bar:
             while start < len(items):
                 size = max(1, self.tokens_per_batch // len(items[start][0]["input_ids"]))
@@ -74,10 +70,7 @@ class Batches:
                 yield {name: tensor.to(device) for name, tensor in batch.items()}, groups
                 bar.update(len(chosen))
                 start += size
-                # The next pass has other shapes, which do not fit the holes that this one has left.
-                if device.type == "cpu" and time.monotonic() - given_back > GIVE_BACK:
-                    give_back_memory()
-                    given_back = time.monotonic()
+                give_back_memory(GIVE_BACK)
 
 
 def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
