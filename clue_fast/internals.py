@@ -318,8 +318,9 @@ def below_autograd() -> AbstractContextManager[None]:
 # The allocator.
 
 
-GIVE_BACK = 3.0
-"""Seconds between two times that free memory goes back on the way: half a gigabyte takes some .05 s to come again."""
+GIVE_BACK = 30.0
+"""Seconds between two times that free memory goes back on the way: the step behind it takes half a second longer, since
+its pages come anew."""
 
 _given_back = 0.0
 
