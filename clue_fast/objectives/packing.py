@@ -83,10 +83,11 @@ def check_packing(model: nn.Module) -> None:
 def _try(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Logits in the second of two records in one row, those in it alone, and the gradient by the first one's input."""
     generator = torch.Generator().manual_seed(0)
-    parameter = next(model.parameters())
+    device = next(model.parameters()).device
     first, second = TRIED
-    tokens = torch.randint(vocabulary_size(model) or 2, (1, first + second), generator=generator).to(parameter.device)
-    positions = torch.cat([torch.arange(first), torch.arange(second)])[None].to(parameter.device)
+    shape = (1, first + second)
+    tokens = torch.randint(vocabulary_size(model) or 2, shape, generator=generator, device="cpu").to(device)
+    positions = torch.tensor([[*range(first), *range(second)]], device=device)
     embedded: list[Tensor] = []
 
     def differentiate(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _try(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         with evaluation_mode(model), torch.enable_grad():
             alone = inner(input_ids=tokens[:, first:], use_cache=False).logits.detach()
             row = inner(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, first:]
-            weights = torch.randn(row.shape, generator=generator).to(row)
+            weights = torch.randn(row.shape, generator=generator, device="cpu").to(row)
             (gradient,) = torch.autograd.grad((row * weights).sum(), embedded[-1])
     finally:
         handle.remove()
