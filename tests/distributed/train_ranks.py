@@ -364,7 +364,7 @@ def start(rank: int, ranks: int, folder: Path, only: Sequence[str]) -> None:
         compiled(rank)
     else:
         train(rank, ranks, folder)
-    dist.destroy_process_group()
+    dist.barrier()  # nobody ends while another still sends; the process ends without tearing threads of gloo down
 
 
 def train(rank: int, ranks: int, folder: Path) -> None:
