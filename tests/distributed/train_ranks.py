@@ -8,6 +8,7 @@ number. With a third word they are compiled, and nothing else: that takes as lon
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import logging
 import os
@@ -395,6 +396,7 @@ def train(rank: int, ranks: int, folder: Path) -> None:
 
 def main(folder: Path, numbers: Sequence[int], *only: str) -> int:
     """Runs so many ranks one after another, all of which share what has been imported, until some fail."""
+    faulthandler.enable()  # one that is aborted shows where it was
     for name in LATER:
         importlib.import_module(name)
     for ranks in numbers:
