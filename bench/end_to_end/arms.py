@@ -85,11 +85,11 @@ def work(arm: str, objective: str, setting: Setting, models: Path, scratch: Path
     transformers.logging.set_verbosity_error()
     turns = Turns()
     loaded = Loaded.of(setting, models)
-    if arm != "floor":
-        turns.end("load")
     if arm == "floor":
         run_floor(loaded, objective, setting, turns)
-    elif arm in OURS:
+        return
+    turns.end("load")
+    if arm in OURS:
         run_ours(loaded, arm, objective, setting, turns, scratch / f"{arm}.safetensors")
     else:
         run_plain(loaded, arm, objective, setting, turns)

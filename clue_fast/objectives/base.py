@@ -106,9 +106,10 @@ class Objective:
         lower_layers = getattr(trained, "lower_layers", None)
         around = None if lower_layers is None else lower_layers.of_step(model)
         passes = passes_of(model, used, getattr(trained, "packed_tokens", None))
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         apart = self.by_record and len(self.forget_batches) == 1 and len(passes) > 1
-        if not (apart and getattr(trained, "backward_by_pass", False) and can_run_backward(parameters)):
+        apart = apart and getattr(trained, "backward_by_pass", False)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad] if apart else []
+        if not can_run_backward(parameters):
             found = run_passes(model, passes, trained.set_batch_layout, around)
             return self._terms(found, original, dict.fromkeys(used, 1.0))
 
