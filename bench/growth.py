@@ -88,12 +88,11 @@ def section(content: Mapping[str, Any]) -> str:
     for axis, points in content["axes"].items():
         span = f"{points[0]['size']:g} to {points[-1]['size']:g}"
         rows.append([axis, span, *(str(exponent(points, part)) for part in PARTS)])
-    about = content["machine"]
     return (
-        f"How time grows: the exponent of a power law through the medians of {ROUNDS} rounds, with its 95 % interval, "
-        f"around a Llama of {BASE.depth} layers x {BASE.width}/{BASE.units}, {BASE.fraction:.0%} of the units and "
-        f"{BASE.records} x {BASE.tokens} tokens, {BASE.dtype}, {about['processor']}, {about['threads']} threads "
-        f"([plot](growth.png)):\n\n{markdown_table(['axis', 'from, to', *PARTS], rows)}\n"
+        f"The exponent of a power law through the medians of {ROUNDS} rounds, with its 95 % interval, around a Llama "
+        f"of {BASE.depth} layers x {BASE.width}/{BASE.units}, {BASE.fraction:.0%} of the units and {BASE.records} x "
+        f"{BASE.tokens} tokens, {BASE.dtype}; {machine.where(content['machine'])} ([plot](growth.png)):\n\n"
+        f"{markdown_table(['axis', 'from, to', *PARTS], rows)}\n"
     )
 
 

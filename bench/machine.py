@@ -9,7 +9,9 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -75,6 +77,14 @@ def describe() -> dict[str, object]:
     }
 
 
+def where(about: Mapping[str, Any]) -> str:
+    """Processor, threads, torch and commit of what ``describe`` said; and the clock, if it is of this process alone."""
+    clock = ", processor time on a busy machine" if about.get("clock") == "processor" else ""
+    threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+    instructions = f", {about['instruction_set']}" if about.get("instruction_set") else ""
+    return f"{about['processor']}{instructions}, {threads}{clock}, torch {about['torch']}, commit {about['commit']}"
+
+
 def gpu() -> dict[str, object]:
     """Driver, CUDA, Triton and Liger, and what the GPU is."""
     properties = torch.cuda.get_device_properties(0)
@@ -136,4 +146,11 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    return os.environ.get("CLUE_FAST_COMMIT") or asked("git", "describe", "--always", "--dirty")
+    """The commit, and whether anything else than results and pages differs from it."""
+    given = os.environ.get("CLUE_FAST_COMMIT")
+    commit = asked("git", "rev-parse", "--short", "HEAD")
+    if given or commit is None:
+        return given
+    written = (":(top,exclude)bench/results", ":(top,exclude)docs")
+    changed = asked("git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
+    return f"{commit}-dirty" if changed else commit

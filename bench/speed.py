@@ -1,115 +1,127 @@
-"""Writes the tables of docs/performance.md from the samples in bench/results, and in bench/results/one_second.
-
-The second are of one run of everything on another processor, with one second of samples to each comparison
-(``pytest bench --seconds 1 --results bench/results/one_second --benchmark-json FILE``).
+"""Writes the tables of docs/performance.md from the samples in bench/results.
 
 python -m bench.speed
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
-from bench import growth
+from bench import growth, machine
 from bench.end_to_end import runs as end_to_end
-from bench.files import RESULTS, ROOT, load, write_between
+from bench.files import ROOT, load, markdown_table, write_between
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
 
 PAGE = ROOT.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->"
-ONE_SECOND = RESULTS / "one_second"
-HEAD = "| what | ratio | target |\n| --- | ---: | ---: |\n"
-# File of results, case, those it is held against, and another to show beside it.
-ROWS: list[tuple[Any, ...]] = [
-    ("forward", "recording", ["stock"], "hooks"),
-    ("forward", "with scores", ["stock", "recording"]),
-    ("localize", "localize", ["plain loop"], "loop with hooks"),
-    ("gated_activation", "statistics", ["plain"], "eager"),
-    ("gated_activation", "moments", ["plain"]),
-    ("scoring", "with scores", ["recording"], "two launches"),
-    ("sparse_optimizer", "selected", ["whole", "whole with masters"]),
-    ("columns_as_rows", "transposed", ["as stored"]),
-    ("sparse_linear", "selected", ["dense"]),
-    ("channel_statistics", "statistics", ["copy"], "eager"),
-    ("conflict_score", "conflict_score", ["eager"]),
+
+
+class Rows(NamedTuple):
+    """A row for each comparison of a file, and each case it is held against that occurs in it.
+
+    Attributes:
+        file: of results.
+        case: whose time is the numerator.
+        others: those it is held against.
+        beside: another case whose ratio stands beside.
+    """
+
+    file: str
+    case: str
+    others: Sequence[str]
+    beside: str | None = None
+
+
+FORWARD = [
+    Rows("forward", "recording", ["stock"], "hooks"),
+    Rows("forward", "with scores", ["recording"]),
+    Rows("localize", "localize", ["plain loop"], "loop with hooks"),
+]
+STATISTICS = [
+    Rows("gated_activation", "statistics", ["plain"], "eager"),
+    Rows("gated_activation", "moments", ["plain"]),
+    Rows("scoring", "with scores", ["recording"], "two launches"),
+    Rows("channel_statistics", "statistics", ["copy"], "eager"),
+    Rows("conflict_score", "conflict_score", ["eager"]),
+]
+SELECTED = [
+    Rows("sparse_linear", "selected", ["dense"]),
+    Rows("sparse_optimizer", "selected", ["whole", "whole with masters"]),
+    Rows("columns_as_rows", "transposed", ["as stored"]),
 ]
 
 
-def where(machine: dict[str, Any]) -> str:
-    """Processor and threads, and the clock, if it only counted what the process itself computed."""
-    clock = ", processor time on a busy machine" if machine.get("clock") == "processor" else ""
-    return f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}{clock}"
-
-
-def rows(folder: Path, here: str, name: str, case: str, others: list[str], beside: str | None = None) -> Iterator[str]:
-    """A row for each comparison and pair of cases that occurs in it; none for what a folder does not have."""
-    if not (folder / f"{name}.json").exists():
-        return
-    kept = load(name, folder)
-    elsewhere = "" if where(kept["machine"]) == here else f", on {where(kept['machine'])}"
+def cells(rows: Rows, here: str) -> Iterator[list[str]]:
+    """What is compared, the ratio with its interval, and the target."""
+    kept = load(rows.file)
+    elsewhere = "" if machine.where(kept["machine"]) == here else f", on {machine.where(kept['machine'])}"
     for entry in kept["comparisons"]:
         result = Result(entry["title"], entry["samples"])
-        for against in others:
-            if not {case, against} <= set(entry["samples"]):
+        for against in rows.others:
+            if not {rows.case, against} <= set(entry["samples"]):
                 continue
-            found = result.ratio(case, against)
-            ratio = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-            if beside is not None:
-                ratio += f" ({beside} {result.ratio(beside, against).value:.2f})"
-            limits = {t["at_most"] for t in entry["targets"] if (t["case"], t["against"]) == (case, against)}
+            ratio = str(result.ratio(rows.case, against))
+            if rows.beside is not None:
+                ratio += f" ({rows.beside} {result.ratio(rows.beside, against).value:.2f})"
+            limits = {t["at_most"] for t in entry["targets"] if (t["case"], t["against"]) == (rows.case, against)}
             target = " or ".join(f"≤ {limit:.3f}".rstrip("0").rstrip(".") for limit in sorted(limits))
-            yield f"| {entry['title']}{elsewhere}: {case} / {against} | {ratio} | {target} |\n"
+            yield [f"{entry['title']}{elsewhere}: {rows.case} / {against}", ratio, target]
 
 
-def training_rows(folder: Path) -> Iterator[str]:
+def ratios(every: Sequence[Rows]) -> str:
+    """The table of some files, below the machine they were taken on."""
+    here = machine.where(load(every[0].file)["machine"])
+    found = [row for rows in every for row in cells(rows, here)]
+    return f"{here}:\n\n" + markdown_table(["what", "ratio", "target"], found)
+
+
+def training() -> str:
     """A row for each point: time of a step, and bytes that the forward saves."""
-    for entry in load("training", folder)["points"]:
+    content = load("training")
+    rows = []
+    for entry in content["points"]:
         measurement = Measurement(Point(**entry["point"]), entry["samples"], entry["bytes"])
         steps, saved = measurement.steps, {method: count["saved"] for method, count in measurement.bytes.items()}
-        cells = [f"{steps.ratio('ours', against).value:.2f}" for against in ("full + mask", "LoRA", "SHiRA")]
-        cells.append(f"{saved['ours'] / saved['LoRA']:.2f}")
-        cells.append(f"{1e3 * median(steps.samples['ours']):.0f} ms")
-        yield f"| {measurement.point.name} | {' | '.join(cells)} |\n"
+        found = [f"{steps.ratio('ours', against).value:.2f}" for against in ("full + mask", "LoRA", "SHiRA")]
+        found.append(f"{saved['ours'] / saved['LoRA']:.2f}")
+        found.append(f"{1e3 * median(steps.samples['ours']):.0f} ms")
+        rows.append([measurement.point.name, *found])
+    model, point = content["model"], content["points"][0]["point"]
+    return (
+        f"A Llama of {model['layers']} layers x {model['width']}/{model['units']}, {point['fraction']:.0%} of the "
+        f"units of every layer, {point['records']} x {point['tokens']} tokens, {point['dtype']}, unless the row says "
+        f"otherwise; {machine.where(content['machine'])}. Aims: 0.60 of full + mask, 1.00 of LoRA (r = 16) in time "
+        "and in what the forward saves:\n\n"
+    ) + markdown_table(["point", "step / full + mask", "/ LoRA", "/ SHiRA", "saved / LoRA", "step"], rows)
 
 
-def tables(folder: Path, how: str) -> str:
-    """Both tables of a folder of samples."""
-    machine = load("forward", folder)["machine"]
-    training = load("training", folder)
-    point = training["points"][0]["point"]
-    model = training["model"]
-    return "".join(
-        [
-            f"Medians over interleaved rounds with their 95 % intervals, {how}, {where(machine)} unless the row says "
-            f"otherwise, torch {machine['torch']}:\n\n",
-            HEAD,
-            *(row for which in ROWS for row in rows(folder, where(machine), *which)),
-            f"\nA training step of a Llama of {model['layers']} layers x {model['width']}/{model['units']}, "
-            f"{point['fraction']:.0%} of the units of every layer, {point['records']} x {point['tokens']} tokens, "
-            f"{point['dtype']}, unless the row says otherwise. Aims: 0.60 of full + mask, 1.00 of LoRA (r = 16) in "
-            "time and in what the forward saves:\n\n",
-            "| point | step / full + mask | / LoRA | / SHiRA | saved / LoRA | step |\n",
-            "| --- | ---: | ---: | ---: | ---: | ---: |\n",
-            *training_rows(folder),
-        ]
-    )
+SECTIONS: dict[str, Callable[[], str]] = {
+    "whole runs": lambda: end_to_end.section(load(end_to_end.FILE)),
+    "growth": growth.table,
+    "forward": lambda: ratios(FORWARD),
+    "statistics": lambda: ratios(STATISTICS),
+    "selected weights": lambda: ratios(SELECTED),
+    "training": training,
+}
+"""What stands between the marks of a name."""
 
 
-def section() -> str:
-    """The tables of whole runs, of both folders, and of growth."""
-    commit = load("forward", ONE_SECOND)["machine"]["commit"]
-    once = f"one run of all of `make bench` at {commit} with one second of samples to each comparison"
-    some = tables(RESULTS, "some ten seconds of samples to each comparison")
-    return "\n".join([end_to_end.section(load(end_to_end.FILE)), growth.table(), some, tables(ONE_SECOND, once)])
+def marks(section: str) -> tuple[str, str]:
+    """The lines of the page between which a section stands."""
+    return f"<!-- {section} -->\n", f"<!-- end of {section} -->"
+
+
+def text(section: str) -> str:
+    """What stands there."""
+    return SECTIONS[section]().strip("\n") + "\n"
 
 
 def main() -> None:
     """Writes the sections."""
-    write_between(PAGE, BEGIN, END, section())
+    for section in SECTIONS:
+        write_between(PAGE, *marks(section), text(section))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from bench.interleaved import rounds_of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("/tmp/models/real"), help="folder of the model, or for it")
+    parser.add_argument(
+        "--models", type=Path, default=Path(".benchmarks/models"), help="folder of the model, or for it"
+    )
     parser.add_argument("--steps", type=int, default=Setting.steps)
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES)
     parser.add_argument("--arms", nargs="+", default=ARMS)

@@ -8,6 +8,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
+from bench import machine
 from bench.interleaved import Ratio, Result
 
 FILE = "end_to_end"
@@ -138,11 +139,11 @@ HEAD = (
 
 def section(content: Mapping[str, Any]) -> str:
     """The tables of docs/performance.md."""
-    setting, about = Setting(**content["setting"]), content["machine"]
+    setting = Setting(**content["setting"])
     lines = [
         f"A whole unlearning of {setting.model}, {setting.forget} forget and {setting.retain} retain records of TOFU, "
-        f"{setting.batch_size} + {setting.batch_size} a step, float32, {about['processor']}, {about['threads']} "
-        f"threads, torch {about['torch']}: localization, {STEPS} steps counted from the median of "
+        f"{setting.batch_size} + {setting.batch_size} a step, float32; "
+        f"{machine.where(content['machine'])}. Localization, {STEPS} steps counted from the median of "
         f"{setting.steps - setting.warm_up} behind {setting.warm_up} that warm up, proof and checkpoint; MB of the "
         "highest resident set; ratios by round, 95 % intervals over the steps. Aims: .35 and .40 of all weights in "
         "time and memory, .80 of LoRA in time, a step at most 1.05 of the floor:\n",

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from clue_fast.errors import SiteError, SparseError
-from clue_fast.internals import GIVE_BACK, give_back_memory
+from clue_fast.internals import give_back_memory
 from clue_fast.recording import Patched, patch, patched_of
 from clue_fast.selection import Selection
 from clue_fast.sites import Survey
@@ -179,10 +179,6 @@ class SparseTraining(TrainerCallback):
         """Counts bytes, when gradients and optimizer state are all there."""
         if not self.memory:
             self.memory.update(self.sparse.memory_footprint(self.optimizer))
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gives back the memory that the step has left free, which the next one would not fit into."""
-        give_back_memory(GIVE_BACK)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets all units train again, whatever the last stage did."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from bench.speed import BEGIN, END, PAGE, section
+import pytest
+
+from bench.speed import PAGE, SECTIONS, marks, text
 
 
-def test_the_tables_are_those_of_the_results() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert text.partition(BEGIN)[2].partition(END)[0] == section()
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_tables_are_those_of_the_results(section: str) -> None:
+    begin, end = marks(section)
+    assert PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0] == text(section)

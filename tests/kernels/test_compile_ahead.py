@@ -14,6 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.kernels import compile_ahead
 
+pytestmark = pytest.mark.timeout(1200)  # ptxas compiles for four targets, in minutes where the machine is busy
+
 RECORD = compile_ahead.RECORD
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]

@@ -90,7 +90,8 @@ def test_reference_under_autocast_is_the_original(make_model, make_selection, ma
         loss, _ = NPO(retain_weight=0.0).loss(model, batches, sparse)
         npo = 20 * torch.nn.functional.softplus(0.1 * (predict(model, batches)["forget"].total(expected - current)))
     assert not torch.equal(current, expected)
-    assert loss == npo.mean()
+    # Each record is asked of the original by itself, in products of another shape than those of the batch.
+    torch.testing.assert_close(loss, npo.mean(), rtol=torch.finfo(torch.bfloat16).eps, atol=0.0)
 
 
 @pytest.mark.gpu
