@@ -319,7 +319,7 @@ def below_autograd() -> AbstractContextManager[None]:
 
 
 GIVE_BACK = 30.0
-"""Seconds between two times that free memory goes back on the way: the step behind it takes half a second longer, since
+"""Seconds between two times that free memory goes back on the way: the pass behind it takes half a second longer, since
 its pages come anew."""
 
 _given_back = 0.0
