@@ -1,21 +1,24 @@
-"""Writes the tables of docs/performance.md from the samples in bench/results.
+"""Writes the tables of docs/performance.md from the samples in bench/results, and in bench/results/avx512.
 
 python -m bench.speed
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from bench import growth, machine
 from bench.end_to_end import runs as end_to_end
-from bench.files import ROOT, load, markdown_table, write_between
+from bench.files import RESULTS, ROOT, load, markdown_table, write_between
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
 
 PAGE = ROOT.parent / "docs" / "performance.md"
+EARLIER = RESULTS / "avx512"
+"""Samples of earlier commits, on processors of another kind."""
 
 
 class Rows(NamedTuple):
@@ -53,11 +56,12 @@ SELECTED = [
 ]
 
 
-def cells(rows: Rows, here: str) -> Iterator[list[str]]:
-    """What is compared, the ratio with its interval, and the target."""
-    kept = load(rows.file)
-    elsewhere = "" if machine.where(kept["machine"]) == here else f", on {machine.where(kept['machine'])}"
-    for entry in kept["comparisons"]:
+def ratios_of(rows: Rows, folder: Path) -> dict[str, tuple[str, str]]:
+    """By what is compared: the ratio with its interval, and the target. Empty where a folder has no such file."""
+    found: dict[str, tuple[str, str]] = {}
+    if not (folder / f"{rows.file}.json").exists():
+        return found
+    for entry in load(rows.file, folder)["comparisons"]:
         result = Result(entry["title"], entry["samples"])
         for against in rows.others:
             if not {rows.case, against} <= set(entry["samples"]):
@@ -67,19 +71,32 @@ def cells(rows: Rows, here: str) -> Iterator[list[str]]:
                 ratio += f" ({rows.beside} {result.ratio(rows.beside, against).value:.2f})"
             limits = {t["at_most"] for t in entry["targets"] if (t["case"], t["against"]) == (rows.case, against)}
             target = " or ".join(f"≤ {limit:.3f}".rstrip("0").rstrip(".") for limit in sorted(limits))
-            yield [f"{entry['title']}{elsewhere}: {rows.case} / {against}", ratio, target]
+            found[f"{entry['title']}: {rows.case} / {against}"] = ratio, target
+    return found
+
+
+def machines(every: Sequence[Rows], folder: Path) -> str:
+    """What the samples of some files were taken on."""
+    files = [rows.file for rows in every if (folder / f"{rows.file}.json").exists()]
+    return "; ".join(dict.fromkeys(machine.where(load(file, folder)["machine"]) for file in files))
 
 
 def ratios(every: Sequence[Rows]) -> str:
-    """The table of some files, below the machine they were taken on."""
-    here = machine.where(load(every[0].file)["machine"])
-    found = [row for rows in every for row in cells(rows, here)]
-    return f"{here}:\n\n" + markdown_table(["what", "ratio", "target"], found)
+    """The table of some files, of both folders, below the machines they were taken on."""
+    table = []
+    for rows in every:
+        earlier = ratios_of(rows, EARLIER)
+        for what, (ratio, target) in ratios_of(rows, RESULTS).items():
+            table.append([what, ratio, earlier.get(what, ("", ""))[0], target])
+    return (
+        f"{machines(every, RESULTS)}. Beside it the same earlier, on processors with AVX-512 ("
+        f"{machines(every, EARLIER)}):\n\n" + markdown_table(["what", "ratio", "with AVX-512", "target"], table)
+    )
 
 
-def training() -> str:
+def training(folder: Path) -> str:
     """A row for each point: time of a step, and bytes that the forward saves."""
-    content = load("training")
+    content = load("training", folder)
     rows = []
     for entry in content["points"]:
         measurement = Measurement(Point(**entry["point"]), entry["samples"], entry["bytes"])
@@ -98,12 +115,12 @@ def training() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "whole runs": lambda: end_to_end.section(load(end_to_end.FILE)),
+    "whole runs": lambda: "\n".join(end_to_end.section(load(end_to_end.FILE, own)) for own in (RESULTS, EARLIER)),
     "growth": growth.table,
     "forward": lambda: ratios(FORWARD),
     "statistics": lambda: ratios(STATISTICS),
     "selected weights": lambda: ratios(SELECTED),
-    "training": training,
+    "training": lambda: f"{training(RESULTS)}\n\n{training(EARLIER)}",
 }
 """What stands between the marks of a name."""
 
