@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,20 @@ def save(tmp_path: Path) -> Callable[[Any], str]:
 
 
 @pytest.fixture
-def make_plan(save: Callable[[Any], str]) -> Callable[..., Any]:
-    """make_plan(model, **settings) -> the plan of what the other fixtures do."""
+def make_plan(save: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """make_plan(model, beside=names, **settings) -> the plan of what the other fixtures do.
 
-    def make(model: Any, **settings: Any) -> Any:
-        from clue_fast.planning import plan
+    Of the ways to train beside the selected units those of these names alone, since each takes as long as the rest.
+    """
+    from clue_fast.planning import plan, planned
 
+    every = planned._beside
+
+    def make(model: Any, beside: Sequence[str] = (), **settings: Any) -> Any:
+        def some(dtype: torch.dtype, rank: int) -> list[Any]:
+            return [method for method in every(dtype, rank) if method.name in beside]
+
+        monkeypatch.setattr(planned, "_beside", some)
         dtype = str(model.dtype).removeprefix("torch.")
         return plan(save(model), PlanConfig(**{"dtype": dtype, **CONFIG, **settings}))
 

@@ -48,7 +48,7 @@ def test_what_gpus_share(make_small, make_plan):
     model = make_small()
     records = {"forget_records": 64, "objective": "simnpo"}
     one, ddp, fsdp2 = (
-        make_plan(model, gpus=gpus, parallel=parallel, **records)
+        make_plan(model, ["all weights", "LoRA, r=16"], gpus=gpus, parallel=parallel, **records)
         for gpus, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp2"))
     )
     for name in ("selected units", "all weights", "LoRA, r=16"):
@@ -73,8 +73,8 @@ def test_the_peak_with_gradients_that_are_given_away(make_small, make_plan):
     """
     model = make_small()
     few = {"forget_records": 8, "objective": "gradient_ascent", "max_length": 4, "answer_tokens": 2, "batch_size": 1}
-    one = of(make_plan(model, **few), "all weights").footprint
-    many = of(make_plan(model, gpus=8, parallel="fsdp2", **few), "all weights").footprint
+    one = of(make_plan(model, ["all weights"], **few), "all weights").footprint
+    many = of(make_plan(model, ["all weights"], gpus=8, parallel="fsdp2", **few), "all weights").footprint
     assert one.gradients > 10 * one.activations
     layer = 4 * (128 * (128 + 2 * 64 + 128) + 3 * 128 * 512 + 2 * 128)
     head = 4 * (512 * 128 + 128)
@@ -87,7 +87,7 @@ def test_float32_weights_that_are_gathered_in_less(make_small, make_plan):
     """Parts in float32, whole layers in bfloat16, of which autocast then makes no copies."""
     model = make_small(torch.bfloat16)
     settings = {"forget_records": 64, "objective": "simnpo", "parallel": "fsdp2"}
-    one, many = (make_plan(model, gpus=gpus, **settings) for gpus in (1, 8))
+    one, many = (make_plan(model, ["all weights", "all, float32"], gpus=gpus, **settings) for gpus in (1, 8))
     narrow, wide = (of(many, name).footprint for name in ("all weights", "all, float32"))
     assert wide.communication == narrow.communication and wide.gradients == 2 * narrow.gradients
     assert wide.weights - narrow.weights == pytest.approx(narrow.weights, rel=0.01)  # but for buffers

@@ -128,7 +128,7 @@ def test_selected_units(dtype, objective, checkpointing, make_small, make_plan, 
 def test_all_weights(dtype, objective, make_small, make_plan, batches):
     """The plain Trainer: gradients and moments of torch's AdamW in the precision of the weights."""
     model = make_small(dtype)
-    planned = of(make_plan(model, objective=objective), "all weights")
+    planned = of(make_plan(model, ["all weights"], objective=objective), "all weights")
     loss = get_objective(objective)
     trained = Original(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -148,7 +148,7 @@ def test_all_weights_in_float32(checkpointing, make_small, make_plan, batches):
     """Under autocast, and logits widened, by the functions that accelerate wraps a model with."""
     model = make_small(torch.float32)
     settings = {"objective": "simnpo", "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
-    planned = of(make_plan(model, **settings), "all, float32")
+    planned = of(make_plan(model, ["all, float32"], **settings), "all, float32")
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     forward, loss = model.forward, get_objective("simnpo")
@@ -166,7 +166,7 @@ def test_all_weights_in_float32(checkpointing, make_small, make_plan, batches):
 def test_lora(dtype, make_small, make_plan, batches):
     """As peft has it."""
     model = make_small(dtype)
-    planned = of(make_plan(model, objective="simnpo", lora_rank=4), "LoRA, r=4")
+    planned = of(make_plan(model, ["LoRA, r=4"], objective="simnpo", lora_rank=4), "LoRA, r=4")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     loss = get_objective("simnpo")
@@ -185,7 +185,7 @@ def test_operations(checkpointing, make_small, make_plan, batches, monkeypatch):
     """Of the selected units and of all weights, as torch counts them in a real step, to the last."""
     monkeypatch.setenv("CLUE_FAST_BACKEND", "reference")
     model, loss = make_small(), get_objective("undial")
-    plan = make_plan(model, objective="undial", gradient_checkpointing=checkpointing)
+    plan = make_plan(model, ["all weights"], objective="undial", gradient_checkpointing=checkpointing)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     whole = of(plan, "all weights")
@@ -253,7 +253,7 @@ def test_operations_by_the_definition(make_small, make_plan):
     token.
     """
     model, tokens, length = make_small(), 9 * 32, 32
-    plan = make_plan(model, objective="simnpo")
+    plan = make_plan(model, ["all weights"], objective="simnpo")
     layers, width, units, heads, shared, head, labels = 6, 128, 512, 4, 2, 32, 9 * 20
     attention = width * (heads + 2 * shared) * head + heads * head * width
     mlp, lm_head = 3 * width * units, 2 * labels * width * 512
@@ -322,7 +322,7 @@ def test_the_peak_on_a_gpu(name, make_small, make_plan):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8000, "num_attention_heads": 8, "layers": 8}
     model = make_small(BFLOAT16, **sizes)
     settings = {"batch_size": 8, "max_length": 256, "answer_tokens": 200, "objective": "undial"}
-    planned = of(make_plan(model, **settings), name).footprint
+    planned = of(make_plan(model, ["all weights"], **settings), name).footprint
     model.cuda()
     sets = {}
     for group, number in (("forget", 8), ("retain", 16)):
