@@ -63,6 +63,16 @@ def _same_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _multiplied(request: pytest.FixtureRequest) -> None:
+    """Passes over models in bfloat16 would take hours on a processor that has no products of it."""
+    given = getattr(request.node, "callspec", None)
+    values = given.params.values() if given else ()
+    narrow = any("bfloat16" in str(getattr(value, "dtype", value)) for value in values)
+    if request.node.path.parent.name == "model" and narrow and not machine.multiplies_bfloat16():
+        pytest.skip("this processor has no products of bfloat16")
+
+
 @pytest.fixture
 def keep(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Puts what a case found into its extra_info, and its table below the others."""

@@ -115,6 +115,11 @@ def asked(*command: str) -> str | None:
     return next(iter(done.stdout.splitlines()), None)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the device has products of bfloat16, without which a pass over a model takes many times as long."""
+    return on_gpu() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def keep_memory() -> None:
     """Has glibc give nothing back: new pages for every output took 13 ms of 16 and came and went by chance."""
     with contextlib.suppress(OSError, AttributeError):

@@ -85,9 +85,9 @@ def ratios(every: Sequence[Rows]) -> str:
     """The table of some files, of both folders, below the machines they were taken on."""
     table = []
     for rows in every:
-        earlier = ratios_of(rows, EARLIER)
-        for what, (ratio, target) in ratios_of(rows, RESULTS).items():
-            table.append([what, ratio, earlier.get(what, ("", ""))[0], target])
+        found, earlier = ratios_of(rows, RESULTS), ratios_of(rows, EARLIER)
+        for what, (_, target) in (earlier | found).items():
+            table.append([what, *(own[what][0] if what in own else "" for own in (found, earlier)), target])
     return (
         f"{machines(every, RESULTS)}. Beside it the same earlier, on processors with AVX-512 ("
         f"{machines(every, EARLIER)}):\n\n" + markdown_table(["what", "ratio", "with AVX-512", "target"], table)
