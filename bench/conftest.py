@@ -20,6 +20,8 @@ import torch
 from bench import files, interleaved, machine
 
 TABLES: list[str] = []
+MULTIPLYING = ("bench_sparse_linear", "bench_columns_as_rows")
+"""Benchmarks of operators that are matrix products, as all those of models are."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,12 +67,13 @@ def _same_numbers() -> None:
 
 @pytest.fixture(autouse=True)
 def _multiplied(request: pytest.FixtureRequest) -> None:
-    """Passes over models in bfloat16 would take hours on a processor that has no products of it."""
+    """Products in 16 bits would take hours on a processor that has none of them."""
     given = getattr(request.node, "callspec", None)
     values = given.params.values() if given else ()
-    narrow = any("bfloat16" in str(getattr(value, "dtype", value)) for value in values)
-    if request.node.path.parent.name == "model" and narrow and not machine.multiplies_bfloat16():
-        pytest.skip("this processor has no products of bfloat16")
+    narrow = any("float16" in str(getattr(value, "dtype", value)) for value in values)
+    multiplies = request.node.path.parent.name == "model" or request.node.path.stem in MULTIPLYING
+    if narrow and multiplies and not machine.multiplies_bfloat16():
+        pytest.skip("this processor has no products of 16 bits")
 
 
 @pytest.fixture

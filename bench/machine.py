@@ -78,11 +78,11 @@ def describe() -> dict[str, object]:
 
 
 def where(about: Mapping[str, Any]) -> str:
-    """Processor, threads, torch and commit of what ``describe`` said; and the clock, if it is of this process alone."""
+    """Processor, threads and torch of what ``describe`` said; and the clock, if it is of this process alone."""
     clock = ", processor time on a busy machine" if about.get("clock") == "processor" else ""
     threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
     instructions = f", {about['instruction_set']}" if about.get("instruction_set") else ""
-    return f"{about['processor']}{instructions}, {threads}{clock}, torch {about['torch']}, commit {about['commit']}"
+    return f"{about['processor']}{instructions}, {threads}{clock}, torch {about['torch']}"
 
 
 def gpu() -> dict[str, object]:

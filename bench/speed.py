@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 FORWARD = [
     Rows("forward", "recording", ["stock"], "hooks"),
-    Rows("forward", "with scores", ["recording"]),
+    Rows("forward", "with scores", ["stock", "recording"]),
     Rows("localize", "localize", ["plain loop"], "loop with hooks"),
 ]
 STATISTICS = [
@@ -56,10 +56,15 @@ SELECTED = [
 ]
 
 
+def having(file: str) -> list[Path]:
+    """The folders that have such a file."""
+    return [folder for folder in (RESULTS, EARLIER) if (folder / f"{file}.json").exists()]
+
+
 def ratios_of(rows: Rows, folder: Path) -> dict[str, tuple[str, str]]:
     """By what is compared: the ratio with its interval, and the target. Empty where a folder has no such file."""
     found: dict[str, tuple[str, str]] = {}
-    if not (folder / f"{rows.file}.json").exists():
+    if folder not in having(rows.file):
         return found
     for entry in load(rows.file, folder)["comparisons"]:
         result = Result(entry["title"], entry["samples"])
@@ -67,7 +72,7 @@ def ratios_of(rows: Rows, folder: Path) -> dict[str, tuple[str, str]]:
             if not {rows.case, against} <= set(entry["samples"]):
                 continue
             ratio = str(result.ratio(rows.case, against))
-            if rows.beside is not None:
+            if rows.beside in entry["samples"]:
                 ratio += f" ({rows.beside} {result.ratio(rows.beside, against).value:.2f})"
             limits = {t["at_most"] for t in entry["targets"] if (t["case"], t["against"]) == (rows.case, against)}
             target = " or ".join(f"≤ {limit:.3f}".rstrip("0").rstrip(".") for limit in sorted(limits))
@@ -75,10 +80,11 @@ def ratios_of(rows: Rows, folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def machines(every: Sequence[Rows], folder: Path) -> str:
-    """What the samples of some files were taken on."""
-    files = [rows.file for rows in every if (folder / f"{rows.file}.json").exists()]
-    return "; ".join(dict.fromkeys(machine.where(load(file, folder)["machine"]) for file in files))
+def taken_on(every: Sequence[Rows], folder: Path) -> str:
+    """The machines and commits of the samples of some files."""
+    machines = [load(rows.file, folder)["machine"] for rows in every if folder in having(rows.file)]
+    places, commits = ([*dict.fromkeys(own)] for own in (map(machine.where, machines), (m["commit"] for m in machines)))
+    return f"{'; '.join(places)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
 
 
 def ratios(every: Sequence[Rows]) -> str:
@@ -89,8 +95,8 @@ def ratios(every: Sequence[Rows]) -> str:
         for what, (_, target) in (earlier | found).items():
             table.append([what, *(own[what][0] if what in own else "" for own in (found, earlier)), target])
     return (
-        f"{machines(every, RESULTS)}. Beside it the same earlier, on processors with AVX-512 ("
-        f"{machines(every, EARLIER)}):\n\n" + markdown_table(["what", "ratio", "with AVX-512", "target"], table)
+        f"{taken_on(every, RESULTS)}. Beside it what was measured earlier on processors with AVX-512 "
+        f"({taken_on(every, EARLIER)}):\n\n" + markdown_table(["what", "ratio", "with AVX-512", "target"], table)
     )
 
 
@@ -115,12 +121,12 @@ def training(folder: Path) -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "whole runs": lambda: "\n".join(end_to_end.section(load(end_to_end.FILE, own)) for own in (RESULTS, EARLIER)),
+    "whole runs": lambda: "\n".join(end_to_end.section(load(end_to_end.FILE, own)) for own in having(end_to_end.FILE)),
     "growth": growth.table,
     "forward": lambda: ratios(FORWARD),
     "statistics": lambda: ratios(STATISTICS),
     "selected weights": lambda: ratios(SELECTED),
-    "training": lambda: f"{training(RESULTS)}\n\n{training(EARLIER)}",
+    "training": lambda: "\n\n".join(map(training, having("training"))),
 }
 """What stands between the marks of a name."""
 

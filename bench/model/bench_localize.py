@@ -1,7 +1,8 @@
-"""Localizing on 200 TOFU questions, against a plain loop of stock forward passes over them, and one with hooks.
+"""Localizing on 200 TOFU questions, against a plain loop of stock passes over them, and one with hooks.
 
-The loop takes the records as they come, eight at a time, padded to the longest, as a data loader does. All sides
-encode the text. Data: forget05 and retain95 of TOFU (Maini et al. 2024, arXiv 2401.06121), 100 questions each.
+By a criterion of activations the passes are forward alone, by one of their gradients backward too. The loop takes the
+records as they come, eight at a time, padded to the longest, as a data loader does. All sides encode the text. Data:
+forget05 and retain95 of TOFU (Maini et al. 2024, arXiv 2401.06121), 100 questions each.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ QUESTIONS, BATCH = 100, 8
 SHAPES = [Shape(5, 128, 384, BATCH, 0), Shape(4, 256, 704, BATCH, 0)]
 DTYPES = [torch.float32, torch.bfloat16]
 CASES = ("plain loop", "loop with hooks", "localize")
+CRITERIA = {"difference": False, "attribution": True}
+"""Whether it needs the gradients of activations, for which the loops run backward too."""
 
 
 def load() -> dict[str, list[Record]]:
@@ -38,8 +41,9 @@ def load() -> dict[str, list[Record]]:
     }
 
 
-def cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
-    """Models with the same random weights."""
+def cases(shape: Shape, dtype: torch.dtype, criterion: str) -> dict[str, Case]:
+    """Models with the same random weights, none of which needs a gradient."""
+    backward = CRITERIA[criterion]
     sets = load()
     records = sets["forget"] + sets["retain"]
     tokenizer = train_tokenizer(records, vocab_size=4096)
@@ -56,27 +60,39 @@ def cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
     models = {CASES[0]: LlamaForCausalLM(config).to(machine.device(), dtype).eval()}
     models |= {name: copy.deepcopy(models[CASES[0]]) for name in CASES[1:]}
     Hooks(models["loop with hooks"])
+    plain = models["plain loop"].requires_grad_(False)
+    if backward:
+        plain.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     collate = Collator(padding_token(tokenizer))
 
     def loop(model: nn.Module) -> None:
         examples = encode(records, tokenizer, None)
-        with torch.no_grad():
+        names = ("input_ids", "attention_mask", *(["labels"] if backward else []))
+        with torch.set_grad_enabled(backward):
             for first in range(0, len(examples), BATCH):
                 batch = collate(examples[first : first + BATCH])
-                given = {name: batch[name].to(machine.device()) for name in ("input_ids", "attention_mask")}
-                model(**given, use_cache=False)
+                found = model(**{name: batch[name].to(machine.device()) for name in names}, use_cache=False)
+                if backward:
+                    found.loss.backward()
 
+    hooked: dict[str, Case] = {} if backward else {"loop with hooks": lambda: loop(models["loop with hooks"])}
     return {
-        "plain loop": lambda: loop(models["plain loop"]),
-        "loop with hooks": lambda: loop(models["loop with hooks"]),
+        "plain loop": lambda: loop(plain),
+        **hooked,  # they collect statistics of activations alone
         "localize": lambda: clue_fast.localize(
-            models["localize"], sets["forget"], sets["retain"], tokenizer=tokenizer, progress=False
+            models["localize"],
+            sets["forget"],
+            sets["retain"],
+            tokenizer=tokenizer,
+            criterion=criterion,
+            progress=False,
         ),
     }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_localize(compare, shape: Shape, dtype: torch.dtype) -> None:
-    title = f"200 TOFU questions, {shape.layers} layers x {shape.width}/{shape.units}, {str(dtype)[6:]}"
-    compare(Comparison(title, cases(shape, dtype), [Target("localize", "plain loop", 0.9)]))
+@pytest.mark.parametrize("criterion", CRITERIA)
+def bench_localize(compare, shape: Shape, dtype: torch.dtype, criterion: str) -> None:
+    title = f"200 TOFU questions, {shape.layers} layers x {shape.width}/{shape.units}, {str(dtype)[6:]}, by {criterion}"
+    compare(Comparison(title, cases(shape, dtype, criterion), [Target("localize", "plain loop", 0.9)]))
