@@ -22,6 +22,11 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows))
 
 
+def marks(section: str) -> tuple[str, str]:
+    """The two marks of a page between which a section stands."""
+    return f"<!-- {section} -->\n", f"<!-- end of {section} -->"
+
+
 def write_between(page: Path, begin: str, end: str, text: str) -> None:
     """Replaces what stands between two marks of a page."""
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)

@@ -152,10 +152,11 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit, and whether anything else than results and pages differs from it."""
-    given = os.environ.get("CLUE_FAST_COMMIT")
-    commit = asked("git", "rev-parse", "--short", "HEAD")
-    if given or commit is None:
+    if given := os.environ.get("CLUE_FAST_COMMIT"):
         return given
+    commit = asked("git", "rev-parse", "--short", "HEAD")
+    if commit is None:
+        return None
     written = (":(top,exclude)bench/results", ":(top,exclude)docs")
     changed = asked("git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
     return f"{commit}-dirty" if changed else commit

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.defaults import RESULTS
-from bench.files import write_between
+from bench.files import marks, write_between
 from clue_fast.config import CRITERION
 from clue_fast.demo.real import REPORT, tables
 from clue_fast.reporting import load_results, results_table
@@ -31,7 +31,7 @@ UNITS = {CRITERION: "selected", "random": "random", "retrained": "(retrained mod
 
 def write(page: str, section: str, text: str) -> None:
     """Replaces what stands between the marks of a section."""
-    write_between(ROOT / page, f"<!-- {section} -->\n", f"<!-- end of {section} -->", text.strip("\n") + "\n")
+    write_between(ROOT / page, *marks(section), text.strip("\n") + "\n")
 
 
 def table(folder: Path) -> str:

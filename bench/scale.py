@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.files import ROOT, markdown_table, write_between
+from bench.files import ROOT, markdown_table, marks, write_between
 from clue_fast.config.planning import PlanConfig
 from clue_fast.planning import Plan, Training, plan
 from clue_fast.planning.table import GIB
 
 PAGE = ROOT.parent / "docs" / "scale.md"
-BEGIN, END = "<!-- plans -->\n", "<!-- end of plans -->"
+BEGIN, END = marks("plans")
 SHAPES = (
     "llama3-1b",
     "llama3-3b",

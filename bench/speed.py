@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bench import growth, machine
 from bench.end_to_end import runs as end_to_end
-from bench.files import RESULTS, ROOT, load, markdown_table, write_between
+from bench.files import RESULTS, ROOT, load, markdown_table, marks, write_between
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
 
@@ -129,11 +129,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "training": lambda: "\n\n".join(map(training, having("training"))),
 }
 """What stands between the marks of a name."""
-
-
-def marks(section: str) -> tuple[str, str]:
-    """The lines of the page between which a section stands."""
-    return f"<!-- {section} -->\n", f"<!-- end of {section} -->"
 
 
 def text(section: str) -> str:

@@ -8,6 +8,7 @@ forget05 and retain95 of TOFU (Maini et al. 2024, arXiv 2401.06121), 100 questio
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ TOFU = DATA / "tofu"
 QUESTIONS, BATCH = 100, 8
 SHAPES = [Shape(5, 128, 384, BATCH, 0), Shape(4, 256, 704, BATCH, 0)]
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = ("plain loop", "loop with hooks", "localize")
 CRITERIA = {"difference": False, "attribution": True}
 """Whether it needs the gradients of activations, for which the loops run backward too."""
 
@@ -42,7 +42,7 @@ def load() -> dict[str, list[Record]]:
 
 
 def cases(shape: Shape, dtype: torch.dtype, criterion: str) -> dict[str, Case]:
-    """Models with the same random weights, none of which needs a gradient."""
+    """Models with the same random weights; one with hooks, for activations alone, where the loops run forward only."""
     backward = CRITERIA[criterion]
     sets = load()
     records = sets["forget"] + sets["retain"]
@@ -57,12 +57,14 @@ def cases(shape: Shape, dtype: torch.dtype, criterion: str) -> dict[str, Case]:
         num_key_value_heads=shape.width // 64,
         pad_token_id=tokenizer.pad_token_id,
     )
-    models = {CASES[0]: LlamaForCausalLM(config).to(machine.device(), dtype).eval()}
-    models |= {name: copy.deepcopy(models[CASES[0]]) for name in CASES[1:]}
-    Hooks(models["loop with hooks"])
-    plain = models["plain loop"].requires_grad_(False)
+    model = LlamaForCausalLM(config).to(machine.device(), dtype).eval()
+    loops = {"plain loop": copy.deepcopy(model).requires_grad_(False)}
     if backward:
-        plain.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+        embeddings = loops["plain loop"].get_input_embeddings()
+        embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    else:
+        loops["loop with hooks"] = copy.deepcopy(model)
+        Hooks(loops["loop with hooks"])
     collate = Collator(padding_token(tokenizer))
 
     def loop(model: nn.Module) -> None:
@@ -75,12 +77,10 @@ def cases(shape: Shape, dtype: torch.dtype, criterion: str) -> dict[str, Case]:
                 if backward:
                     found.loss.backward()
 
-    hooked: dict[str, Case] = {} if backward else {"loop with hooks": lambda: loop(models["loop with hooks"])}
     return {
-        "plain loop": lambda: loop(plain),
-        **hooked,  # they collect statistics of activations alone
+        **{name: partial(loop, own) for name, own in loops.items()},
         "localize": lambda: clue_fast.localize(
-            models["localize"],
+            model,
             sets["forget"],
             sets["retain"],
             tokenizer=tokenizer,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.speed import PAGE, SECTIONS, marks, text
+from bench.files import marks
+from bench.speed import PAGE, SECTIONS, text
 
 
 @pytest.mark.parametrize("section", SECTIONS)
