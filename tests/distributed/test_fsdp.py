@@ -22,13 +22,10 @@ from clue_fast.sparse import SparseAdamW, sparsify
 from tests.models.small_llama import llama, one_thread  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))
-from train_ranks import OF_TWO, STEPS, WAYS, result, run
+from train_ranks import RANKS, STEPS, WAYS, result, run
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("train_ranks.py")
-
-
-RANKS = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +62,9 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_ranks_train_as_one(name: str, ranks: tuple[int, Path]) -> None:
-    number, folder = ranks
-    if number != 2 and name in OF_TWO:
-        pytest.skip("two ranks show it")
+@pytest.mark.parametrize(("number", "name"), [(number, name) for number, names in RANKS.items() for name in names])
+def test_ranks_train_as_one(number: int, name: str, saved: Path) -> None:
+    folder = saved / str(number)
     model, _, optimizer = run(WAYS[name], number)
     alone = result(model, optimizer)
     for rank in range(number):

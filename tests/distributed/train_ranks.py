@@ -136,8 +136,8 @@ WAYS = {
 }
 
 
-OF_TWO = ("as one", "no masters", "checkpointing", "reentrant", "narrow")
-"""Ways that do not depend on how many ranks there are; two take them."""
+RANKS = {1: ("float32", "bfloat16"), 2: tuple(WAYS), 4: ("float32", "bfloat16", "first rows", "categories", "mixture")}
+"""The ways that so many ranks take: two all of them, others those that depend on how many there are."""
 
 
 def shard(model: Any, way: Way | None = None) -> None:
@@ -370,9 +370,8 @@ def start(rank: int, ranks: int, folder: Path, only: Sequence[str]) -> None:
 
 def train(rank: int, ranks: int, folder: Path) -> None:
     """Trains one rank in every way, and has it try what is refused."""
-    for name, way in WAYS.items():
-        if ranks != 2 and name in OF_TWO:
-            continue
+    for name in RANKS[ranks]:
+        way = WAYS[name]
         model, sparse, optimizer = run(way, ranks, rank)
         torch.save(result(model, optimizer), folder / f"{name} {rank}.pt")
         check_outside(way, model)

@@ -16,7 +16,14 @@ from tests.models.small_llama import llama, one_thread  # noqa: F401
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 512, "layers": 6}
 """Of which heads share keys and values two by two."""
 
-CONFIG = {"max_length": 32, "answer_tokens": 20, "fraction": 0.1, "batch_size": 3, "retain_ratio": 2}
+CONFIG = {
+    "max_length": 32,
+    "answer_tokens": 20,
+    "fraction": 0.1,
+    "batch_size": 3,
+    "retain_ratio": 2,
+    "criterion": "random",  # which runs nothing: most look at the training
+}
 
 
 @pytest.fixture
@@ -31,20 +38,31 @@ def save(tmp_path: Path) -> Callable[[Any], str]:
 
 
 @pytest.fixture
-def make_plan(save: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """make_plan(model, beside=names, **settings) -> the plan of what the other fixtures do.
+def trained_beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """trained_beside(*names): plans have of the ways to train beside the selected units these alone.
 
-    Of the ways to train beside the selected units those of these names alone, since each takes as long as the rest.
+    Each takes as long as the rest of a plan.
     """
-    from clue_fast.planning import plan, planned
+    from clue_fast.planning import planned
 
     every = planned._beside
 
-    def make(model: Any, beside: Sequence[str] = (), **settings: Any) -> Any:
+    def choose(*names: str) -> None:
         def some(dtype: torch.dtype, rank: int) -> list[Any]:
-            return [method for method in every(dtype, rank) if method.name in beside]
+            return [method for method in every(dtype, rank) if method.name in names]
 
         monkeypatch.setattr(planned, "_beside", some)
+
+    return choose
+
+
+@pytest.fixture
+def make_plan(save: Callable[[Any], str], trained_beside: Callable[..., None]) -> Callable[..., Any]:
+    """make_plan(model, beside=names, **settings) -> the plan of what the other fixtures do."""
+    from clue_fast.planning import plan
+
+    def make(model: Any, beside: Sequence[str] = (), **settings: Any) -> Any:
+        trained_beside(*beside)
         dtype = str(model.dtype).removeprefix("torch.")
         return plan(save(model), PlanConfig(**{"dtype": dtype, **CONFIG, **settings}))
 

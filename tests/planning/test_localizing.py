@@ -79,10 +79,10 @@ def test_a_part_of_the_layers(make_small, make_plan, monkeypatch):
 
 def test_a_user_s_criterion_is_planned_by_what_it_needs(make_small, make_plan):
     found = {
-        name: make_plan(make_small(layers=3), criterion=name, **ASKED).localization
-        for name in ("difference", "ratio", "welch", "attribution", "forget_attribution")
+        name: make_plan(make_small(layers=1), criterion=name, **ASKED).localization
+        for name in ("difference", "welch", "attribution", "forget_attribution")
     }
-    assert found["ratio"] == found["welch"] == found["difference"]
+    assert found["welch"] == found["difference"]
     assert found["forget_attribution"] == found["attribution"]
 
 
@@ -92,7 +92,9 @@ def test_blocks_of_records(make_small, make_plan):
     criterion = CRITERIA["difference"]
     assert groups_of(criterion, 10, 37, 30) == len(deal(*records, 5)) == 18
     assert groups_of(criterion, 10, 37, 0) == groups_of(CRITERIA["salun"], 10, 37, 30) == 2
-    more, less = (make_plan(make_small(layers=3), **ASKED | {"permutations": n}) for n in (30, 0))
+    more, less = (
+        make_plan(make_small(layers=1), criterion="difference", **ASKED | {"permutations": n}) for n in (30, 0)
+    )
     assert more.localization.statistics > 7 * less.localization.statistics
 
 

@@ -45,7 +45,7 @@ def test_parts_of_weights_are_those_of_fsdp2(world, make_small):
 
 def test_what_gpus_share(make_small, make_plan):
     """Whole models side by side have buckets of gradients beside; parts of weights, the whole ones of two layers."""
-    model = make_small()
+    model = make_small(layers=3)
     records = {"forget_records": 64, "objective": "simnpo"}
     one, ddp, fsdp2 = (
         make_plan(model, ["all weights", "LoRA, r=16"], gpus=gpus, parallel=parallel, **records)
@@ -85,7 +85,7 @@ def test_the_peak_with_gradients_that_are_given_away(make_small, make_plan):
 
 def test_float32_weights_that_are_gathered_in_less(make_small, make_plan):
     """Parts in float32, whole layers in bfloat16, of which autocast then makes no copies."""
-    model = make_small(torch.bfloat16)
+    model = make_small(torch.bfloat16, layers=3)
     settings = {"forget_records": 64, "objective": "simnpo", "parallel": "fsdp2"}
     one, many = (make_plan(model, ["all weights", "all, float32"], gpus=gpus, **settings) for gpus in (1, 8))
     narrow, wide = (of(many, name).footprint for name in ("all weights", "all, float32"))

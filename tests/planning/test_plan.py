@@ -56,8 +56,9 @@ def test_the_command(capsys, tmp_path):
     assert peak == pytest.approx([size / 2**30 for size in sizes], abs=0.0006)
 
 
-def test_nothing_is_loaded_and_nothing_is_left(tmp_path, make_small, save, monkeypatch):
+def test_nothing_is_loaded_and_nothing_is_left(tmp_path, trained_beside):
     """Of eight billion weights: no storage of a gigabyte is ever made."""
+    trained_beside("all weights")
     before = torch.get_rng_state()
     import resource
 

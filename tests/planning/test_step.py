@@ -272,7 +272,7 @@ def test_logits_grow_with_the_vocabulary(make_small, make_plan):
     """The peak of two real models that differ in their vocabulary differs by what is planned for logits."""
     planned, measured, loss = [], [], get_objective("undial")
     for vocabulary in (2048, 8192):
-        model = make_small(vocab_size=vocabulary)
+        model = make_small(vocab_size=vocabulary, layers=2)
         planned.append(of(make_plan(model, objective="undial"), "selected units").footprint)
         sets = {"forget": records(3, 1), "retain": records(6, 2)}
         sparse = asking(sparsify(model, selection_of(model)))

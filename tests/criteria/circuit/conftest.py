@@ -119,7 +119,7 @@ def indirect_objects(data_dir: Path) -> IndirectObjects:
         loss.backward()
         optimizer.step()
         accuracy = float((logits.argmax(-1) == answers).float().mean())
-    return IndirectObjects(model.eval().requires_grad_(False), [draw() for _ in range(16)], accuracy)
+    return IndirectObjects(model.eval().requires_grad_(False), [draw() for _ in range(8)], accuracy)
 
 
 def last_logits(model: LlamaForCausalLM, pairs: list[CorruptedExample]) -> tuple[Tensor, Tensor]:
