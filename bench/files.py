@@ -22,15 +22,27 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rules, *rows))
 
 
-def marks(section: str) -> tuple[str, str]:
-    """The two marks of a page between which a section stands."""
-    return f"<!-- {section} -->\n", f"<!-- end of {section} -->"
+def _parts(page: Path, section: str) -> list[str] | None:
+    """What is before a section, its mark, what stands there, its last mark and the rest; or None without marks."""
+    begin, end = f"<!-- {section} -->\n", f"<!-- end of {section} -->"
+    before, first, rest = page.read_text(encoding="utf-8").partition(begin)
+    between, last, behind = rest.partition(end)
+    return [before, first, between, last, behind] if first and last else None
 
 
-def write_between(page: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what stands between two marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    page.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
+def read_section(page: Path, section: str) -> str | None:
+    """What stands between the marks of a section of a page, or None where the page has no such marks."""
+    parts = _parts(page, section)
+    return None if parts is None else parts[2]
+
+
+def write_section(page: Path, section: str, text: str) -> None:
+    """Replaces that. Raises ValueError where the page has no such marks."""
+    parts = _parts(page, section)
+    if parts is None:
+        raise ValueError(f"{page} has no section {section!r}")
+    parts[2] = text.strip("\n") + "\n"
+    page.write_text("".join(parts), encoding="utf-8")
 
 
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:

@@ -20,18 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.defaults import RESULTS
-from bench.files import marks, write_between
+from bench.files import write_section
 from clue_fast.config import CRITERION
 from clue_fast.demo.real import REPORT, tables
 from clue_fast.reporting import load_results, results_table
 
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = {CRITERION: "selected", "random": "random", "retrained": "(retrained model)"}
-
-
-def write(page: str, section: str, text: str) -> None:
-    """Replaces what stands between the marks of a section."""
-    write_between(ROOT / page, *marks(section), text.strip("\n") + "\n")
 
 
 def table(folder: Path) -> str:
@@ -162,19 +157,19 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="output folder of examples/published_clue.py")
     parser.add_argument("--real", type=Path, nargs="+", help="output folders of the demo on a real model")
     options = parser.parse_args()
-    write("docs/results.md", "defaults", defaults())
+    write_section(ROOT / "docs/results.md", "defaults", defaults())
     if options.demo:
-        write("README.md", "demo", table(options.demo[0]))
+        write_section(ROOT / "README.md", "demo", table(options.demo[0]))
         shutil.copyfile(options.demo[0] / "training.png", ROOT / "docs" / "demo.png")
-        write("docs/results.md", "seeds of the demo", seeds(options.demo[1:]))
+        write_section(ROOT / "docs/results.md", "seeds of the demo", seeds(options.demo[1:]))
     if options.real:
         report = json.loads((options.real[0] / REPORT).read_text(encoding="utf-8"))
-        write("docs/real.md", "real demo", "\n\n".join(tables(report)))
-        write("docs/real.md", "seeds of the real demo", real(options.real))
+        write_section(ROOT / "docs/real.md", "real demo", "\n\n".join(tables(report)))
+        write_section(ROOT / "docs/real.md", "seeds of the real demo", real(options.real))
     if options.tofu:
-        write("docs/results.md", "tofu in small", tofu(options.tofu))
+        write_section(ROOT / "docs/results.md", "tofu in small", tofu(options.tofu))
     if options.published:
-        write("docs/localization.md", "published method", table(options.published))
+        write_section(ROOT / "docs/localization.md", "published method", table(options.published))
 
 
 if __name__ == "__main__":

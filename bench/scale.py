@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.files import ROOT, markdown_table, marks, write_between
+from bench.files import ROOT, markdown_table, write_section
 from clue_fast.config.planning import PlanConfig
 from clue_fast.planning import Plan, Training, plan
 from clue_fast.planning.table import GIB
 
 PAGE = ROOT.parent / "docs" / "scale.md"
-BEGIN, END = marks("plans")
+SECTION = "plans"
 SHAPES = (
     "llama3-1b",
     "llama3-3b",
@@ -159,7 +159,7 @@ def section(found: Mapping[str, tuple[Plan, Plan]], upper: Mapping[str, Plan]) -
 
 def main() -> None:
     """Writes the section."""
-    write_between(PAGE, BEGIN, END, section(plans(), upper_plans()))
+    write_section(PAGE, SECTION, section(plans(), upper_plans()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bench import growth, machine
 from bench.end_to_end import runs as end_to_end
-from bench.files import RESULTS, ROOT, load, markdown_table, marks, write_between
+from bench.files import RESULTS, ROOT, load, markdown_table, write_section
 from bench.interleaved import Result
 from bench.model.bench_training import Measurement, Point
 
@@ -131,15 +131,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
 """What stands between the marks of a name."""
 
 
-def text(section: str) -> str:
-    """What stands there."""
-    return SECTIONS[section]().strip("\n") + "\n"
-
-
 def main() -> None:
     """Writes the sections."""
-    for section in SECTIONS:
-        write_between(PAGE, *marks(section), text(section))
+    for section, text in SECTIONS.items():
+        write_section(PAGE, section, text())
 
 
 if __name__ == "__main__":

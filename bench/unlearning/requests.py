@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
-from bench.files import markdown_table, marks, write_between
+from bench.files import markdown_table, read_section, write_section
 from bench.unlearning.grid import Grid, Run
 from bench.unlearning.kinds import scoring_of
 from bench.unlearning.methods import shares
@@ -116,9 +116,8 @@ def _pairs(grid: Grid, chosen: Mapping[tuple[str, float], Chosen]) -> dict[tuple
 
 def write_requests_table(grid: Grid, runs: Sequence[Mapping[str, Any]], root: Path) -> str:
     """Writes that table between its marks in the pages of docs that have them, and returns it."""
-    text = requests_table(grid, runs)
-    begin, end = marks(f"requests of grid {grid.name}")
+    text, section = requests_table(grid, runs), f"requests of grid {grid.name}"
     for page in (root / "docs" / name for name in PAGES):
-        if text and begin in page.read_text(encoding="utf-8"):
-            write_between(page, begin, end, f"{text}\n")
+        if text and read_section(page, section) is not None:
+            write_section(page, section, text)
     return text

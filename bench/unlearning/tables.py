@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
-from bench.files import markdown_table, marks, write_between
+from bench.files import markdown_table, read_section, write_section
 from bench.unlearning.grid import Grid
 from bench.unlearning.kinds import scoring_of
 from bench.unlearning.scores import Scoring
@@ -261,12 +261,12 @@ def write_tables(grid: Grid, runs: Sequence[Mapping[str, Any]], root: Path) -> s
     The plot goes into docs if a page shows it. Returns the table.
     """
     text, picture, docs = table(grid, runs), f"unlearning_{grid.name}.png", root / "docs"
-    begin, end = marks(f"grid {grid.name}")
+    section = f"grid {grid.name}"
     for name in PAGES:
-        if begin in (docs / name).read_text(encoding="utf-8"):
-            write_between(docs / name, begin, end, f"{text}\n")
+        if read_section(docs / name, section) is not None:
+            write_section(docs / name, section, text)
         if picture in (docs / name).read_text(encoding="utf-8"):
             plot(grid, runs, docs / picture)
-    if begin in (root / "README.md").read_text(encoding="utf-8"):
-        write_between(root / "README.md", begin, end, f"{short_table(grid, runs)}\n")
+    if read_section(root / "README.md", section) is not None:
+        write_section(root / "README.md", section, short_table(grid, runs))
     return text

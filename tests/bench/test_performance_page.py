@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench.files import marks
-from bench.speed import PAGE, SECTIONS, text
+from bench.files import read_section
+from bench.speed import PAGE, SECTIONS
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_tables_are_those_of_the_results(section: str) -> None:
-    begin, end = marks(section)
-    assert PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0] == text(section)
+    assert read_section(PAGE, section) == SECTIONS[section]().strip("\n") + "\n"

@@ -1,6 +1,6 @@
 """Attacks: what each asks, written out by hand, what it must not do, and the registry.
 
-python tests/evaluation/test_attacks.py     writes the table of attacks in the documentation anew
+python -m tests.evaluation.test_attacks     writes the table of attacks in the documentation anew
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.files import read_section, write_section
 from clue_fast.config import EvalConfig
 from clue_fast.data import Record
 from clue_fast.errors import DataError, SettingError, UnknownNameError
 from clue_fast.evaluation import ATTACKS, Attempt, Metrics, Target, attack, evaluate, register_attack, rouge_recall
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
-BEGIN, END = "<!-- attacks -->\n", "<!-- end of attacks -->"
+SECTION = "attacks"
 NEW = 12
 
 
@@ -293,9 +294,8 @@ def table() -> str:
 
 
 def test_the_page_lists_the_attacks_there_are() -> None:
-    assert PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0] == table()
+    assert read_section(PAGE, SECTION) == table()
 
 
 if __name__ == "__main__":
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+    write_section(PAGE, SECTION, table())

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.files import read_section, write_section
 from clue_fast.data import Record
 from clue_fast.errors import UnknownNameError
 from clue_fast.evaluation import METRICS, Metrics, compare, evaluate, metric, metric_title
 from clue_fast.reporting import evaluation_table, read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
-BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
+SECTION = "metrics"
 
 
 @pytest.fixture
@@ -83,13 +84,12 @@ def table() -> str:
         for title, one in titled
     ]
     head = "| metric | in the table | what it is | better on a set to keep, to forget | always |\n|---|---|---|---|---|"
-    return "\n".join(["", head, *rows, ""])
+    return "\n".join([head, *rows, ""])
 
 
 def test_the_page_has_every_metric() -> None:
-    assert PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0] == table()
+    assert read_section(PAGE, SECTION) == table()
 
 
 if __name__ == "__main__":
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+    write_section(PAGE, SECTION, table())

@@ -1,6 +1,6 @@
 """The table of objectives in the documentation is that of the code.
 
-python tests/objectives/test_docs.py     writes it anew
+python -m tests.objectives.test_docs     writes it anew
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import inspect
 from dataclasses import fields
 from pathlib import Path
 
+from bench.files import read_section, write_section
 from clue_fast.objectives import OBJECTIVES, Objective
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
-BEGIN, END = "<!-- objectives -->\n", "<!-- end of objectives -->"
+SECTION = "objectives"
 
 
 def row(name: str, objective: type[Objective]) -> str:
@@ -31,10 +32,8 @@ def table() -> str:
 
 
 def test_the_page_lists_the_objectives_there_are() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert text.partition(BEGIN)[2].partition(END)[0] == table()
+    assert read_section(PAGE, SECTION) == table()
 
 
 if __name__ == "__main__":
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+    write_section(PAGE, SECTION, table())
