@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, with no GPU: what each takes in registers, stack, spills and vectors.
 
-    python tests/kernels/compile_ahead.py [--json] [--counterexamples] TARGET ...
+    python tests/kernels/compile_ahead.py [--json] [--counterexamples] [--only LAUNCH] TARGET ...
     python tests/kernels/compile_ahead.py --record          writes compiled.json, below which no kernel may fall
 
 The launch functions themselves are called, on CPU tensors, with a driver that names the wanted target and with the
@@ -11,6 +11,7 @@ number of warps and divisibility hints. It must run in a process without TRITON_
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -226,8 +227,8 @@ def sparse_step(dtype: torch.dtype, part: str, masters: str, moments: int, numbe
     return values, [grad], *([m] for m in kept), [weight], [index], [dim], rates, rates, whole, seed, scale, scale
 
 
-def compile_all(target: str) -> Iterator[dict[str, Any]]:
-    """One row for each kernel: its name, what it was compiled for, what it takes."""
+def compile_all(target: str, only: str = "") -> Iterator[dict[str, Any]]:
+    """One row for each kernel: its name, what it was compiled for, what it takes; of all launch functions or one."""
     dtypes, cases = DTYPES[:1], [(torch.bfloat16, 2, "silu")]
     if target in IN_ALL_FORMS:
         dtypes = DTYPES
@@ -237,6 +238,8 @@ def compile_all(target: str) -> Iterator[dict[str, Any]]:
     made += [((dtype, 0, ""), call) for dtype in dtypes for call in sparse_launches(dtype)]
     seen = set()
     for (dtype, groups, activation), call in made:
+        if not call.func.__name__.startswith(only):
+            continue
         for kernel in compiled_by(call, TARGETS[target]):
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
@@ -251,6 +254,14 @@ def name_of(call: partial[object]) -> str:
 
 
 # The record
+
+
+def sources() -> str:
+    """A digest of what decides what is compiled: the kernels with their launches, this script, and the compiler."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in (*sorted(Path(launch.__file__).parent.glob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def worse(recorded: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
@@ -272,9 +283,10 @@ def worse(recorded: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[st
 
 
 def write_record(rows: list[dict[str, Any]]) -> None:
-    """Replaces compiled.json, a line a kernel, with the version of Triton that compiled them."""
+    """Replaces compiled.json, a line a kernel, with the version of Triton and the digest of what was compiled."""
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    RECORD.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
+    head = f'"triton": "{triton.__version__}", "sources": "{sources()}"'
+    RECORD.write_text(f'{{{head}, "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 @triton.jit
@@ -306,9 +318,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--counterexamples", action="store_true", help="compile what must fail the checks instead")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}, of all targets")
+    parser.add_argument("--only", default="", metavar="LAUNCH", help="compile what one launch function launches")
     parser.add_argument("targets", nargs="*", metavar="TARGET", default=list(TARGETS), help=", ".join(TARGETS))
     arguments = parser.parse_args()
-    compile_target = compile_counterexamples if arguments.counterexamples else compile_all
+    compile_target = compile_counterexamples if arguments.counterexamples else partial(compile_all, only=arguments.only)
     rows = [{"target": name} | row for name in arguments.targets for row in compile_target(name)]
     if arguments.record:
         write_record(rows)

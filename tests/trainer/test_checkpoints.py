@@ -108,9 +108,9 @@ def test_loads_the_best_model(best, kept, make_model, make_saving, monkeypatch):
 def test_killed_while_saving_resumes_to_the_same_bits(tmp_path):
     """SIGKILL at random moments of a save: the last whole checkpoint loads, and the run ends as if nothing was.
 
-    How often: CLUE_FAST_KILLS, 3 by default.
+    How often: CLUE_FAST_KILLS, 2 by default.
     """
-    kills = os.environ.get("CLUE_FAST_KILLS", "3")
+    kills = os.environ.get("CLUE_FAST_KILLS", "2")
     script = Path(__file__).with_name("killed_while_saving.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
